@@ -1,0 +1,1 @@
+//! Streamed second moments of the input of a Linear.

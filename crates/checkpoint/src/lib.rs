@@ -1,0 +1,1 @@
+//! Checkpoint folders on disk: safetensors, Hugging Face config, compressed-tensors, PEFT adapters.

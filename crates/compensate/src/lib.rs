@@ -1,0 +1,1 @@
+//! Low-rank compensation of a compression residual: EoRA.

@@ -1,0 +1,1 @@
+//! Dense linear algebra on faer: products, Cholesky with repair, symmetric eigenproblems.

@@ -1,0 +1,1 @@
+//! Decoder families as data, one forward pass over a Backend, KV cache, sampling, perplexity.

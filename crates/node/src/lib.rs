@@ -1,0 +1,1 @@
+//! The Node binding: Binding types and conversions only.

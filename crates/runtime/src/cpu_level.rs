@@ -1,0 +1,130 @@
+use std::sync::OnceLock;
+
+use crate::{Error, ErrorCode, Result};
+
+/// What the instruction set of a kernel is called. Levels are ordered: a CPU that has one has those before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum CpuLevel {
+    /// Portable Rust, vectorized by the compiler for the baseline of the target.
+    Scalar,
+    /// AVX2, FMA and F16C (x86-64-v3).
+    Avx2,
+    /// AVX-512 F, BW, VL, DQ and VNNI; BF16 products where the CPU has them.
+    Avx512Vnni,
+}
+
+/// Optional features beyond the level.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CpuFeatures {
+    /// `vdpbf16ps`: two bf16 products per lane in one instruction.
+    pub avx512_bf16: bool,
+}
+
+impl CpuLevel {
+    /// Every level, lowest first.
+    pub const ALL: [CpuLevel; 3] = [CpuLevel::Scalar, CpuLevel::Avx2, CpuLevel::Avx512Vnni];
+
+    /// The name that `KINTSUGI_CPU` takes and `doctor` prints.
+    pub const fn name(self) -> &'static str {
+        match self {
+            CpuLevel::Scalar => "scalar",
+            CpuLevel::Avx2 => "avx2",
+            CpuLevel::Avx512Vnni => "avx512vnni",
+        }
+    }
+
+    /// The level of that name.
+    pub fn from_name(name: &str) -> Option<CpuLevel> {
+        Self::ALL.into_iter().find(|level| level.name() == name)
+    }
+
+    /// Whether this machine can run the level.
+    pub fn is_available(self) -> bool {
+        self <= Self::best()
+    }
+
+    /// Every level that this machine can run, lowest first.
+    pub fn available() -> impl Iterator<Item = CpuLevel> {
+        Self::ALL.into_iter().filter(|level| level.is_available())
+    }
+
+    /// The highest level that this machine can run.
+    pub fn best() -> CpuLevel {
+        static BEST: OnceLock<CpuLevel> = OnceLock::new();
+        *BEST.get_or_init(|| {
+            #[cfg(target_arch = "x86_64")]
+            {
+                use std::arch::is_x86_feature_detected as has;
+                let avx2 = has!("avx2") && has!("fma") && has!("f16c");
+                let avx512 =
+                    has!("avx512f") && has!("avx512bw") && has!("avx512vl") && has!("avx512dq") && has!("avx512vnni");
+                if avx2 && avx512 {
+                    return CpuLevel::Avx512Vnni;
+                }
+                if avx2 {
+                    return CpuLevel::Avx2;
+                }
+            }
+            CpuLevel::Scalar
+        })
+    }
+
+    /// The level that products use: the one that `KINTSUGI_CPU` forces, else the best.
+    ///
+    /// # Errors
+    /// `ERR_CPU_LEVEL` when `KINTSUGI_CPU` names no level or one that this machine lacks.
+    pub fn selected() -> Result<CpuLevel> {
+        static SELECTED: OnceLock<Result<CpuLevel>> = OnceLock::new();
+        SELECTED
+            .get_or_init(|| match std::env::var("KINTSUGI_CPU") {
+                Ok(name) if !name.trim().is_empty() => Self::forced(name.trim()),
+                _ => Ok(Self::best()),
+            })
+            .clone()
+    }
+
+    fn forced(name: &str) -> Result<CpuLevel> {
+        let names = Self::ALL.map(CpuLevel::name).join(", ");
+        let level = Self::from_name(name).ok_or_else(|| {
+            Error::new(ErrorCode::CpuLevel, format!("KINTSUGI_CPU is '{name}', which is not a CPU level"))
+                .subject("KINTSUGI_CPU")
+                .hint(format!("Use one of {names}, or unset it"))
+        })?;
+        if !level.is_available() {
+            return Err(Error::new(ErrorCode::CpuLevel, format!("this CPU cannot run level '{name}'"))
+                .subject("KINTSUGI_CPU")
+                .hint(format!("Its best level is '{}'", Self::best().name())));
+        }
+        Ok(level)
+    }
+}
+
+impl CpuFeatures {
+    /// What this machine has.
+    pub fn detect() -> CpuFeatures {
+        #[cfg(target_arch = "x86_64")]
+        {
+            CpuFeatures { avx512_bf16: std::arch::is_x86_feature_detected!("avx512bf16") }
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        {
+            CpuFeatures { avx512_bf16: false }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_round_trip_and_wrong_ones_are_refused() {
+        for level in CpuLevel::ALL {
+            assert_eq!(CpuLevel::from_name(level.name()), Some(level));
+        }
+        let error = CpuLevel::forced("sse9").unwrap_err();
+        assert_eq!(error.code, ErrorCode::CpuLevel);
+        assert!(error.hint.contains("avx2"));
+        assert!(CpuLevel::available().any(|level| level == CpuLevel::Scalar));
+    }
+}

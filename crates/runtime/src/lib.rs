@@ -1,0 +1,19 @@
+//! Thread pool, cancellation, progress, CPU levels and the error type that every crate shares.
+//!
+//! Knows nothing about numbers, files of models, or Node.
+
+mod atomic_replace;
+mod cancel_token;
+mod cpu_level;
+mod error;
+mod process_memory;
+mod progress;
+mod thread_pool;
+
+pub use atomic_replace::{StagedFolder, replace_file};
+pub use cancel_token::CancelToken;
+pub use cpu_level::{CpuFeatures, CpuLevel};
+pub use error::{Error, ErrorCode, Result, nearest};
+pub use process_memory::peak_memory_bytes;
+pub use progress::{Progress, ProgressSnapshot};
+pub use thread_pool::ThreadPool;

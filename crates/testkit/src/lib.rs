@@ -1,0 +1,1 @@
+//! Case tables with error budgets, f64 oracles, generators of realistic and hostile matrices (tests only).

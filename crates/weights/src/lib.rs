@@ -1,0 +1,22 @@
+//! Every form that a weight can take, the number formats behind it, and the scalar reference product.
+//!
+//! Pure: no files, no threads, no SIMD. Matrices are row-major `[rows, columns]`, where a row is an output of the
+//! Linear (`y = W x + b`, W is `[outFeatures, inFeatures]`).
+
+mod adapter;
+mod bit_packing;
+mod dense_matrix;
+mod element_type;
+mod linear_weight;
+mod low_rank;
+mod quantized_matrix;
+mod reference_product;
+
+pub use adapter::{Adapter, AdapterEntry};
+pub use bit_packing::{pack_codes, packed_words, unpack_codes};
+pub use dense_matrix::{DenseMatrix, DenseValues};
+pub use element_type::ElementType;
+pub use linear_weight::{LinearWeight, WeightMatrix};
+pub use low_rank::LowRank;
+pub use quantized_matrix::{GroupSize, INTEGER_BITS, QuantizedMatrix, QuantizedParts};
+pub use reference_product::reference_product;
