@@ -1,1 +1,7 @@
-//! Streamed second moments of the input of a Linear.
+//! Streamed second moments of the input of a Linear: what the solvers know about its activations.
+
+mod calibration;
+mod calibration_builder;
+
+pub use calibration::Calibration;
+pub use calibration_builder::{CHUNK_TOKENS, CalibrationBuilder};

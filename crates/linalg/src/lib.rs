@@ -1,1 +1,18 @@
-//! Dense linear algebra on faer: products, Cholesky with repair, symmetric eigenproblems.
+//! Dense linear algebra on faer: products, Cholesky with repair, QR, symmetric eigenproblems.
+//!
+//! Matrices are row-major slices at the border. faer runs sequentially inside tasks whose shapes depend on the
+//! matrices alone, so a result is the same, bit for bit, whatever the number of threads.
+
+mod inverse_cholesky;
+mod matrix_view;
+mod product;
+mod symmetric_eigen;
+mod thin_qr;
+
+pub use inverse_cholesky::InverseCholesky;
+pub use matrix_view::{MatrixView, MatrixViewMut, Scalar};
+pub use product::{
+    accumulate_gram, mirror_upper_triangle, product, quadratic_trace, subtract_product, symmetric_product,
+};
+pub use symmetric_eigen::SymmetricEigen;
+pub use thin_qr::ThinQr;

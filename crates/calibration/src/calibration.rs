@@ -1,0 +1,63 @@
+use kintsugi_runtime::{Error, ErrorCode, Result};
+
+/// Unweighted sums over the input vectors x (one per token) of one Linear, in f64.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Calibration {
+    pub(crate) width: usize,
+    pub(crate) tokens: u64,
+    pub(crate) second_moment: Vec<f64>,
+    pub(crate) sums: Vec<f64>,
+    pub(crate) absolute_sums: Vec<f64>,
+}
+
+impl Calibration {
+    /// Length of an input vector: `inFeatures` of the Linear.
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
+    /// Number of vectors that were summed.
+    pub fn tokens(&self) -> u64 {
+        self.tokens
+    }
+
+    /// `S = Σ x xᵀ`, the whole symmetric `[width, width]` matrix, row-major. Not centred, not divided by the tokens.
+    pub fn second_moment(&self) -> &[f64] {
+        &self.second_moment
+    }
+
+    /// `Σ x`, `[width]`.
+    pub fn sums(&self) -> &[f64] {
+        &self.sums
+    }
+
+    /// `Σ |x|`, `[width]`.
+    pub fn absolute_sums(&self) -> &[f64] {
+        &self.absolute_sums
+    }
+
+    /// Adds the sums of other tokens of the same Linear.
+    ///
+    /// # Errors
+    /// `ERR_SHAPE_MISMATCH` when the widths differ; nothing is changed then.
+    pub fn merge(&mut self, other: &Calibration) -> Result<()> {
+        if self.width != other.width {
+            let message = format!("sums over {} inputs cannot be added to sums over {}", other.width, self.width);
+            return Err(Error::new(ErrorCode::ShapeMismatch, message)
+                .subject("Calibration")
+                .hint("Merge only statistics of the same Linear"));
+        }
+        self.tokens += other.tokens;
+        let pairs = [
+            (&mut self.second_moment, &other.second_moment),
+            (&mut self.sums, &other.sums),
+            (&mut self.absolute_sums, &other.absolute_sums),
+        ];
+        for (sums, others) in pairs {
+            for (sum, other) in sums.iter_mut().zip(others) {
+                *sum += other;
+            }
+        }
+        Ok(())
+    }
+}
