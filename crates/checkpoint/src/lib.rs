@@ -1,1 +1,27 @@
-//! Checkpoint folders on disk: safetensors, Hugging Face config, compressed-tensors, PEFT adapters.
+//! Checkpoint folders on disk: safetensors, Hugging Face `config.json`, compressed-tensors, PEFT adapters.
+//!
+//! Readers trust nothing: every size is checked against the file before memory is taken, files are read at positions
+//! (never mapped: a mapped file that shrinks kills the process), and damage is an error with the name of the file or
+//! tensor. Writers stream into a staging folder that becomes the result by one rename.
+
+#[cfg(target_endian = "big")]
+compile_error!("safetensors is little-endian and tensors are read in place; a big-endian target needs byte swaps");
+
+mod checkpoint;
+mod checkpoint_writer;
+mod compressed_tensors;
+mod module_pattern;
+mod peft_adapter;
+mod peft_config;
+mod positional_file;
+mod quantization_config;
+mod safetensors_file;
+mod safetensors_writer;
+mod shard_index;
+mod tensor_set;
+
+pub use checkpoint::Checkpoint;
+pub use checkpoint_writer::CheckpointWriter;
+pub use peft_adapter::{read_adapter, write_adapter};
+pub use quantization_config::QuantizationConfig;
+pub use tensor_set::TensorInfo;

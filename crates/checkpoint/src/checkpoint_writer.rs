@@ -1,0 +1,383 @@
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use kintsugi_runtime::{Error, ErrorCode, Result, StagedFolder};
+use kintsugi_weights::{Adapter, QuantizedMatrix};
+use safetensors::Dtype;
+use serde_json::{Map, Value};
+
+use crate::positional_file::PositionalFile;
+use crate::quantization_config::Scheme;
+use crate::safetensors_writer::{SafetensorsWriter, TensorHeader, file_order, unwritable, write_synced};
+use crate::shard_index::ShardIndex;
+use crate::tensor_set::TensorSet;
+use crate::{Checkpoint, QuantizationConfig, compressed_tensors, write_adapter};
+
+/// Files beside the weights that other programs need to use the model, taken over as they are.
+const COMPANIONS: &[&str] = &[
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+];
+/// Beginnings of file names that carry the terms of the source; they travel with the weights.
+const LEGAL: &[&str] = &["LICENSE", "LICENCE", "COPYING", "NOTICE", "USE_POLICY"];
+
+/// Most bytes of tensors in one file, as transformers has it.
+const SHARD_BYTES: u64 = 5_000_000_000;
+const COPY_BUFFER: usize = 4 << 20;
+
+/// Writes a compressed checkpoint into `OUT.partial`, which becomes `OUT` when it is whole.
+///
+/// Tensors come in any order and leave memory at once: those of a unit (a decoder block) go to a part file, and
+/// [`CheckpointWriter::seal`] merges the parts by streaming copies; [`CheckpointWriter::commit`] gives the folder its
+/// name. Same calls, same bytes. Dropped before `commit` succeeded, the writer removes everything that it wrote.
+#[derive(Debug)]
+pub struct CheckpointWriter {
+    // Before `staged`, so that the file is closed when the folder is removed.
+    part: Option<OpenPart>,
+    staged: StagedFolder,
+    source: Checkpoint,
+    target_name: String,
+    tensors: BTreeMap<String, StagedTensor>,
+    parts: Vec<PathBuf>,
+    /// Of the matrices written so far, each once.
+    schemes: Vec<Scheme>,
+    shard_bytes: u64,
+}
+
+/// A tensor in a part file.
+#[derive(Debug)]
+struct StagedTensor {
+    header: TensorHeader,
+    part: usize,
+    offset: u64,
+}
+
+#[derive(Debug)]
+struct OpenPart {
+    output: BufWriter<File>,
+    bytes: u64,
+}
+
+impl CheckpointWriter {
+    /// Starts a checkpoint at `target` that takes configuration, tokenizer and uncompressed tensors from `source`.
+    ///
+    /// # Errors
+    /// `ERR_OUTPUT_NOT_EMPTY`, `ERR_OUTPUT_UNWRITABLE`.
+    pub fn create(target: &Path, source: &Checkpoint) -> Result<Self> {
+        let staged = StagedFolder::create(target)?;
+        Ok(CheckpointWriter {
+            part: None,
+            staged,
+            source: source.clone(),
+            target_name: target.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+            tensors: BTreeMap::new(),
+            parts: Vec::new(),
+            schemes: Vec::new(),
+            shard_bytes: SHARD_BYTES,
+        })
+    }
+
+    /// Cuts the weights into files with at most `bytes` bytes of tensors each instead of 5 GB. A larger tensor gets a
+    /// file of its own.
+    #[must_use]
+    pub fn shard_bytes(mut self, bytes: u64) -> Self {
+        self.shard_bytes = bytes;
+        self
+    }
+
+    /// The folder that will become the target, for files that the caller adds.
+    pub fn folder(&self) -> &Path {
+        self.staged.path()
+    }
+
+    /// Writes the tensors of a quantized Linear (not its bias, which is copied). Gives their bytes.
+    ///
+    /// # Errors
+    /// `ERR_OUTPUT_UNWRITABLE`, `ERR_SHAPE_MISMATCH` for a matrix without rows or columns; `ERR_INTERNAL` when the
+    /// Linear was written before.
+    pub fn write_linear(&mut self, name: &str, matrix: &QuantizedMatrix) -> Result<u64> {
+        if matrix.codes().is_empty() {
+            return Err(Error::new(ErrorCode::ShapeMismatch, "a matrix without rows or columns cannot be stored")
+                .subject(name)
+                .hint("Leave the Linear out"));
+        }
+        let mut total = 0;
+        compressed_tensors::encode(matrix, |suffix, dtype, shape, bytes| {
+            self.begin_tensor(&format!("{name}.{suffix}"), dtype, shape, bytes.len() as u64)?;
+            self.append(bytes)?;
+            total += bytes.len() as u64;
+            Ok(())
+        })?;
+        let scheme = Scheme::of(matrix);
+        if !self.schemes.contains(&scheme) {
+            self.schemes.push(scheme);
+        }
+        Ok(total)
+    }
+
+    /// Copies a tensor of the source as it is. Gives its bytes.
+    ///
+    /// # Errors
+    /// `ERR_CHECKPOINT_TENSOR_MISSING`, `ERR_CHECKPOINT_CORRUPT` when the source shrinks, `ERR_OUTPUT_UNWRITABLE`;
+    /// `ERR_INTERNAL` when the tensor was written before.
+    pub fn copy(&mut self, tensor: &str) -> Result<u64> {
+        let source = self.source.clone();
+        let (file, stored) = source.tensor_set().require(tensor)?;
+        self.begin_tensor(tensor, stored.dtype, stored.shape.clone(), stored.bytes)?;
+        let mut buffer = vec![0; COPY_BUFFER.min(stored.bytes as usize)];
+        let mut done = 0;
+        while done < stored.bytes {
+            let count = buffer.len().min((stored.bytes - done) as usize);
+            file.read_part(stored, done, &mut buffer[..count])?;
+            self.append(&buffer[..count])?;
+            done += count as u64;
+        }
+        Ok(stored.bytes)
+    }
+
+    /// Closes the part file of a unit: what was written until now is out of memory and on its way to the disk.
+    ///
+    /// # Errors
+    /// `ERR_OUTPUT_UNWRITABLE`.
+    pub fn end_unit(&mut self) -> Result<()> {
+        if let Some(mut part) = self.part.take() {
+            part.output.flush().map_err(|error| unwritable(&self.parts[self.parts.len() - 1], &error))?;
+        }
+        Ok(())
+    }
+
+    /// Writes the PEFT folder `eora/`. Gives its bytes; 0 and no folder when there are no factors.
+    ///
+    /// # Errors
+    /// `ERR_ADAPTER_INVALID`, `ERR_OUTPUT_UNWRITABLE`.
+    pub fn write_compensation(&mut self, adapter: &Adapter) -> Result<u64> {
+        if adapter.linears.is_empty() {
+            return Ok(0);
+        }
+        let folder = self.folder().join(Checkpoint::COMPENSATION_FOLDER);
+        write_adapter(&folder, adapter, adapter.base_model.as_deref().unwrap_or(&self.target_name))?;
+        folder_bytes(&folder)
+    }
+
+    /// Merges the parts, writes `config.json` and the companions of the source, and checks that the folder opens
+    /// again. Gives the bytes of the whole folder. Afterwards only files beside the checkpoint may be added, in
+    /// [`CheckpointWriter::folder`].
+    ///
+    /// The weights become `model.safetensors`, or shards with an index when they are larger than one file may be.
+    /// Without a quantized Linear `config.json` says nothing about quantization.
+    ///
+    /// # Errors
+    /// `ERR_OUTPUT_UNWRITABLE`; `ERR_QUANTIZATION_UNSUPPORTED` when `quantization` does not describe every matrix that
+    /// was written.
+    pub fn seal(&mut self, quantization: &QuantizationConfig) -> Result<u64> {
+        self.end_unit()?;
+        self.check_schemes(quantization)?;
+        self.merge_parts()?;
+        self.copy_companions()?;
+
+        let mut config = self.source.config().clone();
+        for field in Checkpoint::QUANTIZATION_FIELDS {
+            config.shift_remove(field);
+        }
+        if !self.schemes.is_empty() {
+            config.insert(Checkpoint::QUANTIZATION_FIELDS[0].into(), quantization.to_json());
+        }
+        write_json(&self.folder().join("config.json"), config)?;
+
+        Checkpoint::open(self.folder())?;
+        folder_bytes(self.folder())
+    }
+
+    /// Gives the sealed folder its name.
+    ///
+    /// # Errors
+    /// `ERR_OUTPUT_UNWRITABLE`; nothing stays then.
+    pub fn commit(self) -> Result<()> {
+        self.staged.commit()
+    }
+
+    fn begin_tensor(&mut self, name: &str, dtype: Dtype, shape: Vec<usize>, bytes: u64) -> Result<()> {
+        if self.tensors.contains_key(name) {
+            return Err(Error::new(ErrorCode::Internal, "the tensor was written twice").subject(name));
+        }
+        if self.part.is_none() {
+            let path = self.folder().join(format!("unit-{:05}.part", self.parts.len()));
+            let file = File::create(&path).map_err(|error| unwritable(&path, &error))?;
+            self.parts.push(path);
+            self.part = Some(OpenPart { output: BufWriter::with_capacity(COPY_BUFFER, file), bytes: 0 });
+        }
+        let offset = self.part.as_ref().map_or(0, |part| part.bytes);
+        let header = TensorHeader { name: name.to_string(), dtype, shape, bytes };
+        self.tensors.insert(name.to_string(), StagedTensor { header, part: self.parts.len() - 1, offset });
+        Ok(())
+    }
+
+    fn append(&mut self, bytes: &[u8]) -> Result<()> {
+        if let Some(part) = &mut self.part {
+            part.output.write_all(bytes).map_err(|error| unwritable(&self.parts[self.parts.len() - 1], &error))?;
+            part.bytes += bytes.len() as u64;
+        }
+        Ok(())
+    }
+
+    fn check_schemes(&self, quantization: &QuantizationConfig) -> Result<()> {
+        let stated = quantization.scheme();
+        match self.schemes.iter().find(|scheme| !scheme.fits(stated)) {
+            None => Ok(()),
+            Some(scheme) => Err(Error::new(
+                ErrorCode::QuantizationUnsupported,
+                format!("a matrix was written with {scheme}, the configuration says {stated}"),
+            )
+            .subject("quantization_config")
+            .hint("Quantize every Linear of a checkpoint with the same options")),
+        }
+    }
+
+    fn merge_parts(&self) -> Result<()> {
+        let shards = self.plan_shards();
+        let mut parts = Vec::new();
+        for path in &self.parts {
+            parts.push(Some(PositionalFile::open(path).map_err(|error| unwritable(path, &error))?));
+        }
+        let mut left_in_part = vec![0usize; parts.len()];
+        for tensor in self.tensors.values() {
+            left_in_part[tensor.part] += 1;
+        }
+
+        let mut index = ShardIndex { weight_map: BTreeMap::new() };
+        let mut buffer = vec![0; COPY_BUFFER];
+        for (position, shard) in shards.iter().enumerate() {
+            let file_name = if shards.len() == 1 {
+                TensorSet::SINGLE_FILE.to_string()
+            } else {
+                format!("model-{:05}-of-{:05}.safetensors", position + 1, shards.len())
+            };
+            let path = self.folder().join(&file_name);
+            let mut writer = SafetensorsWriter::create(&path, shard.iter().map(|tensor| &tensor.header))?;
+            for tensor in shard {
+                index.weight_map.insert(tensor.header.name.clone(), file_name.clone());
+                if let Some(part) = &parts[tensor.part] {
+                    copy_range(part, tensor.offset, tensor.header.bytes, &mut buffer, &mut writer)?;
+                }
+                left_in_part[tensor.part] -= 1;
+            }
+            writer.finish()?;
+            // Parts that are used up go at once: the disk need not hold everything twice.
+            for (part, path) in self.parts.iter().enumerate() {
+                if left_in_part[part] == 0 && parts[part].take().is_some() {
+                    fs::remove_file(path).map_err(|error| unwritable(path, &error))?;
+                }
+            }
+        }
+        if shards.len() > 1 {
+            let total = self.tensors.values().map(|tensor| tensor.header.bytes).sum();
+            write_synced(&self.folder().join(ShardIndex::FILE_NAME), &index.to_bytes(total))?;
+        }
+        Ok(())
+    }
+
+    /// Tensors in name order, cut where a file is full; within a file in the order of the format.
+    fn plan_shards(&self) -> Vec<Vec<&StagedTensor>> {
+        let mut shards: Vec<Vec<&StagedTensor>> = vec![Vec::new()];
+        let mut bytes = 0;
+        for tensor in self.tensors.values() {
+            let full = bytes + tensor.header.bytes > self.shard_bytes;
+            match shards.last_mut() {
+                Some(shard) if !full || shard.is_empty() => {
+                    shard.push(tensor);
+                    bytes += tensor.header.bytes;
+                }
+                _ => {
+                    shards.push(vec![tensor]);
+                    bytes = tensor.header.bytes;
+                }
+            }
+        }
+        for shard in &mut shards {
+            shard.sort_by(|left, right| file_order(&left.header, &right.header));
+        }
+        shards
+    }
+
+    /// The model card of the source describes the source: it is kept under another name.
+    fn copy_companions(&self) -> Result<()> {
+        let folder = self.source.path();
+        let unreadable = |error: std::io::Error| {
+            Error::io(ErrorCode::Io, folder, &error).hint("Check that the source folder may be read")
+        };
+        for entry in fs::read_dir(folder).map_err(unreadable)? {
+            let entry = entry.map_err(unreadable)?;
+            let Ok(name) = entry.file_name().into_string() else { continue };
+            let upper = name.to_ascii_uppercase();
+            let target = if COMPANIONS.contains(&name.as_str()) || LEGAL.iter().any(|start| upper.starts_with(start)) {
+                name.as_str()
+            } else if upper == "README.MD" {
+                "ORIGINAL_README.md"
+            } else {
+                continue;
+            };
+            // Links are followed: the cache of huggingface_hub consists of them.
+            if entry.path().is_file() {
+                copy_file(&entry.path(), &self.folder().join(target))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn copy_range(
+    part: &PositionalFile,
+    offset: u64,
+    bytes: u64,
+    buffer: &mut [u8],
+    writer: &mut SafetensorsWriter,
+) -> Result<()> {
+    let mut done = 0;
+    while done < bytes {
+        let count = buffer.len().min((bytes - done) as usize);
+        part.read_exact_at(&mut buffer[..count], offset + done)?;
+        writer.write(&buffer[..count])?;
+        done += count as u64;
+    }
+    Ok(())
+}
+
+/// Copies the content only: a source that is read-only does not make the result so.
+fn copy_file(from: &Path, to: &Path) -> Result<()> {
+    let mut input =
+        File::open(from).map_err(|error| Error::io(ErrorCode::Io, from, &error).hint("Check that it may be read"))?;
+    let mut copy = || {
+        let mut output = File::create(to)?;
+        std::io::copy(&mut input, &mut output)?;
+        output.sync_all()
+    };
+    copy().map_err(|error| unwritable(to, &error))
+}
+
+fn write_json(path: &Path, object: Map<String, Value>) -> Result<()> {
+    write_synced(path, format!("{:#}\n", Value::Object(object)).as_bytes())
+}
+
+/// Bytes of all files below `folder`.
+fn folder_bytes(folder: &Path) -> Result<u64> {
+    let failed = |error: std::io::Error| unwritable(folder, &error);
+    let mut total = 0;
+    for entry in fs::read_dir(folder).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        let metadata = entry.metadata().map_err(failed)?;
+        total += if metadata.is_dir() { folder_bytes(&entry.path())? } else { metadata.len() };
+    }
+    Ok(total)
+}

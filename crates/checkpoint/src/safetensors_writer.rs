@@ -1,0 +1,177 @@
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{self, BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use kintsugi_runtime::{Error, ErrorCode, Result};
+use safetensors::Dtype;
+use safetensors::tensor::{Metadata, TensorInfo as HeaderEntry};
+
+const BUFFER_BYTES: usize = 1 << 20;
+
+/// Writes one safetensors file front to back: the header from a list of tensors, then their bytes in [`file_order`].
+///
+/// The file begins with `{"__metadata__":{"format":"pt"}, …}` as PyTorch readers want it and holds the same bytes
+/// that `safetensors::serialize` would make of the same tensors.
+#[derive(Debug)]
+pub(crate) struct SafetensorsWriter {
+    output: BufWriter<File>,
+    path: PathBuf,
+    /// Bytes of tensors that are still to come.
+    left: u64,
+    total: u64,
+}
+
+/// What the header says about a tensor.
+#[derive(Debug, Clone)]
+pub(crate) struct TensorHeader {
+    pub(crate) name: String,
+    pub(crate) dtype: Dtype,
+    pub(crate) shape: Vec<usize>,
+    pub(crate) bytes: u64,
+}
+
+/// The order of tensors within a file: widest type first, so that each is aligned to its elements, then by name.
+pub(crate) fn file_order(left: &TensorHeader, right: &TensorHeader) -> std::cmp::Ordering {
+    right.dtype.cmp(&left.dtype).then_with(|| left.name.cmp(&right.name))
+}
+
+impl SafetensorsWriter {
+    /// Creates the file and writes the header. `tensors` must be in [`file_order`].
+    ///
+    /// # Errors
+    /// `ERR_OUTPUT_UNWRITABLE` when the system refuses.
+    pub(crate) fn create<'a>(path: &Path, tensors: impl Iterator<Item = &'a TensorHeader>) -> Result<Self> {
+        let mut end = 0usize;
+        let mut entries = Vec::new();
+        for TensorHeader { name, dtype, shape, bytes } in tensors {
+            let start = end;
+            end += *bytes as usize;
+            entries
+                .push((name.clone(), HeaderEntry { dtype: *dtype, shape: shape.clone(), data_offsets: (start, end) }));
+        }
+        let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
+        let internal = |message: String| Error::new(ErrorCode::Internal, message).subject(path.display());
+        let header = Metadata::new(Some(metadata.into_iter().collect()), entries)
+            .map_err(|error| internal(error.to_string()))?;
+        let mut header = serde_json::to_vec(&header).map_err(|error| internal(error.to_string()))?;
+        header.resize(header.len().next_multiple_of(8), b' ');
+
+        let write = || {
+            let mut output = BufWriter::with_capacity(BUFFER_BYTES, File::create(path)?);
+            output.write_all(&(header.len() as u64).to_le_bytes())?;
+            output.write_all(&header)?;
+            Ok(output)
+        };
+        let output = write().map_err(|error| unwritable(path, &error))?;
+        let total = 8 + header.len() as u64 + end as u64;
+        Ok(SafetensorsWriter { output, path: path.to_path_buf(), left: end as u64, total })
+    }
+
+    /// Appends bytes of the tensors.
+    pub(crate) fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        self.left = self.left.checked_sub(bytes.len() as u64).ok_or_else(|| {
+            Error::new(ErrorCode::Internal, "a tensor has more bytes than its header says").subject(self.path.display())
+        })?;
+        self.output.write_all(bytes).map_err(|error| unwritable(&self.path, &error))
+    }
+
+    /// Brings everything to the disk. Gives the length of the file.
+    pub(crate) fn finish(self) -> Result<u64> {
+        if self.left != 0 {
+            return Err(Error::new(ErrorCode::Internal, format!("{} bytes of tensors were not written", self.left))
+                .subject(self.path.display()));
+        }
+        let close = |output: BufWriter<File>| output.into_inner()?.sync_all();
+        close(self.output).map_err(|error| unwritable(&self.path, &error))?;
+        Ok(self.total)
+    }
+}
+
+/// Writes a small file and brings it to the disk.
+pub(crate) fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
+    let write = || {
+        let mut file = File::create(path)?;
+        file.write_all(bytes)?;
+        file.sync_all()
+    };
+    write().map_err(|error| unwritable(path, &error))
+}
+
+/// `ERR_OUTPUT_UNWRITABLE` for `path`.
+pub(crate) fn unwritable(path: &Path, error: &io::Error) -> Error {
+    Error::io(ErrorCode::OutputUnwritable, path, error).hint("Check that the folder exists, is writable and has space")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::borrow::Cow;
+
+    use safetensors::View;
+
+    use super::*;
+
+    struct Plain(Dtype, Vec<usize>, Vec<u8>);
+
+    impl View for &Plain {
+        fn dtype(&self) -> Dtype {
+            self.0
+        }
+        fn shape(&self) -> &[usize] {
+            &self.1
+        }
+        fn data(&self) -> Cow<'_, [u8]> {
+            (&self.2).into()
+        }
+        fn data_len(&self) -> usize {
+            self.2.len()
+        }
+    }
+
+    #[test]
+    fn bytes_equal_those_of_the_reference_implementation() {
+        let tensors = [
+            ("b.scale", Plain(Dtype::BF16, vec![3], vec![1, 2, 3, 4, 5, 6])),
+            ("b.shape", Plain(Dtype::I64, vec![2], vec![9; 16])),
+            ("a.scale", Plain(Dtype::BF16, vec![1, 1], vec![7, 8])),
+            ("a.packed", Plain(Dtype::I32, vec![1, 2], (0..8).collect())),
+        ];
+        let expected = safetensors::serialize(
+            tensors.iter().map(|(name, tensor)| (*name, tensor)),
+            Some([("format".to_string(), "pt".to_string())].into_iter().collect()),
+        )
+        .unwrap();
+
+        let mut headers: Vec<TensorHeader> = tensors
+            .iter()
+            .map(|(name, Plain(dtype, shape, bytes))| TensorHeader {
+                name: (*name).to_string(),
+                dtype: *dtype,
+                shape: shape.clone(),
+                bytes: bytes.len() as u64,
+            })
+            .collect();
+        headers.sort_by(file_order);
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("model.safetensors");
+        let mut writer = SafetensorsWriter::create(&path, headers.iter()).unwrap();
+        for header in &headers {
+            let (_, tensor) = tensors.iter().find(|(name, _)| *name == header.name).unwrap();
+            writer.write(&tensor.2).unwrap();
+        }
+        assert_eq!(writer.finish().unwrap(), expected.len() as u64);
+        assert_eq!(std::fs::read(&path).unwrap(), expected);
+    }
+
+    #[test]
+    fn a_tensor_of_another_length_than_announced_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("model.safetensors");
+        let header = [TensorHeader { name: "a".into(), dtype: Dtype::U8, shape: vec![4], bytes: 4 }];
+        let mut writer = SafetensorsWriter::create(&path, header.iter()).unwrap();
+        assert_eq!(writer.write(&[0; 5]).unwrap_err().code, ErrorCode::Internal);
+        let mut writer = SafetensorsWriter::create(&path, header.iter()).unwrap();
+        writer.write(&[0; 3]).unwrap();
+        assert_eq!(writer.finish().unwrap_err().code, ErrorCode::Internal);
+    }
+}
