@@ -1,1 +1,37 @@
 //! CPU products chosen at run time, and the small operations of a decoder block.
+//!
+//! [`Kernels`] holds the functions of one CPU level. Every operation is written once over `vector::Level`, the
+//! instructions of a level, and compiled for each level as a whole; `scalar`, `avx2` and `avx512` supply the
+//! instructions and instantiate the table of functions.
+#![allow(unsafe_code, reason = "instructions of a CPU level exist only as unsafe functions")]
+
+mod accumulate;
+mod aligned_bytes;
+mod attention;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod codec;
+mod kernel_table;
+mod kernels;
+mod kv_pages;
+mod pack;
+mod packed_input;
+mod packed_low_rank;
+mod packed_matrix;
+mod product;
+mod rms_norm;
+mod rotary_table;
+mod scalar;
+mod self_check;
+mod shared_rows;
+mod silu;
+mod vector;
+
+pub use kernels::{Kernels, Precision};
+pub use kv_pages::{AttentionSegment, KvPages, PAGE_POSITIONS};
+pub use packed_low_rank::PackedLowRank;
+pub use packed_matrix::PackedMatrix;
+pub use rotary_table::RotaryTable;
+pub use self_check::{SelfCheck, self_check};

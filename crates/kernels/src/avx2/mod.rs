@@ -1,0 +1,6 @@
+//! AVX2, FMA and F16C.
+
+mod table;
+mod vector;
+
+pub(crate) use table::TABLE;

@@ -1,0 +1,18 @@
+use super::vector::Avx2;
+use crate::accumulate::Accumulate;
+use crate::kernel_table::kernel_table;
+use crate::packed_matrix::PanelEncoding;
+
+kernel_table! {
+    level: Avx2,
+    features: "avx2,fma,f16c",
+    bf16: no_bf16,
+    tile_rows: 3,
+    few_row_panels: 1,
+    queries: 2,
+    shapes: [(1, 1) (2, 1) (3, 1)],
+}
+
+fn no_bf16(_: PanelEncoding, _: usize, _: usize) -> Accumulate {
+    unreachable!("bf16 products need AVX-512")
+}

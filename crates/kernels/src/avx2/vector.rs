@@ -1,0 +1,225 @@
+use std::arch::x86_64::*;
+
+use crate::vector::{LANES, Level, Vector};
+
+/// 32 lanes in four registers.
+#[derive(Clone, Copy)]
+pub(crate) struct F32x32(__m256, __m256, __m256, __m256);
+
+/// 32 words in four registers.
+#[derive(Clone, Copy)]
+pub(crate) struct U32x32(__m256i, __m256i, __m256i, __m256i);
+
+/// AVX2, FMA and F16C. A value exists only where the CPU has them.
+#[derive(Clone, Copy)]
+pub(crate) struct Avx2(());
+
+/// An intrinsic on each of the four registers of its arguments.
+macro_rules! lanewise {
+    ($intrinsic:ident($($argument:expr),*)) => {
+        // SAFETY: values of these types exist only where `Avx2::assume` was sound.
+        unsafe {
+            F32x32(
+                $intrinsic($($argument.0),*),
+                $intrinsic($($argument.1),*),
+                $intrinsic($($argument.2),*),
+                $intrinsic($($argument.3),*),
+            )
+        }
+    };
+}
+
+/// A vector whose four registers are the values of an expression over the index of the register.
+macro_rules! registers {
+    ($kind:ident, |$i:ident| $value:expr) => {
+        // SAFETY: `Avx2` exists only where the CPU has the instructions, and the caller's arrays hold 32 elements.
+        unsafe {
+            $kind(
+                {
+                    let $i = 0usize;
+                    $value
+                },
+                {
+                    let $i = 1usize;
+                    $value
+                },
+                {
+                    let $i = 2usize;
+                    $value
+                },
+                {
+                    let $i = 3usize;
+                    $value
+                },
+            )
+        }
+    };
+}
+
+impl Vector for F32x32 {
+    #[inline(always)]
+    fn add(self, other: Self) -> Self {
+        lanewise!(_mm256_add_ps(self, other))
+    }
+
+    #[inline(always)]
+    fn sub(self, other: Self) -> Self {
+        lanewise!(_mm256_sub_ps(self, other))
+    }
+
+    #[inline(always)]
+    fn mul(self, other: Self) -> Self {
+        lanewise!(_mm256_mul_ps(self, other))
+    }
+
+    #[inline(always)]
+    fn div(self, other: Self) -> Self {
+        lanewise!(_mm256_div_ps(self, other))
+    }
+
+    #[inline(always)]
+    fn mul_add(self, factor: Self, addend: Self) -> Self {
+        lanewise!(_mm256_fmadd_ps(self, factor, addend))
+    }
+
+    #[inline(always)]
+    fn max(self, other: Self) -> Self {
+        lanewise!(_mm256_max_ps(self, other))
+    }
+
+    #[inline(always)]
+    fn min(self, other: Self) -> Self {
+        lanewise!(_mm256_min_ps(self, other))
+    }
+
+    #[inline(always)]
+    fn power_of_two(self) -> Self {
+        #[inline(always)]
+        unsafe fn register(lanes: __m256) -> __m256 {
+            // SAFETY: the caller has AVX2.
+            unsafe {
+                let exponent = _mm256_slli_epi32::<23>(_mm256_castps_si256(lanes));
+                _mm256_castsi256_ps(_mm256_add_epi32(exponent, _mm256_set1_epi32(0x3f80_0000)))
+            }
+        }
+        lanewise!(register(self))
+    }
+
+    #[inline(always)]
+    fn store(self, out: &mut [f32; LANES]) {
+        let out = out.as_mut_ptr();
+        // SAFETY: `out` has room for four registers of eight lanes.
+        unsafe {
+            _mm256_storeu_ps(out, self.0);
+            _mm256_storeu_ps(out.add(8), self.1);
+            _mm256_storeu_ps(out.add(16), self.2);
+            _mm256_storeu_ps(out.add(24), self.3);
+        }
+    }
+}
+
+impl Level for Avx2 {
+    type Vector = F32x32;
+    type Words = U32x32;
+
+    #[inline(always)]
+    unsafe fn assume() -> Self {
+        Avx2(())
+    }
+
+    #[inline(always)]
+    fn splat(self, value: f32) -> F32x32 {
+        registers!(F32x32, |_i| _mm256_set1_ps(value))
+    }
+
+    #[inline(always)]
+    fn load(self, values: &[f32; LANES]) -> F32x32 {
+        registers!(F32x32, |i| _mm256_loadu_ps(values.as_ptr().add(8 * i)))
+    }
+
+    #[inline(always)]
+    fn load_words(self, bytes: &[u8; 4 * LANES]) -> U32x32 {
+        registers!(U32x32, |i| _mm256_loadu_si256(bytes.as_ptr().add(32 * i).cast()))
+    }
+
+    #[inline(always)]
+    fn load_f16(self, bytes: &[u8; 2 * LANES]) -> F32x32 {
+        registers!(F32x32, |i| _mm256_cvtph_ps(_mm_loadu_si128(bytes.as_ptr().add(16 * i).cast())))
+    }
+
+    #[inline(always)]
+    fn load_bf16(self, bytes: &[u8; 2 * LANES]) -> F32x32 {
+        registers!(F32x32, |i| {
+            let halves = _mm_loadu_si128(bytes.as_ptr().add(16 * i).cast());
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(halves)))
+        })
+    }
+
+    #[inline(always)]
+    fn load_i8(self, bytes: &[u8; LANES]) -> F32x32 {
+        registers!(F32x32, |i| {
+            _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(bytes.as_ptr().add(8 * i).cast())))
+        })
+    }
+
+    #[inline(always)]
+    fn f32s(self, words: U32x32) -> F32x32 {
+        lanewise!(_mm256_castsi256_ps(words))
+    }
+
+    #[inline(always)]
+    fn bf16_pair(self, words: U32x32) -> (F32x32, F32x32) {
+        #[inline(always)]
+        unsafe fn lower(words: __m256i) -> __m256 {
+            // SAFETY: the caller has AVX2.
+            unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<16>(words)) }
+        }
+        #[inline(always)]
+        unsafe fn upper(words: __m256i) -> __m256 {
+            // SAFETY: the caller has AVX2.
+            unsafe { _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(0xffff_0000_u32 as i32))) }
+        }
+        (lanewise!(lower(words)), lanewise!(upper(words)))
+    }
+
+    #[inline(always)]
+    fn bits2_pair<const PAIR: u32>(self, words: U32x32) -> (F32x32, F32x32) {
+        (signed_field::<2>(words, 2 * PAIR), signed_field::<2>(words, 16 + 2 * PAIR))
+    }
+
+    #[inline(always)]
+    fn bits4_pair<const PAIR: u32>(self, words: U32x32) -> (F32x32, F32x32) {
+        (signed_field::<4>(words, 4 * PAIR), signed_field::<4>(words, 16 + 4 * PAIR))
+    }
+
+    #[inline(always)]
+    fn bits8_pair<const PAIR: u32>(self, words: U32x32) -> (F32x32, F32x32) {
+        (signed_field::<8>(words, 8 * PAIR), signed_field::<8>(words, 16 + 8 * PAIR))
+    }
+}
+
+/// The field of `BITS` bits at `position` minus `2^(BITS − 1)`: with its top bit flipped it is a signed number.
+#[inline(always)]
+fn signed_field<const BITS: u32>(words: U32x32, position: u32) -> F32x32 {
+    #[inline(always)]
+    unsafe fn register<const BITS: u32>(words: __m256i, position: u32) -> __m256 {
+        // The top bits of all fields are flipped at once: one instruction for all columns of a word.
+        let top_bits = (u32::MAX / ((1 << BITS) - 1)) << (BITS - 1);
+        let up = 32u32.wrapping_sub(BITS).wrapping_sub(position) as i32;
+        // SAFETY: the caller has AVX2.
+        unsafe {
+            let flipped = _mm256_xor_si256(words, _mm256_set1_epi32(top_bits as i32));
+            let high = _mm256_sllv_epi32(flipped, _mm256_set1_epi32(up));
+            _mm256_cvtepi32_ps(_mm256_srav_epi32(high, _mm256_set1_epi32(32 - BITS as i32)))
+        }
+    }
+    // SAFETY: the words come from `Avx2::load_words`.
+    unsafe {
+        F32x32(
+            register::<BITS>(words.0, position),
+            register::<BITS>(words.1, position),
+            register::<BITS>(words.2, position),
+            register::<BITS>(words.3, position),
+        )
+    }
+}

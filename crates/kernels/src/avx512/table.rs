@@ -1,0 +1,32 @@
+use super::bf16_codec::Bf16Products;
+use super::vector::Avx512;
+use crate::accumulate::Accumulate;
+use crate::codec::{Bf16, Bits2, Bits4, Bits8};
+use crate::kernel_table::{kernel_table, product_shapes};
+use crate::packed_matrix::PanelEncoding;
+
+kernel_table! {
+    level: Avx512,
+    features: "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni",
+    bf16: bf16,
+    tile_rows: 8,
+    few_row_panels: 2,
+    queries: 4,
+    shapes: [(1, 2) (1, 1) (2, 2) (2, 1) (3, 1) (4, 1) (5, 1) (6, 1) (7, 1) (8, 1)],
+}
+
+product_shapes!(
+    bf16_products,
+    "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16",
+    [(1, 2)(1, 1)(2, 2)(2, 1)(3, 1)(4, 1)(5, 1)(6, 1)(7, 1)(8, 1)]
+);
+
+fn bf16(encoding: PanelEncoding, rows: usize, panels: usize) -> Accumulate {
+    match encoding {
+        PanelEncoding::Bits2 => bf16_products::<Bf16Products<Bits2>>(rows, panels),
+        PanelEncoding::Bits4 => bf16_products::<Bf16Products<Bits4>>(rows, panels),
+        PanelEncoding::Bits8 => bf16_products::<Bf16Products<Bits8>>(rows, panels),
+        PanelEncoding::Bf16 => bf16_products::<Bf16Products<Bf16>>(rows, panels),
+        PanelEncoding::F32 | PanelEncoding::F16 => unreachable!("{encoding:?} has no bf16 products"),
+    }
+}

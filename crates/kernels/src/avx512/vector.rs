@@ -1,0 +1,233 @@
+use std::arch::x86_64::*;
+
+use crate::vector::{LANES, Level, Vector};
+
+/// 32 lanes in two registers.
+#[derive(Clone, Copy)]
+pub(crate) struct F32x32(pub(super) __m512, pub(super) __m512);
+
+/// 32 words in two registers.
+#[derive(Clone, Copy)]
+pub(crate) struct U32x32(pub(super) __m512i, pub(super) __m512i);
+
+/// AVX-512 F, BW, VL, DQ and VNNI. A value exists only where the CPU has them.
+#[derive(Clone, Copy)]
+pub(crate) struct Avx512(());
+
+/// An intrinsic on both registers of its arguments.
+macro_rules! lanewise {
+    ($intrinsic:ident($($argument:expr),*)) => {
+        // SAFETY: values of these types exist only where `Avx512::assume` was sound.
+        unsafe { F32x32($intrinsic($($argument.0),*), $intrinsic($($argument.1),*)) }
+    };
+}
+
+/// A vector whose two registers are the values of an expression over the index of the register.
+macro_rules! registers {
+    ($kind:ident, |$i:ident| $value:expr) => {
+        // SAFETY: `Avx512` exists only where the CPU has the instructions, and the caller's arrays hold 32 elements.
+        unsafe {
+            $kind(
+                {
+                    let $i = 0usize;
+                    $value
+                },
+                {
+                    let $i = 1usize;
+                    $value
+                },
+            )
+        }
+    };
+}
+
+impl Vector for F32x32 {
+    #[inline(always)]
+    fn add(self, other: Self) -> Self {
+        lanewise!(_mm512_add_ps(self, other))
+    }
+
+    #[inline(always)]
+    fn sub(self, other: Self) -> Self {
+        lanewise!(_mm512_sub_ps(self, other))
+    }
+
+    #[inline(always)]
+    fn mul(self, other: Self) -> Self {
+        lanewise!(_mm512_mul_ps(self, other))
+    }
+
+    #[inline(always)]
+    fn div(self, other: Self) -> Self {
+        lanewise!(_mm512_div_ps(self, other))
+    }
+
+    #[inline(always)]
+    fn mul_add(self, factor: Self, addend: Self) -> Self {
+        lanewise!(_mm512_fmadd_ps(self, factor, addend))
+    }
+
+    #[inline(always)]
+    fn max(self, other: Self) -> Self {
+        lanewise!(_mm512_max_ps(self, other))
+    }
+
+    #[inline(always)]
+    fn min(self, other: Self) -> Self {
+        lanewise!(_mm512_min_ps(self, other))
+    }
+
+    #[inline(always)]
+    fn power_of_two(self) -> Self {
+        #[inline(always)]
+        unsafe fn register(lanes: __m512) -> __m512 {
+            // SAFETY: the caller has AVX-512.
+            unsafe {
+                let exponent = _mm512_slli_epi32::<23>(_mm512_castps_si512(lanes));
+                _mm512_castsi512_ps(_mm512_add_epi32(exponent, _mm512_set1_epi32(0x3f80_0000)))
+            }
+        }
+        lanewise!(register(self))
+    }
+
+    #[inline(always)]
+    fn store(self, out: &mut [f32; LANES]) {
+        let out = out.as_mut_ptr();
+        // SAFETY: `out` has room for two registers of sixteen lanes.
+        unsafe {
+            _mm512_storeu_ps(out, self.0);
+            _mm512_storeu_ps(out.add(16), self.1);
+        }
+    }
+}
+
+impl Level for Avx512 {
+    type Vector = F32x32;
+    type Words = U32x32;
+
+    #[inline(always)]
+    unsafe fn assume() -> Self {
+        Avx512(())
+    }
+
+    #[inline(always)]
+    fn splat(self, value: f32) -> F32x32 {
+        registers!(F32x32, |_i| _mm512_set1_ps(value))
+    }
+
+    #[inline(always)]
+    fn load(self, values: &[f32; LANES]) -> F32x32 {
+        registers!(F32x32, |i| _mm512_loadu_ps(values.as_ptr().add(16 * i)))
+    }
+
+    #[inline(always)]
+    fn load_words(self, bytes: &[u8; 4 * LANES]) -> U32x32 {
+        registers!(U32x32, |i| _mm512_loadu_si512(bytes.as_ptr().add(64 * i).cast()))
+    }
+
+    #[inline(always)]
+    fn load_f16(self, bytes: &[u8; 2 * LANES]) -> F32x32 {
+        registers!(F32x32, |i| _mm512_cvtph_ps(_mm256_loadu_si256(bytes.as_ptr().add(32 * i).cast())))
+    }
+
+    #[inline(always)]
+    fn load_bf16(self, bytes: &[u8; 2 * LANES]) -> F32x32 {
+        registers!(F32x32, |i| {
+            let halves = _mm256_loadu_si256(bytes.as_ptr().add(32 * i).cast());
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(halves)))
+        })
+    }
+
+    #[inline(always)]
+    fn load_i8(self, bytes: &[u8; LANES]) -> F32x32 {
+        registers!(F32x32, |i| {
+            _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes.as_ptr().add(16 * i).cast())))
+        })
+    }
+
+    #[inline(always)]
+    fn f32s(self, words: U32x32) -> F32x32 {
+        lanewise!(_mm512_castsi512_ps(words))
+    }
+
+    #[inline(always)]
+    fn bf16_pair(self, words: U32x32) -> (F32x32, F32x32) {
+        #[inline(always)]
+        unsafe fn lower(words: __m512i) -> __m512 {
+            // SAFETY: the caller has AVX-512.
+            unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(words)) }
+        }
+        #[inline(always)]
+        unsafe fn upper(words: __m512i) -> __m512 {
+            // SAFETY: the caller has AVX-512.
+            unsafe { _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(0xffff_0000_u32 as i32))) }
+        }
+        (lanewise!(lower(words)), lanewise!(upper(words)))
+    }
+
+    #[inline(always)]
+    fn bits2_pair<const PAIR: u32>(self, words: U32x32) -> (F32x32, F32x32) {
+        self.bf16_pair(looked_up(words, 2 * PAIR, BITS2_AS_BF16))
+    }
+
+    #[inline(always)]
+    fn bits4_pair<const PAIR: u32>(self, words: U32x32) -> (F32x32, F32x32) {
+        self.bf16_pair(looked_up(words, 4 * PAIR, BITS4_AS_BF16))
+    }
+
+    #[inline(always)]
+    fn bits8_pair<const PAIR: u32>(self, words: U32x32) -> (F32x32, F32x32) {
+        (signed_byte(words, 8 * PAIR), signed_byte(words, 16 + 8 * PAIR))
+    }
+}
+
+/// `(i mod 4) − 2` as bfloat16, exact.
+pub(super) const BITS2_AS_BF16: [u16; 32] = centred_codes(4);
+/// `(i mod 16) − 8` as bfloat16, exact.
+pub(super) const BITS4_AS_BF16: [u16; 32] = centred_codes(16);
+
+const fn centred_codes(count: usize) -> [u16; 32] {
+    let mut table = [0; 32];
+    let mut i = 0;
+    while i < 32 {
+        let value = (i % count) as f32 - (count / 2) as f32;
+        table[i] = (value.to_bits() >> 16) as u16;
+        i += 1;
+    }
+    table
+}
+
+/// The code at bit `position` of each half word through a table of 32 entries. The look-up reads five bits; the
+/// table repeats, so the bits above a code do not matter and need no mask.
+#[inline(always)]
+pub(super) fn looked_up(words: U32x32, position: u32, table: [u16; 32]) -> U32x32 {
+    #[inline(always)]
+    unsafe fn register(words: __m512i, position: u32, table: [u16; 32]) -> __m512i {
+        // SAFETY: the caller has AVX-512 BW; the table is as long as a register.
+        unsafe {
+            let table = _mm512_loadu_si512(table.as_ptr().cast());
+            let codes = _mm512_srlv_epi16(words, _mm512_set1_epi16(position as i16));
+            _mm512_permutexvar_epi16(codes, table)
+        }
+    }
+    // SAFETY: the words come from `Avx512::load_words`.
+    unsafe { U32x32(register(words.0, position, table), register(words.1, position, table)) }
+}
+
+/// The byte at `position` minus 128.
+#[inline(always)]
+pub(super) fn signed_byte(words: U32x32, position: u32) -> F32x32 {
+    #[inline(always)]
+    unsafe fn register(words: __m512i, position: u32) -> __m512 {
+        let up = 24u32.wrapping_sub(position);
+        // SAFETY: the caller has AVX-512.
+        unsafe {
+            // With its top bit flipped, code − 128 is a signed byte; one instruction flips all four columns.
+            let flipped = _mm512_xor_si512(words, _mm512_set1_epi32(0x8080_8080_u32 as i32));
+            let high = _mm512_sllv_epi32(flipped, _mm512_set1_epi32(up as i32));
+            _mm512_cvtepi32_ps(_mm512_srai_epi32::<24>(high))
+        }
+    }
+    // SAFETY: the words come from `Avx512::load_words`.
+    unsafe { F32x32(register(words.0, position), register(words.1, position)) }
+}

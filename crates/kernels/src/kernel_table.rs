@@ -1,0 +1,150 @@
+use crate::accumulate::Accumulate;
+use crate::attention::AttentionTask;
+use crate::packed_matrix::{Arithmetic, ColumnLayout, PanelEncoding};
+
+/// The functions of one CPU level.
+///
+/// Every entry is compiled for the instructions of its level as a whole, loops included, and may be called only on
+/// a CPU that has them.
+pub(crate) struct KernelTable {
+    /// Most rows of x that one call of an [`Accumulate`] takes.
+    pub(crate) tile_rows: usize,
+    /// Panels that an [`Accumulate`] of one or two rows takes at once, so that enough additions are under way.
+    pub(crate) few_row_panels: usize,
+    /// The [`Accumulate`] for so many rows and panels: up to `tile_rows` rows and one panel, or one or two rows and
+    /// `few_row_panels`.
+    pub(crate) accumulate: fn(PanelEncoding, Arithmetic, rows: usize, panels: usize) -> Accumulate,
+    /// A row of x as f32 in the column order of a layout, and its block sums.
+    pub(crate) pack_f32: unsafe fn(&ColumnLayout, &[f32], &mut [f32], &mut [f32]),
+    /// The same as bf16, two columns to a word.
+    pub(crate) pack_bf16: unsafe fn(&ColumnLayout, &[f32], &mut [u32], &mut [f32]),
+    pub(crate) rms_norm: unsafe fn(&[f32], &[f32], f32, &mut [f32]),
+    pub(crate) rotate: unsafe fn(&[f32], &[f32], &mut [f32]),
+    pub(crate) silu_multiply: unsafe fn(&[f32], &[f32], &mut [f32]),
+    pub(crate) add_assign: unsafe fn(&mut [f32], &[f32]),
+    pub(crate) attend: unsafe fn(&AttentionTask<'_>),
+}
+
+/// The table of a level: each generic body instantiated under the level's `target_feature`.
+///
+/// `queries` is how many queries attention keeps in registers, `shapes` the `(rows, panels)` of products.
+macro_rules! kernel_table {
+    (
+        level: $level:ty,
+        $(features: $features:literal,)?
+        bf16: $bf16:path,
+        tile_rows: $tile_rows:literal,
+        few_row_panels: $panels:literal,
+        queries: $queries:literal,
+        shapes: [$($shape:tt)+],
+    ) => {
+        /// The functions of this level.
+        pub(crate) static TABLE: $crate::kernel_table::KernelTable = $crate::kernel_table::KernelTable {
+            tile_rows: $tile_rows,
+            few_row_panels: $panels,
+            accumulate,
+            pack_f32,
+            pack_bf16,
+            rms_norm,
+            rotate,
+            silu_multiply,
+            add_assign,
+            attend,
+        };
+
+        fn accumulate(
+            encoding: $crate::packed_matrix::PanelEncoding,
+            arithmetic: $crate::packed_matrix::Arithmetic,
+            rows: usize,
+            panels: usize,
+        ) -> $crate::accumulate::Accumulate {
+            use $crate::codec::{self, F32Products};
+            use $crate::packed_matrix::{Arithmetic, PanelEncoding};
+            match (arithmetic, encoding) {
+                (Arithmetic::Bf16, _) => $bf16(encoding, rows, panels),
+                (Arithmetic::F32, PanelEncoding::Bits2) => f32_products::<F32Products<$level, codec::Bits2>>(rows, panels),
+                (Arithmetic::F32, PanelEncoding::Bits4) => f32_products::<F32Products<$level, codec::Bits4>>(rows, panels),
+                (Arithmetic::F32, PanelEncoding::Bits8) => f32_products::<F32Products<$level, codec::Bits8>>(rows, panels),
+                (Arithmetic::F32, PanelEncoding::F32) => f32_products::<F32Products<$level, codec::F32>>(rows, panels),
+                (Arithmetic::F32, PanelEncoding::F16) => f32_products::<F32Products<$level, codec::F16>>(rows, panels),
+                (Arithmetic::F32, PanelEncoding::Bf16) => f32_products::<F32Products<$level, codec::Bf16>>(rows, panels),
+            }
+        }
+
+        $crate::kernel_table::product_shapes!(f32_products, $($features,)? [$($shape)+]);
+
+        $(#[target_feature(enable = $features)])?
+        unsafe fn pack_f32(
+            layout: &$crate::packed_matrix::ColumnLayout,
+            x: &[f32],
+            out: &mut [f32],
+            block_sums: &mut [f32],
+        ) {
+            $crate::packed_input::pack_f32(layout, x, out, block_sums);
+        }
+
+        $(#[target_feature(enable = $features)])?
+        unsafe fn pack_bf16(
+            layout: &$crate::packed_matrix::ColumnLayout,
+            x: &[f32],
+            out: &mut [u32],
+            block_sums: &mut [f32],
+        ) {
+            $crate::packed_input::pack_bf16(layout, x, out, block_sums);
+        }
+
+        $(#[target_feature(enable = $features)])?
+        unsafe fn rms_norm(x: &[f32], weight: &[f32], epsilon: f32, out: &mut [f32]) {
+            // SAFETY: the caller has the level.
+            let level = unsafe { <$level as $crate::vector::Level>::assume() };
+            $crate::rms_norm::rms_norm(level, x, weight, epsilon, out);
+        }
+
+        $(#[target_feature(enable = $features)])?
+        unsafe fn rotate(cosines: &[f32], sines: &[f32], heads: &mut [f32]) {
+            $crate::rotary_table::rotate(cosines, sines, heads);
+        }
+
+        $(#[target_feature(enable = $features)])?
+        unsafe fn silu_multiply(gate: &[f32], up: &[f32], out: &mut [f32]) {
+            // SAFETY: the caller has the level.
+            let level = unsafe { <$level as $crate::vector::Level>::assume() };
+            $crate::silu::silu_multiply(level, gate, up, out);
+        }
+
+        $(#[target_feature(enable = $features)])?
+        unsafe fn add_assign(x: &mut [f32], y: &[f32]) {
+            for (x, y) in x.iter_mut().zip(y) {
+                *x += y;
+            }
+        }
+
+        $(#[target_feature(enable = $features)])?
+        unsafe fn attend(task: &$crate::attention::AttentionTask<'_>) {
+            // SAFETY: the caller has the level.
+            let level = unsafe { <$level as $crate::vector::Level>::assume() };
+            $crate::attention::attend::<$level, $queries>(level, task);
+        }
+    };
+}
+
+/// A function that finds the instantiation of the product body for a shape, under a level's `target_feature`.
+macro_rules! product_shapes {
+    ($name:ident, $($features:literal,)? [$(($rows:literal, $panels:literal))+]) => {
+        fn $name<C: $crate::codec::Codec>(rows: usize, panels: usize) -> $crate::accumulate::Accumulate {
+            $(#[target_feature(enable = $features)])?
+            unsafe fn product<C: $crate::codec::Codec, const ROWS: usize, const PANELS: usize>(
+                job: &$crate::accumulate::PanelJob<'_>,
+            ) {
+                // SAFETY: the caller has the level and a sound job.
+                unsafe { $crate::accumulate::accumulate::<C, ROWS, PANELS>(job) }
+            }
+            match (rows, panels) {
+                $(($rows, $panels) => product::<C, $rows, $panels>,)+
+                _ => unreachable!("no product of {rows} rows and {panels} panels"),
+            }
+        }
+    };
+}
+
+pub(crate) use {kernel_table, product_shapes};

@@ -1,0 +1,298 @@
+use kintsugi_runtime::{CpuFeatures, CpuLevel, Error, ErrorCode, Result, ThreadPool};
+use kintsugi_weights::{ElementType, LinearWeight, LowRank};
+
+use crate::attention::{AttentionTask, ROWS_PER_TASK};
+use crate::kernel_table::KernelTable;
+use crate::kv_pages::{AttentionSegment, KvPages, PAGE_POSITIONS};
+use crate::pack::{pack_factors, pack_linear};
+use crate::packed_matrix::Arithmetic;
+use crate::product::{Output, multiply};
+use crate::shared_rows::SharedRows;
+use crate::{PackedLowRank, PackedMatrix, RotaryTable, scalar};
+#[cfg(target_arch = "x86_64")]
+use crate::{avx2, avx512};
+
+/// Elements that are worth a task of their own in the element-wise operations.
+const TASK_ELEMENTS: usize = 1 << 14;
+
+/// Multiplications that are worth a thread of their own in attention.
+const TASK_MULTIPLICATIONS: usize = 1 << 17;
+
+/// How products are computed. A property of a packed matrix, whatever the number of rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Precision {
+    /// Activations and sums in f32.
+    F32,
+    /// Activations rounded to bf16 where the CPU multiplies bf16 and the weights are exact in it (codes and bf16),
+    /// f32 elsewhere; sums and low-rank parts in f32 in any case.
+    Exact,
+}
+
+/// The operations of one CPU level.
+///
+/// For one level and precision a result is the same bit for bit whatever the number of threads, and a row of a
+/// result whatever the other rows are.
+#[derive(Clone, Copy)]
+pub struct Kernels {
+    level: CpuLevel,
+    features: CpuFeatures,
+    table: &'static KernelTable,
+}
+
+impl std::fmt::Debug for Kernels {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Kernels").field("level", &self.level).field("features", &self.features).finish()
+    }
+}
+
+impl Kernels {
+    /// The operations of a level.
+    ///
+    /// # Errors
+    /// `ERR_CPU_LEVEL` when this CPU lacks the level.
+    pub fn new(level: CpuLevel) -> Result<Kernels> {
+        if !level.is_available() {
+            let message = format!("this CPU cannot run level '{}'", level.name());
+            return Err(Error::new(ErrorCode::CpuLevel, message)
+                .subject(level.name())
+                .hint(format!("Its best level is '{}'", CpuLevel::best().name())));
+        }
+        let table = match level {
+            #[cfg(target_arch = "x86_64")]
+            CpuLevel::Avx2 => &avx2::TABLE,
+            #[cfg(target_arch = "x86_64")]
+            CpuLevel::Avx512Vnni => &avx512::TABLE,
+            _ => &scalar::TABLE,
+        };
+        Ok(Kernels { level, features: CpuFeatures::detect(), table })
+    }
+
+    /// The operations of the level that `KINTSUGI_CPU` forces, else of the best.
+    ///
+    /// # Errors
+    /// `ERR_CPU_LEVEL` when `KINTSUGI_CPU` names no level or one that this CPU lacks.
+    pub fn selected() -> Result<Kernels> {
+        Kernels::new(CpuLevel::selected()?)
+    }
+
+    /// The level.
+    pub fn level(&self) -> CpuLevel {
+        self.level
+    }
+
+    /// The type that products with `weight` take activations in: bf16 or f32.
+    pub fn activation_type(&self, weight: &PackedMatrix) -> ElementType {
+        match self.arithmetic(weight) {
+            Arithmetic::F32 => ElementType::F32,
+            Arithmetic::Bf16 => ElementType::Bf16,
+        }
+    }
+
+    pub(crate) fn arithmetic(&self, weight: &PackedMatrix) -> Arithmetic {
+        let bf16 = self.level == CpuLevel::Avx512Vnni && self.features.avx512_bf16;
+        if weight.precision == Precision::Exact && bf16 && weight.main.encoding.fits_bf16() {
+            Arithmetic::Bf16
+        } else {
+            Arithmetic::F32
+        }
+    }
+
+    pub(crate) fn table(&self) -> &'static KernelTable {
+        self.table
+    }
+
+    /// Packs a Linear for [`product`](Self::product): its matrix with B of its compensation in the same panels, A
+    /// of the compensation, and its bias.
+    ///
+    /// # Errors
+    /// `ERR_SHAPE_MISMATCH` when the matrix has no rows or no columns, or bias or compensation do not fit it.
+    pub fn pack(&self, weight: &LinearWeight, precision: Precision, pool: &ThreadPool) -> Result<PackedMatrix> {
+        pack_linear(weight, precision, pool)
+    }
+
+    /// `y = W x + B (A x) + bias` for each row of `x`, `[count, in]`, into `y`, `[count, out]`.
+    ///
+    /// # Panics
+    /// When the lengths of `x` and `y` are not multiples of `in` and `out` by the same count.
+    pub fn product(&self, weight: &PackedMatrix, x: &[f32], y: &mut [f32], pool: &ThreadPool) {
+        check_product(weight.rows, weight.columns, x, y);
+        multiply(self, weight, x, y, Output::Set, pool);
+    }
+
+    /// Packs a low-rank update that is added per request.
+    ///
+    /// # Errors
+    /// `ERR_SHAPE_MISMATCH` when the update has no outputs or no inputs.
+    pub fn pack_low_rank(&self, factors: &LowRank, scaling: f32, pool: &ThreadPool) -> Result<PackedLowRank> {
+        let (out_features, in_features) = (factors.out_features(), factors.in_features());
+        if out_features == 0 || in_features == 0 {
+            let message = format!("a {out_features}×{in_features} update cannot be multiplied with");
+            return Err(Error::new(ErrorCode::ShapeMismatch, message).subject("LowRank"));
+        }
+        let factors = if factors.rank() > 0 { Some(pack_factors(factors, pool)?) } else { None };
+        Ok(PackedLowRank { out_features, in_features, scaling, factors })
+    }
+
+    /// `y += scaling · B (A x)` for each row of `x`, `[count, in]`, into `y`, `[count, out]`, in f32.
+    ///
+    /// # Panics
+    /// When the lengths of `x` and `y` are not multiples of `in` and `out` by the same count.
+    pub fn accumulate_low_rank(&self, factors: &PackedLowRank, x: &[f32], y: &mut [f32], pool: &ThreadPool) {
+        check_product(factors.out_features, factors.in_features, x, y);
+        let Some((a, b)) = &factors.factors else { return };
+        let mut projected = vec![0.0; x.len() / a.columns * a.rows];
+        multiply(self, a, x, &mut projected, Output::Set, pool);
+        projected.iter_mut().for_each(|value| *value *= factors.scaling);
+        multiply(self, b, &projected, y, Output::Add, pool);
+    }
+
+    /// `out = weight · x / √(mean(x²) + epsilon)` for each row of `weight.len()`.
+    ///
+    /// # Panics
+    /// When `x` is not whole rows or `out` has another length.
+    pub fn rms_norm(&self, x: &[f32], weight: &[f32], epsilon: f32, out: &mut [f32], pool: &ThreadPool) {
+        let width = weight.len();
+        assert!(width > 0 && x.len().is_multiple_of(width), "{} values are not rows of {width}", x.len());
+        assert_eq!(x.len(), out.len(), "rms_norm writes as many values as it reads");
+        let chunk = (TASK_ELEMENTS / width).max(1) * width;
+        pool.for_each_chunk(out, chunk, |task, out| {
+            let x = &x[task * chunk..][..out.len()];
+            // SAFETY: this CPU has the level of the table.
+            unsafe { (self.table.rms_norm)(x, weight, epsilon, out) }
+        });
+    }
+
+    /// Turns the heads of each row of `x`, `[rows, heads · headDim]`, to its position.
+    ///
+    /// # Panics
+    /// When `x` does not have one row per position, or a position is not in the table.
+    pub fn rotate(&self, table: &RotaryTable, positions: &[u32], heads: usize, x: &mut [f32], pool: &ThreadPool) {
+        let width = heads * table.head_dim();
+        assert_eq!(x.len(), positions.len() * width, "x has one row of {width} per position");
+        if let Some(position) = positions.iter().find(|&&position| position as usize >= table.positions()) {
+            panic!("position {position} is not in a rotary table of {}", table.positions());
+        }
+        let rows = (TASK_ELEMENTS / width.max(1)).max(1);
+        pool.for_each_chunk(x, rows * width, |task, x| {
+            for (x, &position) in x.chunks_exact_mut(width).zip(&positions[task * rows..]) {
+                let (cosines, sines) = table.row(position as usize);
+                // SAFETY: this CPU has the level of the table.
+                unsafe { (self.table.rotate)(cosines, sines, x) }
+            }
+        });
+    }
+
+    /// `out = silu(gate) · up`, element by element.
+    ///
+    /// # Panics
+    /// When the lengths differ.
+    pub fn silu_multiply(&self, gate: &[f32], up: &[f32], out: &mut [f32], pool: &ThreadPool) {
+        assert!(gate.len() == up.len() && up.len() == out.len(), "silu_multiply works on equal lengths");
+        pool.for_each_chunk(out, TASK_ELEMENTS, |task, out| {
+            let range = task * TASK_ELEMENTS..task * TASK_ELEMENTS + out.len();
+            // SAFETY: this CPU has the level of the table.
+            unsafe { (self.table.silu_multiply)(&gate[range.clone()], &up[range], out) }
+        });
+    }
+
+    /// `x += y`, element by element.
+    ///
+    /// # Panics
+    /// When the lengths differ.
+    pub fn add_assign(&self, x: &mut [f32], y: &[f32], pool: &ThreadPool) {
+        assert_eq!(x.len(), y.len(), "add_assign works on equal lengths");
+        pool.for_each_chunk(x, TASK_ELEMENTS, |task, x| {
+            // SAFETY: this CPU has the level of the table.
+            unsafe { (self.table.add_assign)(x, &y[task * TASK_ELEMENTS..][..x.len()]) }
+        });
+    }
+
+    /// Stores the keys and values of every segment's rows, `[rows, kvHeads · headDim]`, in its pages.
+    ///
+    /// # Panics
+    /// When `k` or `v` are not whole rows, a segment has rows that they lack, or its pages do not reach its last
+    /// position or do not exist.
+    pub fn write_kv(&self, pages: &mut KvPages, segments: &[AttentionSegment<'_>], k: &[f32], v: &[f32]) {
+        let width = pages.kv_heads() * pages.head_dim();
+        assert!(k.len().is_multiple_of(width) && k.len() == v.len(), "keys and values are rows of {width}");
+        for segment in segments {
+            check_segment(segment, pages, k.len() / width);
+            pages.write(segment, k, v);
+        }
+    }
+
+    /// Causal attention: query head `h` of a row attends, with scores `scale · q · k`, to the positions of its
+    /// segment up to its own, with key-value head `h / (heads / kvHeads)`. `q` and `out` are `[rows, heads · headDim]`;
+    /// the keys and values of the rows must have been written. Rows of no segment are left as they are.
+    ///
+    /// # Panics
+    /// When `heads` is not a multiple of the key-value heads, `q` is not whole rows or `out` has another length, a
+    /// segment has rows that they lack, its pages do not reach its last position or do not exist, or segments
+    /// overlap.
+    pub fn attention(
+        &self,
+        q: &[f32],
+        heads: usize,
+        pages: &KvPages,
+        segments: &[AttentionSegment<'_>],
+        scale: f32,
+        out: &mut [f32],
+        pool: &ThreadPool,
+    ) {
+        let width = heads * pages.head_dim();
+        assert!(heads > 0 && heads.is_multiple_of(pages.kv_heads()), "{heads} heads do not share {}", pages.kv_heads());
+        assert!(q.len().is_multiple_of(width) && q.len() == out.len(), "queries and outputs are rows of {width}");
+        let rows = q.len() / width;
+        let mut taken = vec![false; rows];
+        for segment in segments {
+            check_segment(segment, pages, rows);
+            for taken in &mut taken[segment.rows.clone()] {
+                assert!(!std::mem::replace(taken, true), "segments share a row");
+            }
+        }
+        let out = SharedRows::new(out, width);
+        let mut tasks = Vec::new();
+        let mut multiplications = 0;
+        for segment in segments {
+            multiplications += segment.rows.len() * segment.positions() * width * 2;
+            for start in segment.rows.clone().step_by(ROWS_PER_TASK) {
+                let rows = start..segment.rows.end.min(start + ROWS_PER_TASK);
+                tasks.extend((0..pages.kv_heads()).map(|kv_head| AttentionTask {
+                    pages,
+                    segment,
+                    rows: rows.clone(),
+                    kv_head,
+                    heads,
+                    scale,
+                    q,
+                    out: &out,
+                }));
+            }
+        }
+        let chunks = (multiplications / TASK_MULTIPLICATIONS).clamp(1, tasks.len().max(1));
+        pool.for_each(chunks, |chunk| {
+            for task in &tasks[chunk * tasks.len() / chunks..(chunk + 1) * tasks.len() / chunks] {
+                // SAFETY: this CPU has the level of the table; rows and heads of the tasks are disjoint.
+                unsafe { (self.table.attend)(task) }
+            }
+        });
+    }
+}
+
+fn check_product(rows: usize, columns: usize, x: &[f32], y: &[f32]) {
+    let count = x.len() / columns;
+    assert!(
+        x.len() == count * columns && y.len() == count * rows,
+        "{} inputs and {} outputs do not fit a {rows}×{columns} product",
+        x.len(),
+        y.len()
+    );
+}
+
+fn check_segment(segment: &AttentionSegment<'_>, pages: &KvPages, rows: usize) {
+    assert!(segment.rows.start <= segment.rows.end && segment.rows.end <= rows, "a segment has rows beyond {rows}");
+    let needed = segment.positions().div_ceil(PAGE_POSITIONS);
+    assert!(segment.pages.len() >= needed, "{} positions need {needed} pages", segment.positions());
+    let exist = segment.pages[..needed].iter().all(|&page| (page as usize) < pages.page_count());
+    assert!(exist, "a segment has a page beyond {}", pages.page_count());
+}

@@ -1,0 +1,202 @@
+use half::{bf16, f16};
+use kintsugi_runtime::{Error, ErrorCode, Result, ThreadPool};
+use kintsugi_weights::{DenseMatrix, DenseValues, ElementType, LinearWeight, LowRank, QuantizedMatrix, WeightMatrix};
+
+use crate::Precision;
+use crate::accumulate::GridParameters;
+use crate::aligned_bytes::AlignedBytes;
+use crate::packed_matrix::{ColumnLayout, Compensation, PackedMatrix, PanelEncoding, Section};
+use crate::vector::LANES;
+
+/// Packs a Linear: matrix, compensation and bias.
+pub(crate) fn pack_linear(weight: &LinearWeight, precision: Precision, pool: &ThreadPool) -> Result<PackedMatrix> {
+    let (rows, columns) = (weight.matrix.rows(), weight.matrix.columns());
+    if let Some(bias) = weight.bias.as_ref().filter(|bias| bias.len() != rows) {
+        return Err(mismatch(format!("the bias of {rows} outputs has {} values", bias.len())));
+    }
+    let low_rank = match &weight.low_rank {
+        Some(factors) if factors.out_features() != rows || factors.in_features() != columns => {
+            let (b, a) = (factors.out_features(), factors.in_features());
+            return Err(mismatch(format!("a {b}×{a} low-rank update does not fit a {rows}×{columns} matrix")));
+        }
+        Some(factors) if factors.rank() > 0 => Some(factor_matrices(factors)),
+        _ => None,
+    };
+    let (a, b) = match low_rank {
+        Some((a, b)) => (Some(pack_dense(a, Precision::F32, pool)?), Some(b)),
+        None => (None, None),
+    };
+    pack_panels(&weight.matrix, b.as_ref(), a, weight.bias.clone(), precision, pool)
+}
+
+/// Packs both factors of an update as matrices of their own: A and B.
+pub(crate) fn pack_factors(factors: &LowRank, pool: &ThreadPool) -> Result<(PackedMatrix, PackedMatrix)> {
+    let (a, b) = factor_matrices(factors);
+    Ok((pack_dense(a, Precision::F32, pool)?, pack_dense(b, Precision::F32, pool)?))
+}
+
+fn pack_dense(matrix: DenseMatrix, precision: Precision, pool: &ThreadPool) -> Result<PackedMatrix> {
+    pack_panels(&WeightMatrix::Dense(matrix), None, None, None, precision, pool)
+}
+
+/// A `[rank, in]` and B `[out, rank]` in the type that they are rounded to.
+fn factor_matrices(factors: &LowRank) -> (DenseMatrix, DenseMatrix) {
+    let matrix = |rows, columns, values: &[f32]| {
+        let values = match factors.factor_type() {
+            ElementType::F32 => DenseValues::F32(values.to_vec()),
+            ElementType::F16 => DenseValues::F16(values.iter().map(|&value| f16::from_f32(value)).collect()),
+            ElementType::Bf16 => DenseValues::Bf16(values.iter().map(|&value| bf16::from_f32(value)).collect()),
+        };
+        DenseMatrix::new(rows, columns, values)
+    };
+    (
+        matrix(factors.rank(), factors.in_features(), factors.a()),
+        matrix(factors.out_features(), factors.rank(), factors.b()),
+    )
+}
+
+fn pack_panels(
+    matrix: &WeightMatrix,
+    b: Option<&DenseMatrix>,
+    a: Option<PackedMatrix>,
+    bias: Option<Vec<f32>>,
+    precision: Precision,
+    pool: &ThreadPool,
+) -> Result<PackedMatrix> {
+    let (rows, columns) = (matrix.rows(), matrix.columns());
+    if rows == 0 || columns == 0 || u32::try_from(columns).is_err() {
+        return Err(mismatch(format!("a {rows}×{columns} matrix cannot be multiplied with")));
+    }
+    let main = match matrix {
+        WeightMatrix::Dense(matrix) => dense_section(matrix, 0),
+        WeightMatrix::Quantized(matrix) => quantized_section(matrix),
+    };
+    let b_section = b.map(|b| dense_section(b, main.bytes()));
+    let panel_bytes = main.bytes() + b_section.as_ref().map_or(0, Section::bytes);
+    let bytes = panel_bytes
+        .checked_mul(rows.div_ceil(LANES))
+        .filter(|&bytes| isize::try_from(bytes).is_ok())
+        .ok_or_else(|| mismatch(format!("a {rows}×{columns} matrix does not fit into memory")))?;
+    let mut panels = AlignedBytes::zeroed(bytes);
+    pool.for_each_chunk(panels.as_mut_slice(), panel_bytes, |panel, bytes| {
+        match matrix {
+            WeightMatrix::Dense(matrix) => write_dense(matrix, &main, panel, bytes),
+            WeightMatrix::Quantized(matrix) => write_quantized(matrix, &main, panel, bytes),
+        }
+        if let (Some(b), Some(section)) = (b, &b_section) {
+            write_dense(b, section, panel, bytes);
+        }
+    });
+    let compensation = a.zip(b_section).map(|(a, b)| Compensation { a: Box::new(a), b });
+    Ok(PackedMatrix { rows, columns, precision, main, compensation, bias, panel_bytes, panels })
+}
+
+fn dense_section(matrix: &DenseMatrix, offset: usize) -> Section {
+    let encoding = PanelEncoding::of_element(matrix.element_type());
+    let layout = ColumnLayout::plain(matrix.columns(), encoding.step_columns());
+    Section { encoding, layout, grid: None, offset }
+}
+
+fn quantized_section(matrix: &QuantizedMatrix) -> Section {
+    let encoding = PanelEncoding::of_bits(matrix.bits());
+    let layout = ColumnLayout::grouped(
+        matrix.columns(),
+        matrix.groups(),
+        encoding.step_columns(),
+        |column| matrix.group_of(column),
+        matrix.group_index().is_some(),
+    );
+    // A scale that its declared type does not hold exactly (NaN among them) is kept as it is.
+    let declared = matrix.scale_type();
+    let exact = matrix.scales().iter().all(|&scale| declared.round(scale) == scale);
+    let scale_type = if exact { declared } else { ElementType::F32 };
+    let zero_points = matrix.zero_points().is_some();
+    Section { encoding, layout, grid: Some(GridParameters { scale_type, zero_points }), offset: 0 }
+}
+
+/// Writes the rows of a panel. Rows past the end stay zero.
+fn write_dense(matrix: &DenseMatrix, section: &Section, panel: usize, bytes: &mut [u8]) {
+    let first = panel * LANES;
+    let rows = LANES.min(matrix.rows() - first);
+    let columns = matrix.columns();
+    let bytes = &mut bytes[section.offset..][..section.bytes()];
+    for row in 0..rows {
+        let range = (first + row) * columns..(first + row + 1) * columns;
+        match matrix.values() {
+            DenseValues::F32(values) => {
+                for (column, value) in values[range].iter().enumerate() {
+                    bytes[(column * LANES + row) * 4..][..4].copy_from_slice(&value.to_le_bytes());
+                }
+            }
+            DenseValues::F16(values) => {
+                for (column, value) in values[range].iter().enumerate() {
+                    bytes[(column * LANES + row) * 2..][..2].copy_from_slice(&value.to_le_bytes());
+                }
+            }
+            DenseValues::Bf16(values) => {
+                for (column, value) in values[range].iter().enumerate() {
+                    let word = (column / 2 * LANES + row) * 4;
+                    bytes[word + column % 2 * 2..][..2].copy_from_slice(&value.to_le_bytes());
+                }
+            }
+        }
+    }
+}
+
+/// Writes the rows of a panel: codes, scales and zero points of each block. Padding is the code of value zero, with
+/// scale zero in the rows past the end.
+fn write_quantized(matrix: &QuantizedMatrix, section: &Section, panel: usize, bytes: &mut [u8]) {
+    let (Some(grid), Some(bits)) = (section.grid, section.encoding.code_bits()) else { return };
+    let first = panel * LANES;
+    let rows = LANES.min(matrix.rows() - first);
+    let (columns, groups) = (matrix.columns(), matrix.groups());
+    let step_columns = section.encoding.step_columns();
+    let centre = 1u32 << (bits - 1);
+    // Codes of 3 bits move to the middle of the 4-bit range, so that their centre is the same as there.
+    let shift = centre - (1 << (matrix.bits() - 1));
+    let shifts: Vec<u32> = (0..step_columns as u32).map(|column| column % 2 * 16 + column / 2 * bits).collect();
+    let padding: u32 = shifts.iter().map(|shift| centre << shift).sum();
+
+    let mut at = section.offset;
+    for (block, &steps) in section.layout.blocks.iter().zip(&section.layout.steps) {
+        for step in 0..steps as usize {
+            let start = block.start + step * step_columns;
+            let count = step_columns.min(block.start + block.columns - start);
+            for row in 0..LANES {
+                let mut word = padding;
+                if row < rows {
+                    let codes = &matrix.codes()[(first + row) * columns..][..columns];
+                    for (place, &position) in (start..start + count).zip(&shifts) {
+                        let code = u32::from(codes[section.layout.column(place)]) + shift;
+                        word ^= (code ^ centre) << position;
+                    }
+                }
+                bytes[at + row * 4..][..4].copy_from_slice(&word.to_le_bytes());
+            }
+            at += 4 * LANES;
+        }
+        for row in 0..rows {
+            let scale = matrix.scales()[(first + row) * groups + block.group];
+            let size = grid.scale_type.bits() / 8;
+            let out = &mut bytes[at + row * size..][..size];
+            match grid.scale_type {
+                ElementType::F32 => out.copy_from_slice(&scale.to_le_bytes()),
+                ElementType::F16 => out.copy_from_slice(&f16::from_f32(scale).to_le_bytes()),
+                ElementType::Bf16 => out.copy_from_slice(&bf16::from_f32(scale).to_le_bytes()),
+            }
+        }
+        at += LANES * grid.scale_type.bits() / 8;
+        if grid.zero_points {
+            for row in 0..rows {
+                let zero = u32::from(matrix.zero_point(first + row, block.group)) + shift;
+                // Relative to the centre, as a signed byte.
+                bytes[at + row] = zero.wrapping_sub(centre) as u8;
+            }
+            at += LANES;
+        }
+    }
+}
+
+fn mismatch(message: String) -> Error {
+    Error::new(ErrorCode::ShapeMismatch, message).subject("LinearWeight")
+}

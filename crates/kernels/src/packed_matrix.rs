@@ -1,0 +1,297 @@
+use kintsugi_weights::ElementType;
+
+use crate::Precision;
+use crate::accumulate::GridParameters;
+use crate::aligned_bytes::AlignedBytes;
+use crate::vector::LANES;
+
+/// A [`LinearWeight`](kintsugi_weights::LinearWeight) in the layout that products read.
+///
+/// Rows are packed in panels of 32, each contiguous: for each block of columns the codes, then 32 scales in their
+/// stored type, then 32 zero points; after the last block the rows of B of the low-rank compensation. So a product
+/// streams one sequence of bytes per panel, compensation included. A of the compensation is a `PackedMatrix` of its
+/// own.
+#[derive(Clone)]
+pub struct PackedMatrix {
+    pub(crate) rows: usize,
+    pub(crate) columns: usize,
+    pub(crate) precision: Precision,
+    pub(crate) main: Section,
+    pub(crate) compensation: Option<Compensation>,
+    pub(crate) bias: Option<Vec<f32>>,
+    pub(crate) panel_bytes: usize,
+    pub(crate) panels: AlignedBytes,
+}
+
+/// The low-rank part `B (A x)` of a packed matrix.
+#[derive(Clone)]
+pub(crate) struct Compensation {
+    /// A, `[rank, in]`.
+    pub(crate) a: Box<PackedMatrix>,
+    /// Where the rows of B are in each panel.
+    pub(crate) b: Section,
+}
+
+/// A part of every panel: a matrix in one encoding.
+#[derive(Clone)]
+pub(crate) struct Section {
+    pub(crate) encoding: PanelEncoding,
+    pub(crate) layout: ColumnLayout,
+    /// Scales and zero points after the codes of each block; `None` for plain floats.
+    pub(crate) grid: Option<GridParameters>,
+    /// Bytes from the start of a panel.
+    pub(crate) offset: usize,
+}
+
+/// Which columns of x a matrix reads in which order, and in which blocks.
+///
+/// A block is a run of columns with one scale per row, padded with columns of value zero to whole steps.
+#[derive(Clone, Default)]
+pub(crate) struct ColumnLayout {
+    /// The column of x at each place; `None` when that is the place itself.
+    pub(crate) order: Option<Vec<u32>>,
+    pub(crate) blocks: Vec<ColumnBlock>,
+    /// Steps of each block, once more for the kernels.
+    pub(crate) steps: Vec<u32>,
+    /// Columns of a step.
+    pub(crate) step_columns: usize,
+}
+
+/// A run of columns that share a scale.
+#[derive(Clone, Copy)]
+pub(crate) struct ColumnBlock {
+    /// The first place in the order of columns.
+    pub(crate) start: usize,
+    /// Number of columns.
+    pub(crate) columns: usize,
+    /// The group that the scale comes from.
+    pub(crate) group: usize,
+}
+
+/// How columns are encoded in a panel; the types in [`codec`](crate::codec) are the same, for the compiler.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum PanelEncoding {
+    Bits2,
+    Bits4,
+    Bits8,
+    F32,
+    F16,
+    Bf16,
+}
+
+/// The type that products are computed in; sums are f32 in both.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Arithmetic {
+    F32,
+    Bf16,
+}
+
+impl PackedMatrix {
+    /// Number of outputs.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Number of inputs.
+    pub fn columns(&self) -> usize {
+        self.columns
+    }
+
+    /// How products with this matrix are computed.
+    pub fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    /// Bytes that this matrix takes in memory, compensation and bias included.
+    pub fn memory_bytes(&self) -> usize {
+        let compensation = self
+            .compensation
+            .as_ref()
+            .map_or(0, |part| part.a.memory_bytes() + part.b.layout.memory_bytes() + size_of::<PackedMatrix>());
+        let bias = self.bias.as_ref().map_or(0, |bias| size_of_val(bias.as_slice()));
+        self.panels.len() + self.main.layout.memory_bytes() + compensation + bias
+    }
+
+    /// Number of panels.
+    pub(crate) fn panel_count(&self) -> usize {
+        self.rows.div_ceil(LANES)
+    }
+}
+
+impl std::fmt::Debug for PackedMatrix {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("PackedMatrix")
+            .field("rows", &self.rows)
+            .field("columns", &self.columns)
+            .field("precision", &self.precision)
+            .field("encoding", &self.main.encoding)
+            .field("rank", &self.compensation.as_ref().map_or(0, |part| part.a.rows))
+            .field("bytes", &self.memory_bytes())
+            .finish()
+    }
+}
+
+impl Section {
+    /// Bytes of this section in each panel.
+    pub(crate) fn bytes(&self) -> usize {
+        let steps: usize = self.layout.steps.iter().map(|&steps| steps as usize).sum();
+        steps * self.encoding.step_bytes() + self.layout.steps.len() * self.grid.map_or(0, GridParameters::bytes)
+    }
+}
+
+impl ColumnLayout {
+    /// Longest block: a float sum over more columns than this is split, which bounds its rounding error, and a
+    /// longer group of a grid repeats its scale (under 1 % of the bytes).
+    pub(crate) const BLOCK_COLUMNS: usize = 512;
+
+    /// The columns in their own order.
+    pub(crate) fn plain(columns: usize, step_columns: usize) -> Self {
+        let mut layout = ColumnLayout { step_columns, ..Self::default() };
+        layout.push_group(0, columns, 0);
+        layout
+    }
+
+    /// The columns group by group, where `group_of` tells the group of each of them.
+    pub(crate) fn grouped(
+        columns: usize,
+        groups: usize,
+        step_columns: usize,
+        group_of: impl Fn(usize) -> usize,
+        reordered: bool,
+    ) -> Self {
+        let mut layout = ColumnLayout { step_columns, ..Self::default() };
+        let mut sizes = vec![0; groups];
+        (0..columns).for_each(|column| sizes[group_of(column)] += 1);
+        let mut start = 0;
+        for (group, &size) in sizes.iter().enumerate() {
+            layout.push_group(start, size, group);
+            start += size;
+        }
+        if reordered {
+            let mut order: Vec<u32> = (0..columns as u32).collect();
+            order.sort_by_key(|&column| group_of(column as usize));
+            layout.order = Some(order);
+        }
+        layout
+    }
+
+    fn push_group(&mut self, start: usize, columns: usize, group: usize) {
+        for first in (0..columns).step_by(Self::BLOCK_COLUMNS) {
+            let columns = (columns - first).min(Self::BLOCK_COLUMNS);
+            self.blocks.push(ColumnBlock { start: start + first, columns, group });
+            self.steps.push(columns.div_ceil(self.step_columns) as u32);
+        }
+    }
+
+    /// Columns with the padding of each block.
+    pub(crate) fn padded_columns(&self) -> usize {
+        self.steps.iter().map(|&steps| steps as usize * self.step_columns).sum()
+    }
+
+    /// The column of x at a place.
+    pub(crate) fn column(&self, place: usize) -> usize {
+        match &self.order {
+            Some(order) => order[place] as usize,
+            None => place,
+        }
+    }
+
+    fn memory_bytes(&self) -> usize {
+        self.order.as_ref().map_or(0, |order| size_of_val(order.as_slice()))
+            + size_of_val(self.blocks.as_slice())
+            + size_of_val(self.steps.as_slice())
+    }
+}
+
+impl PanelEncoding {
+    /// The encoding of codes of that many bits. Codes of 3 bits are kept in 4.
+    pub(crate) fn of_bits(bits: u8) -> Self {
+        match bits {
+            2 => PanelEncoding::Bits2,
+            3 | 4 => PanelEncoding::Bits4,
+            _ => PanelEncoding::Bits8,
+        }
+    }
+
+    /// The encoding of plain floats.
+    pub(crate) fn of_element(element: ElementType) -> Self {
+        match element {
+            ElementType::F32 => PanelEncoding::F32,
+            ElementType::F16 => PanelEncoding::F16,
+            ElementType::Bf16 => PanelEncoding::Bf16,
+        }
+    }
+
+    /// Columns of a step.
+    pub(crate) fn step_columns(self) -> usize {
+        match self {
+            PanelEncoding::Bits2 => 16,
+            PanelEncoding::Bits4 => 8,
+            PanelEncoding::Bits8 | PanelEncoding::F32 | PanelEncoding::F16 | PanelEncoding::Bf16 => 4,
+        }
+    }
+
+    /// Bits of a column of a row; `None` for floats.
+    pub(crate) fn code_bits(self) -> Option<u32> {
+        match self {
+            PanelEncoding::Bits2 => Some(2),
+            PanelEncoding::Bits4 => Some(4),
+            PanelEncoding::Bits8 => Some(8),
+            PanelEncoding::F32 | PanelEncoding::F16 | PanelEncoding::Bf16 => None,
+        }
+    }
+
+    /// Bytes of a step of a panel.
+    pub(crate) fn step_bytes(self) -> usize {
+        let column_bytes = match self {
+            PanelEncoding::F32 => 4,
+            PanelEncoding::F16 | PanelEncoding::Bf16 => 2,
+            PanelEncoding::Bits2 | PanelEncoding::Bits4 | PanelEncoding::Bits8 => return 4 * LANES,
+        };
+        self.step_columns() * column_bytes * LANES
+    }
+
+    /// Whether the encoded values are exact in bf16.
+    pub(crate) fn fits_bf16(self) -> bool {
+        !matches!(self, PanelEncoding::F32 | PanelEncoding::F16)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::codec::{self, Encoding};
+    use crate::scalar::Scalar;
+
+    fn check<E: Encoding<Scalar>>(encoding: PanelEncoding) {
+        assert_eq!((encoding.step_columns(), encoding.step_bytes()), (E::COLUMNS, E::BYTES), "{encoding:?}");
+    }
+
+    #[test]
+    fn the_packer_and_the_kernels_agree_about_steps() {
+        check::<codec::Bits2>(PanelEncoding::Bits2);
+        check::<codec::Bits4>(PanelEncoding::Bits4);
+        check::<codec::Bits8>(PanelEncoding::Bits8);
+        check::<codec::F32>(PanelEncoding::F32);
+        check::<codec::F16>(PanelEncoding::F16);
+        check::<codec::Bf16>(PanelEncoding::Bf16);
+    }
+
+    #[test]
+    fn groups_become_runs_of_columns_in_their_order() {
+        let group_of = |column: usize| [1, 0, 1, 0, 0, 3][column];
+        let layout = ColumnLayout::grouped(6, 4, 4, group_of, true);
+        assert_eq!(layout.order.as_deref(), Some(&[1, 3, 4, 0, 2, 5][..]));
+        let blocks: Vec<_> = layout.blocks.iter().map(|block| (block.start, block.columns, block.group)).collect();
+        assert_eq!(blocks, [(0, 3, 0), (3, 2, 1), (5, 1, 3)]);
+        assert_eq!(layout.padded_columns(), 12);
+    }
+
+    #[test]
+    fn long_groups_are_split() {
+        let layout = ColumnLayout::plain(1030, 8);
+        let blocks: Vec<_> = layout.blocks.iter().map(|block| (block.start, block.columns)).collect();
+        assert_eq!(blocks, [(0, 512), (512, 512), (1024, 6)]);
+        assert_eq!(layout.steps, [64, 64, 1]);
+    }
+}

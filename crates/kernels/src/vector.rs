@@ -1,0 +1,115 @@
+/// Lanes of a [`Vector`] and rows of a panel of a packed matrix.
+pub(crate) const LANES: usize = 32;
+
+/// 32 f32 values in the registers of one CPU level.
+///
+/// A value can only come from a [`Level`], whose construction promises the instructions; so arithmetic on values is
+/// safe.
+pub(crate) trait Vector: Copy {
+    fn add(self, other: Self) -> Self;
+    fn sub(self, other: Self) -> Self;
+    fn mul(self, other: Self) -> Self;
+    fn div(self, other: Self) -> Self;
+    /// `self · factor + addend`, with one rounding where the level has fused products and two where not.
+    fn mul_add(self, factor: Self, addend: Self) -> Self;
+    /// The larger of each lane; `other` where either is NaN.
+    fn max(self, other: Self) -> Self;
+    /// The smaller of each lane; `other` where either is NaN.
+    fn min(self, other: Self) -> Self;
+    /// `2^n` where every lane holds `n + 1.5·2^23` with an integer n in −126…127.
+    fn power_of_two(self) -> Self;
+    fn store(self, out: &mut [f32; LANES]);
+
+    /// The lanes in memory.
+    #[inline(always)]
+    fn to_array(self) -> [f32; LANES] {
+        let mut lanes = [0.0; LANES];
+        self.store(&mut lanes);
+        lanes
+    }
+
+    /// Sum of the lanes, in an order that is the same at every level.
+    #[inline(always)]
+    fn sum(self) -> f32 {
+        fold(self.to_array(), |a, b| a + b)
+    }
+
+    /// Largest lane. What comes out when a lane is NaN is not specified.
+    #[inline(always)]
+    fn maximum(self) -> f32 {
+        fold(self.to_array(), |a, b| if a > b { a } else { b })
+    }
+}
+
+/// The instructions of one CPU level. A value is the proof that this CPU has them.
+pub(crate) trait Level: Copy {
+    type Vector: Vector;
+    /// 32 words of 32 bit as they lie in a panel.
+    type Words: Copy;
+
+    /// # Safety
+    /// The CPU must have the instructions of the level.
+    unsafe fn assume() -> Self;
+
+    fn splat(self, value: f32) -> Self::Vector;
+    fn load(self, values: &[f32; LANES]) -> Self::Vector;
+    /// Little-endian words without alignment.
+    fn load_words(self, bytes: &[u8; 4 * LANES]) -> Self::Words;
+    /// binary16 to f32.
+    fn load_f16(self, bytes: &[u8; 2 * LANES]) -> Self::Vector;
+    /// bfloat16 to f32.
+    fn load_bf16(self, bytes: &[u8; 2 * LANES]) -> Self::Vector;
+    /// Signed bytes to f32.
+    fn load_i8(self, bytes: &[u8; LANES]) -> Self::Vector;
+    /// The words as binary32.
+    fn f32s(self, words: Self::Words) -> Self::Vector;
+    /// The lower and the upper half of each word as bfloat16.
+    fn bf16_pair(self, words: Self::Words) -> (Self::Vector, Self::Vector);
+    /// Columns `2·PAIR` and `2·PAIR + 1` of words of sixteen 2-bit codes, minus 2.
+    fn bits2_pair<const PAIR: u32>(self, words: Self::Words) -> (Self::Vector, Self::Vector);
+    /// Columns `2·PAIR` and `2·PAIR + 1` of words of eight 4-bit codes, minus 8.
+    fn bits4_pair<const PAIR: u32>(self, words: Self::Words) -> (Self::Vector, Self::Vector);
+    /// Columns `2·PAIR` and `2·PAIR + 1` of words of four 8-bit codes, minus 128.
+    fn bits8_pair<const PAIR: u32>(self, words: Self::Words) -> (Self::Vector, Self::Vector);
+}
+
+/// Folds halves onto each other: 32, 16, 8, 4, 2, 1.
+#[inline(always)]
+fn fold(mut lanes: [f32; LANES], combine: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut width = LANES;
+    while width > 1 {
+        width /= 2;
+        for i in 0..width {
+            lanes[i] = combine(lanes[i], lanes[i + width]);
+        }
+    }
+    lanes[0]
+}
+
+/// `e^x` of each lane within 2 units in the last place: 0 below −104, infinite above 88.73, NaN where x is NaN.
+///
+/// `x = n·ln 2 + r` with |r| ≤ ln 2 / 2, the Taylor polynomial of degree 7 for `e^r` (remainder 5e-9), and `2^n` in
+/// two factors, so that subnormal and infinite results come out right.
+#[inline(always)]
+pub(crate) fn exp<L: Level>(level: L, x: L::Vector) -> L::Vector {
+    /// Adding it rounds to an integer, which then stands in the lowest bits.
+    const ROUND: f32 = 12_582_912.0;
+    /// ln 2 = 355/512 − 2.12194440e-4; n times the first part is exact.
+    const LN_2_HIGH: f32 = 355.0 / 512.0;
+    const LN_2_LOW: f32 = -2.121_944_4e-4;
+    const TAYLOR: [f32; 8] = [1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0];
+
+    let round = level.splat(ROUND);
+    // The constant stands first: NaN in x stays NaN.
+    let x = level.splat(89.0).min(level.splat(-104.0).max(x));
+    let n = x.mul_add(level.splat(std::f32::consts::LOG2_E), round).sub(round);
+    let r = n.mul_add(level.splat(-LN_2_HIGH), x);
+    let r = n.mul_add(level.splat(-LN_2_LOW), r);
+    let mut value = level.splat(TAYLOR[0]);
+    for coefficient in &TAYLOR[1..] {
+        value = value.mul_add(r, level.splat(*coefficient));
+    }
+    let half = n.mul_add(level.splat(0.5), round);
+    let rest = n.sub(half.sub(round)).add(round);
+    value.mul(half.power_of_two()).mul(rest.power_of_two())
+}
