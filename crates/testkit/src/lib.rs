@@ -1,1 +1,9 @@
 //! Case tables with error budgets, f64 oracles, generators of realistic and hostile matrices (tests only).
+
+pub mod eora_cases;
+pub mod kernel_cases;
+pub mod matrices;
+pub mod outlier_checkpoint;
+mod random;
+
+pub use random::Random;
