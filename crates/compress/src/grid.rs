@@ -1,0 +1,161 @@
+use kintsugi_weights::ElementType;
+
+use crate::QuantizeOptions;
+
+/// How the grid of a group is chosen from the smallest and the largest weight of the group.
+///
+/// The range rule of GPTQ (arXiv 2210.17323 and its reference implementation): zero is always inside the range, and a
+/// group of zeros gets the range [−1, 1].
+/// - Asymmetric: `scale = (max − min) / (2^b − 1)`, `zero = round(−min / scale)`.
+/// - Symmetric: the range is [−M, M] with `M = max |w|`, so `scale = 2 M / (2^b − 1)` and `zero = 2^(b−1)`. Neither end
+///   falls on a code: −M is rounded half a step outwards and M half a step inwards.
+///
+/// The scale is rounded to the type that it will be stored in before the zero point and the codes are chosen. It never
+/// becomes zero, and never so large that a code decodes to infinity.
+#[derive(Clone, Copy, Debug)]
+pub struct GridRule {
+    bits: u8,
+    symmetric: bool,
+    scale_type: ElementType,
+}
+
+/// The grid of one group: `w = (code − zero) · scale`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Grid {
+    /// Step, already rounded to the stored type.
+    pub scale: f32,
+    /// The code that stands for 0.
+    pub zero: u8,
+    largest_code: u8,
+}
+
+impl GridRule {
+    /// The rule that `options` asks for.
+    pub fn new(options: &QuantizeOptions) -> Self {
+        GridRule { bits: options.bits, symmetric: options.symmetric, scale_type: options.scale_type }
+    }
+
+    /// The grid for a group of weights.
+    pub fn fit(&self, weights: impl Iterator<Item = f64>) -> Grid {
+        let (mut low, mut high) = (0.0f64, 0.0f64);
+        for weight in weights {
+            low = low.min(weight);
+            high = high.max(weight);
+        }
+        if low == 0.0 && high == 0.0 {
+            (low, high) = (-1.0, 1.0);
+        }
+        let largest_code = ((1u16 << self.bits) - 1) as u8;
+        if self.symmetric {
+            high = high.max(-low);
+            low = -high;
+        }
+        let scale = self.storable((high - low) / f64::from(largest_code), largest_code);
+        let zero = if self.symmetric {
+            1 << (self.bits - 1)
+        } else {
+            (-low / f64::from(scale)).round_ties_even().clamp(0.0, f64::from(largest_code)) as u8
+        };
+        Grid { scale, zero, largest_code }
+    }
+
+    /// The nearest value of the stored type that is positive and decodes every code to a finite number.
+    fn storable(&self, scale: f64, largest_code: u8) -> f32 {
+        let (smallest, largest) = match self.scale_type {
+            ElementType::F32 => (f32::from_bits(1), f32::MAX),
+            ElementType::Bf16 => (f32::from_bits(1 << 16), f32::MAX),
+            ElementType::F16 => (2.0f32.powi(-24), 65504.0),
+        };
+        // One percent is more than rounding to any of the types can add.
+        let largest = largest.min(f32::MAX / f32::from(largest_code) * 0.99);
+        self.scale_type.round(scale.min(f64::from(largest)) as f32).max(smallest)
+    }
+}
+
+impl Grid {
+    /// The code nearest to `weight`; half-way cases go to the even multiple of the scale.
+    pub fn code(&self, weight: f64) -> u8 {
+        let steps = (weight / f64::from(self.scale)).round_ties_even() + f64::from(self.zero);
+        steps.clamp(0.0, f64::from(self.largest_code)) as u8
+    }
+
+    /// What `code` stands for, computed as readers of the stored matrix do.
+    pub fn value(&self, code: u8) -> f32 {
+        (f32::from(code) - f32::from(self.zero)) * self.scale
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rule(bits: u8, symmetric: bool, scale_type: ElementType) -> GridRule {
+        GridRule { bits, symmetric, scale_type }
+    }
+
+    #[test]
+    fn asymmetric_range_holds_zero_and_both_ends() {
+        let grid = rule(4, false, ElementType::F32).fit([-1.0, 0.3, 2.0].into_iter());
+        assert_eq!((grid.scale, grid.zero), (0.2, 5));
+        assert_eq!((grid.code(-1.0), grid.code(0.0), grid.code(2.0)), (0, 5, 15));
+        assert_eq!((grid.code(-9.0), grid.code(9.0)), (0, 15));
+        let positive = rule(4, false, ElementType::F32).fit([7.0, 7.5].into_iter());
+        assert_eq!((positive.scale, positive.zero, positive.code(7.5)), (0.5, 0, 15));
+        let negative = rule(2, false, ElementType::F32).fit([-3.0].into_iter());
+        assert_eq!((negative.scale, negative.zero, negative.value(0)), (1.0, 3, -3.0));
+    }
+
+    #[test]
+    fn symmetric_range_fits_the_largest_magnitude_of_either_sign() {
+        for weights in [[-1.5, 0.2], [1.5, 0.2], [1.5, 1.2]] {
+            let grid = rule(4, true, ElementType::F32).fit(weights.into_iter());
+            assert_eq!((grid.scale, grid.zero), (0.2, 8));
+            assert!((f64::from(grid.value(grid.code(1.5))) - 1.5).abs() <= 0.100_001);
+            assert!((f64::from(grid.value(grid.code(-1.5))) + 1.5).abs() <= 0.100_001);
+        }
+    }
+
+    #[test]
+    fn half_way_cases_go_to_even() {
+        let grid = Grid { scale: 1.0, zero: 4, largest_code: 15 };
+        assert_eq!([0.5, 1.5, 2.5, -0.5, -1.5].map(|w| grid.code(w)), [4, 6, 6, 4, 2]);
+    }
+
+    #[test]
+    fn a_group_of_zeros_stays_zero() {
+        for symmetric in [false, true] {
+            for bits in [2, 3, 4, 8] {
+                let grid = rule(bits, symmetric, ElementType::Bf16).fit([0.0; 3].into_iter());
+                assert_eq!(grid.value(grid.code(0.0)), 0.0);
+                assert!(grid.scale > 0.0 && grid.scale <= 1.0);
+            }
+        }
+    }
+
+    #[test]
+    fn scales_are_storable_positive_and_finite_for_any_magnitude() {
+        for scale_type in ElementType::ALL {
+            for bits in [2, 3, 4, 8] {
+                for symmetric in [false, true] {
+                    for size in [1e-45f32, 1e-39, 1e-9, 1.0, 1e6, 1e37, f32::MAX] {
+                        for weights in [[-size, size], [0.0, size], [-size, 0.0]] {
+                            let weights = weights.map(f64::from);
+                            let grid = rule(bits, symmetric, scale_type).fit(weights.into_iter());
+                            assert!(grid.scale > 0.0 && grid.scale == scale_type.round(grid.scale), "{grid:?}");
+                            for weight in weights {
+                                let value = grid.value(grid.code(weight));
+                                assert!(value.is_finite(), "{grid:?}");
+                                let reach = f64::from(grid.scale) * 0.51 + 0.03 * weight.abs();
+                                let representable = size <= 1e6 || scale_type != ElementType::F16;
+                                assert!(
+                                    !representable || (f64::from(value) - weight).abs() <= reach,
+                                    "{grid:?} {weight}"
+                                );
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,82 @@
+use kintsugi_runtime::{Error, ErrorCode, Result};
+use kintsugi_weights::{ElementType, GroupSize, INTEGER_BITS};
+use serde::{Deserialize, Serialize};
+
+/// What to quantize to, and how. Methods ignore what does not concern them.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct QuantizeOptions {
+    /// Width of a code: 2, 3, 4 or 8.
+    pub bits: u8,
+    /// Columns that share a scale and a zero point.
+    pub group_size: GroupSize,
+    /// Fixed zero point in the middle of the codes instead of one per group.
+    pub symmetric: bool,
+    /// The type that scales are stored in; solvers see them already rounded to it.
+    pub scale_type: ElementType,
+    /// GPTQ: take columns by descending activation energy instead of in order.
+    pub act_order: bool,
+    /// GPTQ: choose every grid from the original weights before the first column is rounded. Without it a grid is
+    /// chosen when its first column is reached, and with `act_order` columns then need a group index.
+    pub static_groups: bool,
+    /// GPTQ: added to the diagonal of the second moment, relative to its mean over live channels.
+    pub damping: f64,
+}
+
+impl Default for QuantizeOptions {
+    /// 4 bits, groups of 128, asymmetric, bf16 scales, act-order, static groups, damping 0.01.
+    fn default() -> Self {
+        QuantizeOptions {
+            bits: 4,
+            group_size: GroupSize::Columns(128),
+            symmetric: false,
+            scale_type: ElementType::Bf16,
+            act_order: true,
+            static_groups: true,
+            damping: 0.01,
+        }
+    }
+}
+
+impl QuantizeOptions {
+    /// Checks every value.
+    ///
+    /// # Errors
+    /// `ERR_OPTION_INVALID`, with the name of the option as subject.
+    pub fn validate(&self) -> Result<()> {
+        let invalid = |option: &str, message: String, hint: &str| {
+            Err(Error::new(ErrorCode::OptionInvalid, message).subject(option).hint(hint))
+        };
+        if !INTEGER_BITS.contains(&self.bits) {
+            return invalid("bits", format!("codes have 2, 3, 4 or 8 bits, not {}", self.bits), "Use 4 when in doubt");
+        }
+        if self.group_size == GroupSize::Columns(0) {
+            return invalid("groupSize", "a group has at least one column".into(), "Use 128, or the whole row");
+        }
+        if !(self.damping.is_finite() && self.damping >= 0.0) {
+            let message = format!("damping is a share of the mean diagonal, not {}", self.damping);
+            return invalid("damping", message, "Use 0.01 when in doubt");
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_out_of_range_are_named() {
+        assert_eq!(QuantizeOptions::default().validate(), Ok(()));
+        let cases = [
+            ("bits", QuantizeOptions { bits: 5, ..Default::default() }),
+            ("groupSize", QuantizeOptions { group_size: GroupSize::Columns(0), ..Default::default() }),
+            ("damping", QuantizeOptions { damping: -0.1, ..Default::default() }),
+            ("damping", QuantizeOptions { damping: f64::NAN, ..Default::default() }),
+        ];
+        for (option, options) in cases {
+            let error = options.validate().unwrap_err();
+            assert_eq!((error.code, error.subject.as_str()), (ErrorCode::OptionInvalid, option));
+            assert!(!error.hint.is_empty());
+        }
+    }
+}
