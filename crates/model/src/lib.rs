@@ -1,1 +1,40 @@
-//! Decoder families as data, one forward pass over a Backend, KV cache, sampling, perplexity.
+//! Decoder families as data, one forward pass over a [`Backend`], KV cache, sampling, perplexity.
+//!
+//! Knows how a decoder computes; knows nothing of how its weights were compressed.
+
+mod backend;
+mod batch;
+mod block;
+mod candle_backend;
+mod cpu_backend;
+mod decoder_family;
+mod decoder_spec;
+mod generation;
+mod loaded_model;
+mod model;
+mod model_weights;
+mod perplexity;
+mod sampler;
+mod session;
+mod stop_strings;
+mod tokenizer;
+mod workspace;
+
+pub use backend::{AttentionShape, Backend};
+pub use batch::{Batch, Segment};
+pub use block::{Block, Taps};
+pub use candle_backend::CandleBackend;
+pub use cpu_backend::CpuBackend;
+pub use decoder_family::{BiasRule, DecoderFamily, FAMILIES, LinearSlot, TapPoint};
+pub use decoder_spec::DecoderSpec;
+pub use generation::{FinishReason, GenerateOptions, Generation, GenerationSummary, Piece};
+pub use kintsugi_kernels::Precision;
+pub use loaded_model::{BACKENDS, LoadOptions, LoadedModel, PieceSource};
+pub use model::{Model, embed};
+pub use model_weights::{BlockWeights, ModelWeights, attach_compensation, read_tokenizer};
+pub use perplexity::{Perplexity, token_windows};
+pub use sampler::{Sampler, SamplingOptions};
+pub use session::{PagePool, Session};
+pub use stop_strings::StopStrings;
+pub use tokenizer::{TextStream, Tokenizer};
+pub use workspace::Workspace;

@@ -1,0 +1,172 @@
+use std::borrow::Cow;
+use std::ops::Range;
+
+use kintsugi_kernels::{AttentionSegment, Kernels, KvPages, PackedLowRank, PackedMatrix, Precision, RotaryTable};
+use kintsugi_runtime::{Result, ThreadPool};
+use kintsugi_weights::{LinearWeight, LowRank};
+
+use crate::{AttentionShape, Backend, Batch};
+
+/// Our own kernels on the shared thread pool: the default backend.
+#[derive(Debug, Clone, Copy)]
+pub struct CpuBackend {
+    kernels: Kernels,
+    precision: Precision,
+    pool: &'static ThreadPool,
+}
+
+/// Row-major activations.
+#[derive(Debug, Clone)]
+pub struct CpuTensor {
+    width: usize,
+    values: Vec<f32>,
+}
+
+impl CpuBackend {
+    /// The selected CPU level on the shared pool.
+    ///
+    /// # Errors
+    /// `ERR_CPU_LEVEL` when `KINTSUGI_CPU` forces a level that this machine lacks.
+    pub fn new(precision: Precision) -> Result<Self> {
+        Ok(Self::with(Kernels::selected()?, precision, ThreadPool::global()))
+    }
+
+    /// Kernels of a given level on a given pool.
+    pub fn with(kernels: Kernels, precision: Precision, pool: &'static ThreadPool) -> Self {
+        CpuBackend { kernels, precision, pool }
+    }
+
+    /// How products are computed.
+    pub fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    /// The kernels that compute.
+    pub fn kernels(&self) -> &Kernels {
+        &self.kernels
+    }
+}
+
+fn segments(batch: &Batch) -> Vec<AttentionSegment<'_>> {
+    batch
+        .segments()
+        .iter()
+        .map(|segment| AttentionSegment {
+            rows: segment.rows.clone(),
+            first_position: segment.first_position,
+            pages: &segment.pages,
+        })
+        .collect()
+}
+
+impl Backend for CpuBackend {
+    type Tensor = CpuTensor;
+    type Linear = PackedMatrix;
+    type LowRank = PackedLowRank;
+    type Norm = Vec<f32>;
+    type Rotary = RotaryTable;
+    type KvCache = KvPages;
+
+    fn name(&self) -> &'static str {
+        "cpu"
+    }
+
+    fn prepare(&self, weight: &LinearWeight) -> Result<PackedMatrix> {
+        self.kernels.pack(weight, self.precision, self.pool)
+    }
+
+    fn prepare_low_rank(&self, factors: &LowRank, scaling: f32) -> Result<PackedLowRank> {
+        self.kernels.pack_low_rank(factors, scaling, self.pool)
+    }
+
+    fn prepare_norm(&self, weight: &[f32]) -> Result<Vec<f32>> {
+        Ok(weight.to_vec())
+    }
+
+    fn prepare_rotary(&self, head_dim: usize, theta: f64, positions: usize) -> Result<RotaryTable> {
+        Ok(RotaryTable::new(head_dim, theta, positions))
+    }
+
+    fn linear_bytes(&self, linear: &PackedMatrix) -> usize {
+        linear.memory_bytes()
+    }
+
+    fn tensor(&self, rows: usize, width: usize) -> Result<CpuTensor> {
+        Ok(CpuTensor { width, values: vec![0.0; rows * width] })
+    }
+
+    fn set_rows(&self, tensor: &mut CpuTensor, rows: usize) -> Result<()> {
+        tensor.values.resize(rows * tensor.width, 0.0);
+        Ok(())
+    }
+
+    fn upload(&self, values: &[f32], tensor: &mut CpuTensor) -> Result<()> {
+        tensor.values.clear();
+        tensor.values.extend_from_slice(values);
+        Ok(())
+    }
+
+    fn download<'a>(&self, tensor: &'a CpuTensor) -> Result<Cow<'a, [f32]>> {
+        Ok(Cow::Borrowed(&tensor.values))
+    }
+
+    fn kv_cache(&self, shape: AttentionShape) -> Result<KvPages> {
+        Ok(KvPages::new(shape.kv_heads, shape.head_dim))
+    }
+
+    fn linear(&self, linear: &PackedMatrix, x: &CpuTensor, y: &mut CpuTensor) -> Result<()> {
+        self.kernels.product(linear, &x.values, &mut y.values, self.pool);
+        Ok(())
+    }
+
+    fn add_low_rank(
+        &self,
+        factors: &PackedLowRank,
+        rows: Range<usize>,
+        x: &CpuTensor,
+        y: &mut CpuTensor,
+    ) -> Result<()> {
+        let x = &x.values[rows.start * x.width..rows.end * x.width];
+        let y = &mut y.values[rows.start * y.width..rows.end * y.width];
+        self.kernels.accumulate_low_rank(factors, x, y, self.pool);
+        Ok(())
+    }
+
+    fn rms_norm(&self, x: &CpuTensor, norm: &Vec<f32>, epsilon: f32, out: &mut CpuTensor) -> Result<()> {
+        self.kernels.rms_norm(&x.values, norm, epsilon, &mut out.values, self.pool);
+        Ok(())
+    }
+
+    fn rotate(&self, rotary: &RotaryTable, positions: &[u32], heads: usize, x: &mut CpuTensor) -> Result<()> {
+        self.kernels.rotate(rotary, positions, heads, &mut x.values, self.pool);
+        Ok(())
+    }
+
+    fn attention(
+        &self,
+        shape: AttentionShape,
+        batch: &Batch,
+        q: &CpuTensor,
+        k: &CpuTensor,
+        v: &CpuTensor,
+        cache: &mut KvPages,
+        out: &mut CpuTensor,
+    ) -> Result<()> {
+        let segments = segments(batch);
+        let scale = 1.0 / (shape.head_dim as f32).sqrt();
+        cache.reserve(batch.pages_needed());
+        self.kernels.write_kv(cache, &segments, &k.values, &v.values);
+        self.kernels.attention(&q.values, shape.heads, cache, &segments, scale, &mut out.values, self.pool);
+        Ok(())
+    }
+
+    fn silu_multiply(&self, gate: &CpuTensor, up: &CpuTensor, out: &mut CpuTensor) -> Result<()> {
+        self.kernels.silu_multiply(&gate.values, &up.values, &mut out.values, self.pool);
+        Ok(())
+    }
+
+    fn add_assign(&self, x: &mut CpuTensor, y: &CpuTensor) -> Result<()> {
+        self.kernels.add_assign(&mut x.values, &y.values, self.pool);
+        Ok(())
+    }
+}

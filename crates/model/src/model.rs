@@ -1,0 +1,230 @@
+use kintsugi_checkpoint::Checkpoint;
+use kintsugi_runtime::{CancelToken, Error, ErrorCode, Progress, Result};
+use kintsugi_weights::{Adapter, DenseMatrix};
+
+use crate::model_weights::check_factors;
+use crate::{
+    Backend, Batch, Block, BlockWeights, DecoderSpec, LinearSlot, ModelWeights, Session, Tokenizer,
+    attach_compensation, read_tokenizer,
+};
+
+/// A whole decoder on one backend.
+pub struct Model<B: Backend> {
+    spec: DecoderSpec,
+    backend: B,
+    tokenizer: Tokenizer,
+    embedding: DenseMatrix,
+    blocks: Vec<Block<B>>,
+    final_norm: B::Norm,
+    head: B::Linear,
+    rotary: B::Rotary,
+    adapters: Vec<String>,
+}
+
+impl<B: Backend> Model<B> {
+    /// Reads and packs a checkpoint block by block; with `compensation`, its `eora/` factors go into the products.
+    ///
+    /// # Errors
+    /// What reading, the configuration or packing reports; `ERR_CANCELLED`.
+    pub fn load(
+        checkpoint: &Checkpoint,
+        backend: B,
+        compensation: bool,
+        cancel: &CancelToken,
+        progress: &Progress,
+    ) -> Result<Self> {
+        let spec = DecoderSpec::from_config(checkpoint.config())?;
+        progress.begin("load", spec.layers as u64 + 1);
+        let tokenizer = read_tokenizer(checkpoint, &spec)?;
+        let factors = if compensation { checkpoint.compensation()? } else { None };
+        let outside = ModelWeights::read(checkpoint, &spec)?;
+        let mut model = Self::without_blocks(spec, backend, tokenizer, &outside)?;
+        progress.advance(1);
+        for block in 0..model.spec.layers {
+            cancel.check()?;
+            progress.at("load", model.spec.block_name(block));
+            let mut weights = BlockWeights::read(checkpoint, &model.spec, block)?;
+            if let Some(factors) = &factors {
+                attach_compensation(&model.spec, block, &mut weights, factors)?;
+            }
+            model.push_block(&weights)?;
+            progress.advance(1);
+        }
+        Ok(model)
+    }
+
+    /// A model that still lacks its blocks; [`Model::push_block`] adds them in order.
+    ///
+    /// # Errors
+    /// What the backend reports when a weight cannot be packed.
+    pub fn without_blocks(spec: DecoderSpec, backend: B, tokenizer: Tokenizer, weights: &ModelWeights) -> Result<Self> {
+        Ok(Model {
+            final_norm: backend.prepare_norm(&weights.final_norm)?,
+            head: backend.prepare(&weights.head())?,
+            rotary: backend.prepare_rotary(spec.head_dim, spec.rope_theta, spec.context_length)?,
+            embedding: weights.embedding.clone(),
+            blocks: Vec::with_capacity(spec.layers),
+            adapters: Vec::new(),
+            tokenizer,
+            backend,
+            spec,
+        })
+    }
+
+    /// Packs the next block.
+    ///
+    /// # Errors
+    /// What the backend reports when a weight cannot be packed.
+    pub fn push_block(&mut self, weights: &BlockWeights) -> Result<()> {
+        self.blocks.push(Block::prepare(&self.backend, &self.spec, weights)?);
+        Ok(())
+    }
+
+    /// Makes a LoRA adapter available to requests under `name`.
+    ///
+    /// # Errors
+    /// `ERR_ADAPTER_INVALID` when it updates a Linear that the model lacks, or with another shape.
+    pub fn add_adapter(&mut self, name: &str, adapter: &Adapter) -> Result<()> {
+        let mut used = 0;
+        let mut updates = Vec::with_capacity(self.blocks.len());
+        for block in 0..self.blocks.len() {
+            let mut of_block: [Option<B::LowRank>; 7] = Default::default();
+            for slot in LinearSlot::ALL {
+                let linear = self.spec.linear_name(block, slot);
+                if let Some(entry) = adapter.linears.get(&linear) {
+                    check_factors(&linear, self.spec.linear_shape(slot), &entry.factors)?;
+                    of_block[slot.index()] = Some(self.backend.prepare_low_rank(&entry.factors, entry.scaling)?);
+                    used += 1;
+                }
+            }
+            updates.push(of_block);
+        }
+        if used != adapter.linears.len() {
+            let known = |linear: &String| {
+                (0..self.spec.layers)
+                    .any(|block| LinearSlot::ALL.iter().any(|&slot| self.spec.linear_name(block, slot) == *linear))
+            };
+            let stranger = adapter.linears.keys().find(|linear| !known(linear)).cloned().unwrap_or_default();
+            return Err(Error::new(
+                ErrorCode::AdapterInvalid,
+                format!("adapter '{name}' updates a Linear that the model does not have"),
+            )
+            .subject(stranger)
+            .hint("Use an adapter that was made for this base model"));
+        }
+        for (block, of_block) in self.blocks.iter_mut().zip(updates) {
+            block.push_adapter(of_block);
+        }
+        self.adapters.push(name.to_owned());
+        Ok(())
+    }
+
+    /// The index of a loaded adapter.
+    ///
+    /// # Errors
+    /// `ERR_ADAPTER_UNKNOWN`, with the names that are loaded.
+    pub fn adapter_index(&self, name: &str) -> Result<usize> {
+        self.adapters.iter().position(|adapter| adapter == name).ok_or_else(|| {
+            let hint = if self.adapters.is_empty() {
+                "Load it first: loadModel(path, { adapters: { name: folder } })".to_owned()
+            } else {
+                format!("Loaded are: {}", self.adapters.join(", "))
+            };
+            Error::new(ErrorCode::AdapterUnknown, format!("no adapter named '{name}' is loaded"))
+                .subject(name)
+                .hint(hint)
+        })
+    }
+
+    /// Names of the loaded adapters.
+    pub fn adapters(&self) -> &[String] {
+        &self.adapters
+    }
+
+    /// What the model is.
+    pub fn spec(&self) -> &DecoderSpec {
+        &self.spec
+    }
+
+    /// Where it computes.
+    pub fn backend(&self) -> &B {
+        &self.backend
+    }
+
+    /// Text to tokens and back.
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.tokenizer
+    }
+
+    /// The blocks, in order.
+    pub fn blocks(&self) -> &[Block<B>] {
+        &self.blocks
+    }
+
+    /// Bytes of the packed weights, embedding included.
+    pub fn memory_bytes(&self) -> usize {
+        let blocks: usize = self.blocks.iter().map(|block| block.memory_bytes(&self.backend)).sum();
+        let embedding = self.embedding.rows() * self.embedding.columns() * self.embedding.element_type().bits() / 8;
+        blocks + embedding + self.backend.linear_bytes(&self.head)
+    }
+
+    /// Runs the rows of `batch`, one token per row, through all blocks; the result stays in `session`.
+    ///
+    /// # Errors
+    /// `ERR_INTERNAL` for a token outside the vocabulary; `ERR_CANCELLED`, checked before every block.
+    pub fn forward(&self, session: &mut Session<B>, tokens: &[u32], batch: &Batch, cancel: &CancelToken) -> Result<()> {
+        let embedded = embed(&self.embedding, tokens)?;
+        self.backend.upload(&embedded, &mut session.hidden)?;
+        for (block, cache) in self.blocks.iter().zip(&mut session.caches) {
+            cancel.check()?;
+            block.forward(
+                &self.backend,
+                &self.rotary,
+                batch,
+                &mut session.hidden,
+                cache,
+                &mut session.workspace,
+                &mut |_, _| Ok(()),
+            )?;
+        }
+        Ok(())
+    }
+
+    /// Logits `[rows.len(), vocabularySize]` of the given rows of the last [`Model::forward`].
+    ///
+    /// # Errors
+    /// What the backend reports.
+    pub fn logits<'a>(
+        &self,
+        session: &'a mut Session<B>,
+        rows: std::ops::Range<usize>,
+    ) -> Result<std::borrow::Cow<'a, [f32]>> {
+        let width = self.spec.hidden_size;
+        let count = rows.len();
+        {
+            let hidden = self.backend.download(&session.hidden)?;
+            self.backend.upload(&hidden[rows.start * width..rows.end * width], &mut session.selected)?;
+        }
+        self.backend.set_rows(&mut session.normed, count)?;
+        self.backend.set_rows(&mut session.logits, count)?;
+        self.backend.rms_norm(&session.selected, &self.final_norm, self.spec.norm_epsilon, &mut session.normed)?;
+        self.backend.linear(&self.head, &session.normed, &mut session.logits)?;
+        self.backend.download(&session.logits)
+    }
+}
+
+/// Rows of the embedding for `tokens`, `[tokens.len(), hiddenSize]`.
+///
+/// # Errors
+/// `ERR_INTERNAL` for a token outside the vocabulary.
+pub fn embed(embedding: &DenseMatrix, tokens: &[u32]) -> Result<Vec<f32>> {
+    let width = embedding.columns();
+    let mut out = vec![0.0; tokens.len() * width];
+    for (&token, row) in tokens.iter().zip(out.chunks_exact_mut(width)) {
+        if token as usize >= embedding.rows() {
+            return Err(Error::new(ErrorCode::Internal, format!("token {token} is outside the vocabulary")));
+        }
+        embedding.row_to_f32(token as usize, row);
+    }
+    Ok(out)
+}

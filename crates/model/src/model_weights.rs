@@ -1,0 +1,178 @@
+use kintsugi_checkpoint::Checkpoint;
+use kintsugi_runtime::{Error, ErrorCode, Result};
+use kintsugi_weights::{Adapter, DenseMatrix, LinearWeight, LowRank, WeightMatrix};
+
+use crate::{DecoderSpec, LinearSlot, Tokenizer};
+
+/// The weights of one decoder block as they were read.
+#[derive(Clone, Debug)]
+pub struct BlockWeights {
+    /// In the order of [`LinearSlot::ALL`].
+    pub linears: [LinearWeight; 7],
+    /// `[hiddenSize]`
+    pub attention_norm: Vec<f32>,
+    /// `[hiddenSize]`
+    pub mlp_norm: Vec<f32>,
+}
+
+/// The weights outside the blocks.
+#[derive(Clone, Debug)]
+pub struct ModelWeights {
+    /// `[vocabularySize, hiddenSize]`
+    pub embedding: DenseMatrix,
+    /// `None` when the head is the embedding.
+    pub head: Option<LinearWeight>,
+    /// `[hiddenSize]`
+    pub final_norm: Vec<f32>,
+}
+
+impl BlockWeights {
+    /// Reads block `block` and checks every shape against the specification.
+    ///
+    /// # Errors
+    /// `ERR_CHECKPOINT_TENSOR_MISSING`, `ERR_CHECKPOINT_SHAPE`, and what reading reports.
+    pub fn read(checkpoint: &Checkpoint, spec: &DecoderSpec, block: usize) -> Result<Self> {
+        let mut linears = Vec::with_capacity(7);
+        for slot in LinearSlot::ALL {
+            linears.push(read_linear(checkpoint, spec, block, slot)?);
+        }
+        let Ok(linears) = <[LinearWeight; 7]>::try_from(linears) else { unreachable!("seven slots were read") };
+        let prefix = spec.block_name(block);
+        Ok(BlockWeights {
+            linears,
+            attention_norm: read_norm(checkpoint, spec, &format!("{prefix}.{}", spec.family.attention_norm))?,
+            mlp_norm: read_norm(checkpoint, spec, &format!("{prefix}.{}", spec.family.mlp_norm))?,
+        })
+    }
+}
+
+impl ModelWeights {
+    /// Reads the embedding, the final norm and the head.
+    ///
+    /// # Errors
+    /// `ERR_CHECKPOINT_TENSOR_MISSING`, `ERR_CHECKPOINT_SHAPE`, and what reading reports.
+    pub fn read(checkpoint: &Checkpoint, spec: &DecoderSpec) -> Result<Self> {
+        let expected = (spec.vocabulary_size, spec.hidden_size);
+        let embedding_name = format!("{}.weight", spec.family.embedding);
+        let head_name = format!("{}.weight", spec.family.head);
+        // A tied matrix may be stored under either name.
+        let stored =
+            if spec.tied_head && checkpoint.tensor(&embedding_name).is_none() { &head_name } else { &embedding_name };
+        let embedding = checkpoint.dense(stored)?;
+        check_shape(stored, expected, (embedding.rows(), embedding.columns()))?;
+        let head = if spec.tied_head {
+            None
+        } else {
+            let head = checkpoint.linear(spec.family.head)?;
+            check_shape(&head_name, expected, (head.matrix.rows(), head.matrix.columns()))?;
+            Some(head)
+        };
+        let final_norm = read_norm(checkpoint, spec, spec.family.final_norm)?;
+        Ok(ModelWeights { embedding, head, final_norm })
+    }
+
+    /// The head as a Linear.
+    pub fn head(&self) -> LinearWeight {
+        let tied = || LinearWeight::plain(WeightMatrix::Dense(self.embedding.clone()));
+        self.head.clone().unwrap_or_else(tied)
+    }
+}
+
+/// Reads the tokenizer and checks that it fits the vocabulary.
+///
+/// # Errors
+/// `ERR_TOKENIZER_INVALID`.
+pub fn read_tokenizer(checkpoint: &Checkpoint, spec: &DecoderSpec) -> Result<Tokenizer> {
+    let subject = checkpoint.path().join("tokenizer.json").display().to_string();
+    let tokenizer = Tokenizer::from_json(&checkpoint.tokenizer_json()?, &subject)?;
+    let (known, rows) = (tokenizer.vocabulary_size(), spec.vocabulary_size);
+    if known > rows {
+        let message = format!("the tokenizer knows {known} tokens, but the model has {rows}");
+        return Err(Error::new(ErrorCode::TokenizerInvalid, message)
+            .subject(subject)
+            .hint("Take tokenizer.json from the folder that the weights come from"));
+    }
+    Ok(tokenizer)
+}
+
+/// Puts the factors of `adapter` that belong to block `block` beside its weights, with the scaling folded into B.
+///
+/// # Errors
+/// `ERR_ADAPTER_INVALID` when a factor does not have the shape of its Linear.
+pub fn attach_compensation(
+    spec: &DecoderSpec,
+    block: usize,
+    weights: &mut BlockWeights,
+    adapter: &Adapter,
+) -> Result<()> {
+    for slot in LinearSlot::ALL {
+        let name = spec.linear_name(block, slot);
+        let Some(entry) = adapter.linears.get(&name) else { continue };
+        check_factors(&name, spec.linear_shape(slot), &entry.factors)?;
+        let factors = if entry.scaling == 1.0 {
+            entry.factors.clone()
+        } else {
+            let f = &entry.factors;
+            let b = f.b().iter().map(|value| value * entry.scaling).collect();
+            LowRank::new(f.out_features(), f.in_features(), f.rank(), b, f.a().to_vec(), f.factor_type())
+        };
+        weights.linears[slot.index()].low_rank = Some(factors);
+    }
+    Ok(())
+}
+
+pub(crate) fn check_factors(name: &str, shape: (usize, usize), factors: &LowRank) -> Result<()> {
+    if (factors.out_features(), factors.in_features()) == shape {
+        return Ok(());
+    }
+    let (rows, columns) = shape;
+    Err(Error::new(
+        ErrorCode::AdapterInvalid,
+        format!(
+            "the factors update a {}×{} matrix, but the Linear is {rows}×{columns}",
+            factors.out_features(),
+            factors.in_features()
+        ),
+    )
+    .subject(name)
+    .hint("Use an adapter that was made for this base model"))
+}
+
+fn read_linear(checkpoint: &Checkpoint, spec: &DecoderSpec, block: usize, slot: LinearSlot) -> Result<LinearWeight> {
+    let name = spec.linear_name(block, slot);
+    let mut weight = checkpoint.linear(&name)?;
+    check_shape(&name, spec.linear_shape(slot), (weight.matrix.rows(), weight.matrix.columns()))?;
+    match (&weight.bias, spec.biases[slot.index()]) {
+        (None, true) => {
+            return Err(Error::new(ErrorCode::CheckpointTensorMissing, "the Linear needs a bias, which is missing")
+                .subject(format!("{name}.bias"))
+                .hint("Take config.json from the folder that the weights come from"));
+        }
+        // Some exporters write zeros where the architecture has no bias.
+        (Some(bias), false) if bias.iter().any(|&value| value != 0.0) => {
+            return Err(Error::new(ErrorCode::ConfigUnsupported, "config.json says that this Linear has no bias")
+                .subject(format!("{name}.bias"))
+                .hint("Take config.json from the folder that the weights come from"));
+        }
+        (Some(_), false) => weight.bias = None,
+        _ => {}
+    }
+    Ok(weight)
+}
+
+fn read_norm(checkpoint: &Checkpoint, spec: &DecoderSpec, name: &str) -> Result<Vec<f32>> {
+    let name = format!("{name}.weight");
+    let values = checkpoint.vector(&name)?;
+    check_shape(&name, (spec.hidden_size, 1), (values.len(), 1))?;
+    Ok(values)
+}
+
+fn check_shape(name: &str, expected: (usize, usize), found: (usize, usize)) -> Result<()> {
+    if expected == found {
+        return Ok(());
+    }
+    let message = format!("is {}×{}, but config.json says {}×{}", found.0, found.1, expected.0, expected.1);
+    Err(Error::new(ErrorCode::CheckpointShape, message)
+        .subject(name)
+        .hint("Take config.json from the folder that the weights come from"))
+}
