@@ -1,1 +1,21 @@
 //! The long jobs: walk a checkpoint block by block, calibrate, compress, compensate, write, report.
+//!
+//! Bounded memory: the weights of one decoder block and the calibration activations are all that is held.
+
+mod block_compressor;
+mod calibration_stream;
+mod calibration_text;
+mod compression;
+mod inspection;
+mod plan;
+mod recipe;
+mod report;
+
+pub use block_compressor::{BlockCompressor, CompressedBlock};
+pub use calibration_stream::CalibrationStream;
+pub use calibration_text::CalibrationText;
+pub use compression::{compress, plan};
+pub use inspection::{Inspection, inspect};
+pub use plan::{Plan, PlannedLinear};
+pub use recipe::{CalibrationRecipe, EoraRecipe, Recipe};
+pub use report::{LinearReport, MeanError, PhaseSeconds, Report, Summary};

@@ -1,0 +1,154 @@
+use std::time::Instant;
+
+use kintsugi_calibration::Calibration;
+use kintsugi_compensate::{EoraOptions, ResidualError, eora, residual_error};
+use kintsugi_compress::{LinearMethod, QuantizeOptions};
+use kintsugi_model::{Backend, Block, BlockWeights, DecoderSpec, LinearSlot, TapPoint};
+use kintsugi_runtime::{CancelToken, Error, ErrorCode, Result, ThreadPool};
+use kintsugi_weights::{DenseMatrix, ElementType, LinearWeight, LowRank, QuantizedMatrix, WeightMatrix};
+
+use crate::{CalibrationStream, LinearReport, PhaseSeconds, Recipe};
+
+/// Compresses one decoder block after another and carries the calibration activations along.
+pub struct BlockCompressor<'a, B: Backend> {
+    recipe: &'a Recipe,
+    spec: &'a DecoderSpec,
+    backend: &'a B,
+    method: &'static dyn LinearMethod,
+    stream: Option<CalibrationStream<B>>,
+    phases: PhaseSeconds,
+}
+
+/// A block in its deployed form.
+#[derive(Clone, Debug)]
+pub struct CompressedBlock {
+    /// Quantized, with the factors of the compensation.
+    pub weights: BlockWeights,
+    /// What was done to each Linear, in the order of [`LinearSlot::ALL`].
+    pub linears: Vec<LinearReport>,
+}
+
+impl<'a, B: Backend> BlockCompressor<'a, B> {
+    /// A compressor that starts before block 0; without a `stream` nothing is calibrated.
+    ///
+    /// # Errors
+    /// `ERR_OPTION_INVALID` for an unknown method.
+    pub fn new(
+        recipe: &'a Recipe,
+        spec: &'a DecoderSpec,
+        backend: &'a B,
+        stream: Option<CalibrationStream<B>>,
+    ) -> Result<Self> {
+        let method = recipe.method()?;
+        Ok(BlockCompressor { recipe, spec, backend, method, stream, phases: PhaseSeconds::default() })
+    }
+
+    /// Seconds spent so far.
+    pub fn phases(&self) -> PhaseSeconds {
+        self.phases
+    }
+
+    /// Compresses block `index`, whose weights are `original`. Blocks must come in order.
+    ///
+    /// # Errors
+    /// What the solvers report, with the Linear as subject; `ERR_CANCELLED`.
+    pub fn compress(&mut self, index: usize, original: &BlockWeights, cancel: &CancelToken) -> Result<CompressedBlock> {
+        let mut weights = original.clone();
+        let mut linears: Vec<Option<LinearReport>> = vec![None; LinearSlot::ALL.len()];
+        let mut runnable = match &self.stream {
+            Some(_) => Some(Block::prepare(self.backend, self.spec, original)?),
+            None => None,
+        };
+        for points in self.stages() {
+            let started = Instant::now();
+            let statistics = match (&mut self.stream, &runnable) {
+                (Some(stream), Some(block)) => stream.capture(self.backend, block, points, cancel)?,
+                _ => Default::default(),
+            };
+            self.phases.calibrate += started.elapsed().as_secs_f64();
+            for slot in LinearSlot::ALL.into_iter().filter(|slot| points.contains(&slot.tap())) {
+                cancel.check()?;
+                let name = self.spec.linear_name(index, slot);
+                let statistics = statistics.get(&slot.tap());
+                let (weight, report) = self
+                    .compress_linear(&name, &original.linears[slot.index()], statistics)
+                    .map_err(|error| with_subject(error, &name))?;
+                if let Some(block) = &mut runnable {
+                    block.replace(slot, self.backend.prepare(&weight)?);
+                }
+                weights.linears[slot.index()] = weight;
+                linears[slot.index()] = Some(report);
+            }
+        }
+        if let (Some(stream), Some(block)) = (&mut self.stream, &runnable) {
+            let started = Instant::now();
+            stream.advance(self.backend, block, cancel)?;
+            self.phases.calibrate += started.elapsed().as_secs_f64();
+        }
+        Ok(CompressedBlock { weights, linears: linears.into_iter().flatten().collect() })
+    }
+
+    /// Tap points whose Linears are compressed from one capture.
+    fn stages(&self) -> Vec<&'static [TapPoint]> {
+        match &self.recipe.calibration {
+            Some(calibration) if calibration.subset => TapPoint::ALL.chunks(1).collect(),
+            _ => vec![&TapPoint::ALL],
+        }
+    }
+
+    fn compress_linear(
+        &mut self,
+        name: &str,
+        original: &LinearWeight,
+        statistics: Option<&Calibration>,
+    ) -> Result<(LinearWeight, LinearReport)> {
+        let pool = ThreadPool::global();
+        let WeightMatrix::Dense(dense) = &original.matrix else {
+            return Err(Error::new(ErrorCode::QuantizationUnsupported, "the Linear is compressed already")
+                .hint("Compress the original checkpoint"));
+        };
+        let options: QuantizeOptions = self.recipe.quantize_options(dense.element_type());
+        let started = Instant::now();
+        let quantized = self.method.compress(dense, statistics, &options, pool)?;
+        self.phases.compress += started.elapsed().as_secs_f64();
+
+        let started = Instant::now();
+        let (low_rank, error) = self.compensate(dense, &quantized, statistics, pool)?;
+        self.phases.compensate += started.elapsed().as_secs_f64();
+
+        let report = LinearReport {
+            name: name.to_owned(),
+            rows: dense.rows(),
+            columns: dense.columns(),
+            bits: quantized.bits(),
+            group_size: self.recipe.group_size,
+            rank: low_rank.as_ref().map_or(0, LowRank::rank),
+            stored_bits: quantized.stored_bits() + low_rank.as_ref().map_or(0, LowRank::stored_bits),
+            error,
+        };
+        let matrix = WeightMatrix::Quantized(quantized);
+        Ok((LinearWeight { matrix, bias: original.bias.clone(), low_rank }, report))
+    }
+
+    fn compensate(
+        &self,
+        dense: &DenseMatrix,
+        quantized: &QuantizedMatrix,
+        statistics: Option<&Calibration>,
+        pool: &ThreadPool,
+    ) -> Result<(Option<LowRank>, Option<ResidualError>)> {
+        let Some(statistics) = statistics else { return Ok((None, None)) };
+        let Some(recipe) = &self.recipe.eora else {
+            let quantized = residual_error(dense, quantized, statistics, pool);
+            return Ok((None, Some(ResidualError { quantized, compensated: quantized, bound: quantized })));
+        };
+        // bf16 factors are exact in every type that a server may load them in.
+        let options = EoraOptions { rank: recipe.rank, factor_type: ElementType::Bf16 };
+        let solved = eora(dense, quantized, statistics, &options, pool)?;
+        Ok((solved.factors, Some(solved.error)))
+    }
+}
+
+fn with_subject(error: Error, name: &str) -> Error {
+    if error.subject.is_empty() { error.subject(name) } else { error }
+}

@@ -1,0 +1,210 @@
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use kintsugi_checkpoint::Checkpoint;
+use kintsugi_model::{DecoderSpec, LinearSlot, read_tokenizer};
+use kintsugi_runtime::{Error, ErrorCode, Result};
+use serde::Serialize;
+
+/// What a checkpoint is and what can be done with it, from its headers.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Inspection {
+    /// Folder.
+    pub path: String,
+    /// `architectures[0]` of `config.json`; `null` when it names none.
+    pub architecture: Option<String>,
+    /// Weights of the original model that the tensors stand for; `null` when the architecture does not run here.
+    pub parameters: Option<u64>,
+    /// Number of tensors.
+    pub tensors: usize,
+    /// Bytes of all tensors.
+    pub bytes: u64,
+    /// Bytes by element type.
+    pub dtypes: BTreeMap<String, u64>,
+    /// Number of Linears in the blocks.
+    pub linears: Option<usize>,
+    /// How the Linears are compressed; `null` when they are dense.
+    pub quantization: Option<InspectedQuantization>,
+    /// Bits of everything that belongs to the Linears of the blocks, over their number of weights.
+    pub bits_per_weight: Option<f64>,
+    /// The compensation beside the checkpoint.
+    pub compensation: Option<InspectedCompensation>,
+    /// Sizes of the decoder.
+    pub spec: Option<InspectedSpec>,
+    /// Whether `compress` takes it.
+    pub can_compress: bool,
+    /// Whether `loadModel` takes it.
+    pub can_run: bool,
+    /// Why not.
+    pub reason: Option<String>,
+}
+
+/// How the Linears of a checkpoint are compressed.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct InspectedQuantization {
+    /// Name of the file format.
+    pub format: &'static str,
+    /// Width of a code.
+    pub bits: u8,
+    /// Columns per group; `null` for the whole row.
+    pub group_size: Option<usize>,
+    /// Without zero points.
+    pub symmetric: bool,
+}
+
+/// Factors beside a checkpoint.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct InspectedCompensation {
+    /// Linears that have factors.
+    pub linears: usize,
+    /// Smallest rank.
+    pub smallest_rank: usize,
+    /// Largest rank.
+    pub largest_rank: usize,
+}
+
+/// Sizes of a decoder.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct InspectedSpec {
+    /// Blocks.
+    pub layers: usize,
+    /// Width of the residual stream.
+    pub hidden_size: usize,
+    /// Width of the MLP.
+    pub intermediate_size: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads.
+    pub kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Rows of the embedding.
+    pub vocabulary_size: usize,
+    /// Longest context.
+    pub context_length: usize,
+    /// Whether the head is the embedding.
+    pub tied_head: bool,
+}
+
+/// Opens a checkpoint folder and says what it is.
+///
+/// An architecture that does not run here is an answer, not an error.
+///
+/// # Errors
+/// What opening the folder reports.
+pub fn inspect(path: &Path) -> Result<Inspection> {
+    let checkpoint = Checkpoint::open(path)?;
+    let spec = DecoderSpec::from_config(checkpoint.config());
+    let mut dtypes = BTreeMap::new();
+    let mut bytes = 0;
+    let mut tensors = 0;
+    for tensor in checkpoint.tensors() {
+        *dtypes.entry(tensor.dtype.to_lowercase()).or_insert(0) += tensor.bytes;
+        bytes += tensor.bytes;
+        tensors += 1;
+    }
+    let compensation = checkpoint.compensation()?;
+    let factor_bits: u64 =
+        compensation.iter().flat_map(|adapter| adapter.linears.values()).map(|entry| entry.factors.stored_bits()).sum();
+    let ranks: Vec<usize> =
+        compensation.iter().flat_map(|adapter| adapter.linears.values()).map(|entry| entry.factors.rank()).collect();
+    let linear_bytes = spec.as_ref().ok().map(|spec| linear_bytes(&checkpoint, spec));
+    let runnable = match &spec {
+        Ok(spec) => runs(&checkpoint, spec),
+        Err(error) => Err(error.clone()),
+    };
+    let quantization = checkpoint.quantization().map(|config| InspectedQuantization {
+        format: "compressed-tensors/pack-quantized",
+        bits: config.bits,
+        group_size: match config.group_size {
+            kintsugi_weights::GroupSize::Columns(columns) => Some(columns),
+            kintsugi_weights::GroupSize::WholeRow => None,
+        },
+        symmetric: config.symmetric,
+    });
+    let spec = spec.ok();
+    let can_compress = runnable.is_ok() && quantization.is_none();
+    let reason = match &runnable {
+        Err(error) => Some(error.message.clone()),
+        Ok(()) if quantization.is_some() => Some("it is compressed already, so compress does not take it".to_owned()),
+        Ok(()) => None,
+    };
+    Ok(Inspection {
+        path: path.display().to_string(),
+        architecture: checkpoint
+            .config()
+            .get("architectures")
+            .and_then(|names| names.get(0))
+            .and_then(|name| name.as_str())
+            .map(str::to_owned),
+        parameters: spec.as_ref().map(parameters),
+        tensors,
+        bytes,
+        dtypes,
+        linears: spec.as_ref().map(|spec| spec.layers * LinearSlot::ALL.len()),
+        quantization,
+        bits_per_weight: spec
+            .as_ref()
+            .zip(linear_bytes)
+            .map(|(spec, bytes)| (bytes * 8 + factor_bits) as f64 / spec.linear_parameters() as f64),
+        compensation: ranks.iter().min().zip(ranks.iter().max()).map(|(&smallest_rank, &largest_rank)| {
+            InspectedCompensation { linears: ranks.len(), smallest_rank, largest_rank }
+        }),
+        can_run: runnable.is_ok(),
+        can_compress,
+        reason,
+        spec: spec.map(|spec| InspectedSpec {
+            layers: spec.layers,
+            hidden_size: spec.hidden_size,
+            intermediate_size: spec.intermediate_size,
+            heads: spec.heads,
+            kv_heads: spec.kv_heads,
+            head_dim: spec.head_dim,
+            vocabulary_size: spec.vocabulary_size,
+            context_length: spec.context_length,
+            tied_head: spec.tied_head,
+        }),
+    })
+}
+
+/// Bytes of the codes, scales, zero points and dense weights of the Linears of the blocks.
+fn linear_bytes(checkpoint: &Checkpoint, spec: &DecoderSpec) -> u64 {
+    let names: Vec<String> =
+        (0..spec.layers).flat_map(|block| LinearSlot::ALL.map(|slot| spec.linear_name(block, slot))).collect();
+    let belongs = |tensor: &str| {
+        tensor.rsplit_once('.').is_some_and(|(linear, part)| {
+            !matches!(part, "bias" | "weight_shape") && names.iter().any(|name| name == linear)
+        })
+    };
+    checkpoint.tensors().filter(|tensor| belongs(&tensor.name)).map(|tensor| tensor.bytes).sum()
+}
+
+fn parameters(spec: &DecoderSpec) -> u64 {
+    let embedding = (spec.vocabulary_size * spec.hidden_size) as u64;
+    let norms = ((2 * spec.layers + 1) * spec.hidden_size) as u64;
+    let biases: usize =
+        LinearSlot::ALL.iter().filter(|slot| spec.biases[slot.index()]).map(|&slot| spec.linear_shape(slot).0).sum();
+    let heads = if spec.tied_head { 1 } else { 2 };
+    embedding * heads + norms + (biases * spec.layers) as u64 + spec.linear_parameters()
+}
+
+/// Whether the tokenizer and every Linear are there, by their headers.
+fn runs(checkpoint: &Checkpoint, spec: &DecoderSpec) -> Result<()> {
+    read_tokenizer(checkpoint, spec)?;
+    for block in 0..spec.layers {
+        for slot in LinearSlot::ALL {
+            let name = spec.linear_name(block, slot);
+            let stored = |part: &str| checkpoint.tensor(&format!("{name}.{part}"));
+            if stored("weight").or_else(|| stored("weight_packed")).is_none() {
+                return Err(Error::new(ErrorCode::CheckpointTensorMissing, format!("{name} has no weight"))
+                    .subject(name)
+                    .hint("Take config.json from the folder that the weights come from"));
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,118 @@
+use kintsugi_checkpoint::Checkpoint;
+use kintsugi_model::{DecoderSpec, LinearSlot};
+use kintsugi_runtime::{Error, ErrorCode, Result};
+use serde::Serialize;
+
+use crate::Recipe;
+
+/// What will be done to each Linear, before anything runs.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Plan {
+    /// What was asked.
+    pub recipe: Recipe,
+    /// Family of the decoder.
+    pub architecture: String,
+    /// Each Linear, in the order of the checkpoint.
+    pub linears: Vec<PlannedLinear>,
+    /// Weights that will be quantized.
+    pub quantized_weights: u64,
+    /// Bits of codes, scales, zero points and factors over the number of quantized weights.
+    pub bits_per_weight: f64,
+    /// Bytes of tensors that will be written.
+    pub bytes: u64,
+    /// Bytes of the source's tensors.
+    pub source_bytes: u64,
+    /// Estimate of the largest working set: one block with its statistics, and the calibration activations.
+    pub memory_bytes: u64,
+}
+
+/// One Linear of a [`Plan`].
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PlannedLinear {
+    /// Name in the checkpoint.
+    pub name: String,
+    /// Outputs.
+    pub rows: usize,
+    /// Inputs.
+    pub columns: usize,
+    /// Width of a code.
+    pub bits: u8,
+    /// Most that the rank can be; 0 without compensation.
+    pub rank: usize,
+    /// Bits of codes, scales, zero points and factors.
+    pub stored_bits: u64,
+}
+
+impl Plan {
+    /// Plans `recipe` from the headers of `checkpoint`.
+    ///
+    /// # Errors
+    /// `ERR_CHECKPOINT_TENSOR_MISSING` for a Linear without weights, `ERR_QUANTIZATION_UNSUPPORTED` for a checkpoint
+    /// that is compressed already.
+    pub fn new(recipe: &Recipe, checkpoint: &Checkpoint, spec: &DecoderSpec) -> Result<Self> {
+        if let Some(quantization) = checkpoint.quantization() {
+            return Err(Error::new(
+                ErrorCode::QuantizationUnsupported,
+                format!("the checkpoint is compressed already, to {} bits", quantization.bits),
+            )
+            .subject(checkpoint.path().display())
+            .hint("Compress the original checkpoint"));
+        }
+        let source_bytes: u64 = checkpoint.tensors().map(|tensor| tensor.bytes).sum();
+        let mut replaced = 0;
+        let mut linears = Vec::new();
+        for block in 0..spec.layers {
+            for slot in LinearSlot::ALL {
+                let name = spec.linear_name(block, slot);
+                let stored = checkpoint.tensor(&format!("{name}.weight")).ok_or_else(|| {
+                    Error::new(
+                        ErrorCode::CheckpointTensorMissing,
+                        "the checkpoint lacks a weight that config.json names",
+                    )
+                    .subject(format!("{name}.weight"))
+                    .hint("Take config.json from the folder that the weights come from")
+                })?;
+                replaced += stored.bytes;
+                linears.push(planned_linear(recipe, name, spec.linear_shape(slot)));
+            }
+        }
+        let stored_bits: u64 = linears.iter().map(|linear| linear.stored_bits).sum();
+        let quantized_weights = spec.linear_parameters();
+        Ok(Plan {
+            recipe: recipe.clone(),
+            architecture: spec.family.architecture.to_owned(),
+            quantized_weights,
+            bits_per_weight: stored_bits as f64 / quantized_weights as f64,
+            bytes: source_bytes - replaced + stored_bits.div_ceil(8),
+            source_bytes,
+            memory_bytes: memory_estimate(recipe, spec),
+            linears,
+        })
+    }
+}
+
+fn planned_linear(recipe: &Recipe, name: String, (rows, columns): (usize, usize)) -> PlannedLinear {
+    let weights = (rows * columns) as u64;
+    let groups = (rows * recipe.group_size().groups(columns)) as u64;
+    let zero_bits = if recipe.symmetric { 0 } else { u64::from(recipe.bits) };
+    let scale_bits = recipe.scale_type.map_or(16, |scale_type| scale_type.bits() as u64);
+    let rank = recipe.eora.map_or(0, |eora| eora.rank.min(rows).min(columns));
+    let factor_bits = (rank * (rows + columns) * 16) as u64;
+    let index_bits = if recipe.has_group_index() { columns as u64 * 32 } else { 0 };
+    let stored_bits = weights * u64::from(recipe.bits) + groups * (scale_bits + zero_bits) + index_bits + factor_bits;
+    PlannedLinear { name, rows, columns, bits: recipe.bits, rank, stored_bits }
+}
+
+/// One block three times (as read, as f32 while it is solved, packed), the second moments of its four inputs with the
+/// working copy of a factorization, and the residual stream of all calibration tokens.
+fn memory_estimate(recipe: &Recipe, spec: &DecoderSpec) -> u64 {
+    let block = spec.linear_parameters() / spec.layers as u64 * (2 + 4 + 4);
+    let Some(calibration) = &recipe.calibration else { return block };
+    let square = |width: usize| (width * width * 8) as u64;
+    let moments = 2 * square(spec.hidden_size) + square(spec.query_width()) + square(spec.intermediate_size);
+    let factorization = 3 * square(spec.intermediate_size.max(spec.hidden_size));
+    let activations = (calibration.sequences * calibration.length * spec.hidden_size * 4) as u64;
+    block + moments + factorization + activations
+}

@@ -1,0 +1,136 @@
+use std::path::PathBuf;
+
+use kintsugi_compress::{Gptq, LinearMethod, QuantizeOptions, linear_method};
+use kintsugi_runtime::{Error, ErrorCode, Result};
+use kintsugi_weights::{ElementType, GroupSize};
+use serde::Serialize;
+
+/// What the user asked for.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Recipe {
+    /// Folder of the checkpoint.
+    pub source: PathBuf,
+    /// Folder that is written.
+    pub out: PathBuf,
+    /// Name of a compression method.
+    pub method: String,
+    /// Width of a code: 2, 3, 4 or 8.
+    pub bits: u8,
+    /// Columns that share a scale; `null` for the whole row.
+    pub group_size: Option<usize>,
+    /// Symmetric grids have no zero points.
+    pub symmetric: bool,
+    /// GPTQ: columns by descending second moment.
+    pub act_order: bool,
+    /// GPTQ: group parameters from the original weights.
+    pub static_groups: bool,
+    /// GPTQ: share of the mean diagonal that is added to the second moments.
+    pub damping: f64,
+    /// Type that scales are stored in; `null` takes that of the checkpoint (f16 for f32 checkpoints).
+    pub scale_type: Option<ElementType>,
+    /// Text that the statistics are taken from.
+    pub calibration: Option<CalibrationRecipe>,
+    /// Compensation of what compression broke.
+    pub eora: Option<EoraRecipe>,
+}
+
+/// Where calibration statistics come from.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct CalibrationRecipe {
+    /// UTF-8 text file.
+    pub text: PathBuf,
+    /// Most sequences that are taken from its beginning.
+    pub sequences: usize,
+    /// Tokens of a sequence.
+    pub length: usize,
+    /// Recompute the inputs of each group of Linears after those before it are compressed ("true sequential").
+    pub subset: bool,
+}
+
+/// How the compensation is solved.
+#[derive(Clone, Copy, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct EoraRecipe {
+    /// Rank of the factors of every Linear.
+    pub rank: usize,
+}
+
+impl Recipe {
+    /// Checks the options against each other.
+    ///
+    /// # Errors
+    /// `ERR_OPTION_INVALID`, naming the option.
+    pub fn validate(&self) -> Result<()> {
+        self.quantize_options(ElementType::F16).validate()?;
+        let method = self.method()?;
+        if self.calibration.is_none() && method.needs_calibration() {
+            return Err(missing_text(format!("the method '{}' needs calibration text", method.name())));
+        }
+        if let Some(eora) = &self.eora {
+            if eora.rank == 0 {
+                return Err(Error::new(ErrorCode::OptionInvalid, "a compensation of rank 0 compensates nothing")
+                    .subject("eora.rank")
+                    .hint("Leave eora out, or give a rank such as 32 or 64"));
+            }
+            if self.calibration.is_none() {
+                return Err(missing_text("EoRA needs calibration text".into()));
+            }
+        }
+        if let Some(calibration) = &self.calibration {
+            for (subject, value, least) in
+                [("calibration.sequences", calibration.sequences, 1), ("calibration.length", calibration.length, 2)]
+            {
+                if value < least {
+                    return Err(Error::new(ErrorCode::OptionInvalid, format!("{subject} is {value}"))
+                        .subject(subject)
+                        .hint(format!("Use at least {least}")));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The compression method.
+    ///
+    /// # Errors
+    /// `ERR_OPTION_UNKNOWN`, with the nearest name.
+    pub fn method(&self) -> Result<&'static dyn LinearMethod> {
+        linear_method(&self.method)
+    }
+
+    /// What the compression method is told; `checkpoint_type` decides the scale type where the recipe does not.
+    pub fn quantize_options(&self, checkpoint_type: ElementType) -> QuantizeOptions {
+        let scale_type = self.scale_type.unwrap_or(match checkpoint_type {
+            ElementType::F32 => ElementType::F16,
+            stored => stored,
+        });
+        QuantizeOptions {
+            bits: self.bits,
+            group_size: self.group_size(),
+            symmetric: self.symmetric,
+            scale_type,
+            act_order: self.act_order,
+            static_groups: self.static_groups,
+            damping: self.damping,
+        }
+    }
+
+    /// Whether columns may belong to groups that are not runs of neighbours, so that each Linear stores the group of
+    /// every column.
+    pub fn has_group_index(&self) -> bool {
+        self.method == Gptq.name() && self.act_order && !self.static_groups && self.group_size.is_some()
+    }
+
+    /// Columns that share a scale.
+    pub fn group_size(&self) -> GroupSize {
+        self.group_size.map_or(GroupSize::WholeRow, GroupSize::Columns)
+    }
+}
+
+fn missing_text(message: String) -> Error {
+    Error::new(ErrorCode::OptionInvalid, message)
+        .subject("calibration.text")
+        .hint("Give a UTF-8 text file that resembles what the model will read")
+}

@@ -1,0 +1,52 @@
+//! What the integration tests of the pipeline share.
+#![allow(dead_code)] // each test binary uses a part of it
+
+use std::path::{Path, PathBuf};
+
+use kintsugi_kernels::Kernels;
+use kintsugi_model::{CpuBackend, LoadOptions, LoadedModel, Precision};
+use kintsugi_pipeline::{CalibrationRecipe, EoraRecipe, Recipe};
+use kintsugi_runtime::{CancelToken, CpuLevel, Progress, ThreadPool};
+
+pub(crate) fn assets(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../assets").join(name)
+}
+
+pub(crate) fn backend() -> CpuBackend {
+    CpuBackend::with(Kernels::new(CpuLevel::best()).unwrap(), Precision::F32, ThreadPool::global())
+}
+
+/// The settings of the published tables: group 64, asymmetric, static groups, act-order, damping 0.01, the first
+/// 64 sequences of 256 tokens.
+pub(crate) fn recipe(source: &Path, out: &Path, method: &str, bits: u8, rank: usize) -> Recipe {
+    Recipe {
+        source: source.to_path_buf(),
+        out: out.to_path_buf(),
+        method: method.to_owned(),
+        bits,
+        group_size: Some(64),
+        symmetric: false,
+        act_order: true,
+        static_groups: true,
+        damping: 0.01,
+        scale_type: None,
+        calibration: Some(CalibrationRecipe {
+            text: assets("text/calibration-wikipedia.txt"),
+            sequences: 64,
+            length: 256,
+            subset: false,
+        }),
+        eora: (rank > 0).then_some(EoraRecipe { rank }),
+    }
+}
+
+pub(crate) fn load(path: &Path) -> LoadedModel {
+    let options =
+        LoadOptions { backend: "cpu".to_owned(), precision: Precision::F32, compensation: true, adapters: Vec::new() };
+    LoadedModel::load(path, &options, &CancelToken::new(), &Progress::new()).unwrap()
+}
+
+pub(crate) fn perplexity(path: &Path, text: &str, length: usize) -> f64 {
+    let text = std::fs::read_to_string(assets("text").join(text)).unwrap();
+    load(path).perplexity(&text, length, None, &CancelToken::new(), &Progress::new()).unwrap().perplexity
+}
