@@ -1,0 +1,93 @@
+use kintsugi_model::{CandleBackend, CpuBackend};
+use kintsugi_pipeline::{CalibrationRecipe, EoraRecipe, Recipe, compress as run_compression, plan};
+use kintsugi_runtime::Result;
+use kintsugi_weights::ElementType;
+use napi::Env;
+use napi::bindgen_prelude::Object;
+use napi_derive::napi;
+
+use crate::control::BindingControl;
+use crate::error::{invalid_option, to_napi};
+use crate::job::{spawn, to_json};
+use crate::model::precision;
+
+/// Options of `compress`; `src/compress.ts` fills in the defaults.
+#[napi(object, object_to_js = false)]
+pub struct BindingCompressOptions {
+    pub source: String,
+    pub out: String,
+    pub method: String,
+    pub bits: u32,
+    /// 0 for the whole row.
+    pub group_size: u32,
+    pub symmetric: bool,
+    pub act_order: bool,
+    pub static_groups: bool,
+    pub damping: f64,
+    /// `auto`, `bf16`, `f16` or `f32`.
+    pub scale_type: String,
+    pub calibration_text: Option<String>,
+    pub calibration_sequences: u32,
+    pub calibration_length: u32,
+    pub subset: bool,
+    /// 0 for none.
+    pub eora_rank: u32,
+    /// `f32` or `exact`.
+    pub precision: String,
+    /// `cpu` or `candle`.
+    pub backend: String,
+    pub dry_run: bool,
+}
+
+/// Compresses a checkpoint; the promise gives the report, or the plan of a dry run.
+#[napi(ts_return_type = "Promise<unknown>")]
+pub fn compress<'env>(
+    env: &'env Env,
+    options: BindingCompressOptions,
+    control: &BindingControl,
+) -> napi::Result<Object<'env>> {
+    let recipe = recipe(&options).map_err(|error| to_napi(&error))?;
+    let precision = precision(&options.precision).map_err(|error| to_napi(&error))?;
+    let (cancel, progress) = (control.cancel.clone(), control.progress.clone());
+    let BindingCompressOptions { backend, dry_run, .. } = options;
+    spawn(env, move || {
+        if dry_run {
+            return to_json(&plan(&recipe)?);
+        }
+        let report = match backend.as_str() {
+            "cpu" => run_compression(&recipe, &CpuBackend::new(precision)?, &cancel, &progress)?,
+            "candle" => run_compression(&recipe, &CandleBackend, &cancel, &progress)?,
+            other => return Err(invalid_option("backend", other, &kintsugi_model::BACKENDS)),
+        };
+        to_json(&report)
+    })
+}
+
+fn recipe(options: &BindingCompressOptions) -> Result<Recipe> {
+    let scale_type = match options.scale_type.as_str() {
+        "auto" => None,
+        name => {
+            let valid = ["auto", "bf16", "f16", "f32"];
+            Some(ElementType::from_name(name).ok_or_else(|| invalid_option("scaleType", name, &valid))?)
+        }
+    };
+    Ok(Recipe {
+        source: options.source.clone().into(),
+        out: options.out.clone().into(),
+        method: options.method.clone(),
+        bits: u8::try_from(options.bits).unwrap_or(u8::MAX),
+        group_size: (options.group_size > 0).then_some(options.group_size as usize),
+        symmetric: options.symmetric,
+        act_order: options.act_order,
+        static_groups: options.static_groups,
+        damping: options.damping,
+        scale_type,
+        calibration: options.calibration_text.as_ref().map(|text| CalibrationRecipe {
+            text: text.into(),
+            sequences: options.calibration_sequences as usize,
+            length: options.calibration_length as usize,
+            subset: options.subset,
+        }),
+        eora: (options.eora_rank > 0).then_some(EoraRecipe { rank: options.eora_rank as usize }),
+    })
+}
