@@ -1,0 +1,143 @@
+import { existsSync, readdirSync, readFileSync, writeFileSync } from 'node:fs'
+import { join } from 'node:path'
+
+import test from 'ava'
+import { Checkpoint, loadModel } from 'kintsugi'
+
+import { LLAMA, SHAKESPEARE, STORIES, temporaryFolder, textSlice, TINY } from '../fixtures.js'
+import { kintsugi, start } from './command-line.js'
+
+const CALIBRATION = ['--calibration', STORIES, '--sequences', '4', '--length', '64']
+
+test('inspect', async (t) => {
+  const json = await kintsugi('inspect', TINY, '--json')
+  t.is(json.code, 0)
+  t.is(json.stderr, '')
+  t.deepEqual(JSON.parse(json.stdout), { ...(await Checkpoint.open(TINY)).info })
+  const { code, stdout } = await kintsugi('inspect', TINY)
+  t.is(code, 0)
+  t.regex(stdout, /architecture +LlamaForCausalLM/)
+  t.regex(stdout, /bits per weight +32\.00/)
+})
+
+test('inspect of nothing', async (t) => {
+  const { code, stdout, stderr } = await kintsugi('inspect', '/no/such/folder')
+  t.is(code, 1)
+  t.is(stdout, '')
+  t.regex(stderr, /\[ERR_CHECKPOINT_NOT_FOUND\]\n {2}about: \/no\/such\/folder/)
+})
+
+test('compress, inspect, eval and generate work on each other', async (t) => {
+  const folder = temporaryFolder(t)
+  const out = join(folder, 'w4')
+  const compressing = ['compress', TINY, '-o', out, '--group-size', '64', '--eora-rank', '8', ...CALIBRATION]
+
+  const plan = await kintsugi(...compressing, '--dry-run', '--json')
+  t.is(plan.code, 0)
+  t.deepEqual(readdirSync(folder), [])
+
+  const compressed = await kintsugi(...compressing, '--json')
+  t.is(compressed.code, 0, compressed.stderr)
+  const report = JSON.parse(compressed.stdout)
+  t.deepEqual(Object.keys(report), ['recipe', 'summary', 'linears'])
+  t.is(report.summary.bitsPerWeight, JSON.parse(plan.stdout).bitsPerWeight)
+  t.deepEqual(report, JSON.parse(readFileSync(join(out, 'report.json'), 'utf8')))
+
+  const inspected = await kintsugi('inspect', out)
+  t.regex(inspected.stdout, /4 bits, groups of 64, asymmetric/)
+  t.regex(inspected.stdout, /rank 8 on 14 Linears/)
+
+  const text = join(folder, 'text.txt')
+  writeFileSync(text, textSlice(STORIES, 10_000))
+  const evaluated = await kintsugi('eval', out, '--text', text, '--length', '64', '--reference', TINY, '--json')
+  t.is(evaluated.code, 0, evaluated.stderr)
+  const measured = JSON.parse(evaluated.stdout)
+  for (const name of [
+    'perplexity',
+    'meanNegativeLogLikelihood',
+    'tokens',
+    'windows',
+    'secondsTotal',
+    'bitsPerWeight',
+  ]) {
+    t.is(typeof measured[name], 'number', name)
+    t.is(typeof measured.reference[name], 'number', name)
+  }
+  t.is(measured.tokens, measured.windows * 63)
+  t.true(measured.perplexity > 0.98 * measured.reference.perplexity)
+
+  const again = await kintsugi(...compressing)
+  t.is(again.code, 1)
+  t.regex(again.stderr, /ERR_OUTPUT_NOT_EMPTY/)
+})
+
+test('the reports for readers', async (t) => {
+  const out = join(temporaryFolder(t), 'w2')
+  const args = ['compress', TINY, '-o', out, '--bits', '2', '--group-size', '64', ...CALIBRATION]
+  const plan = await kintsugi(...args, '--dry-run')
+  t.regex(plan.stdout, /nothing was written/)
+  t.regex(plan.stdout, /down_proj 128 × 384 +2 +0 +2\.\d\d/)
+  const compressed = await kintsugi(...args)
+  t.is(compressed.code, 0, compressed.stderr)
+  t.regex(compressed.stdout, /bits per weight +2\.\d\d/)
+  t.regex(compressed.stdout, /largest output errors/)
+  const evaluated = await kintsugi('eval', TINY, '--text', STORIES, '--length', '256')
+  t.regex(evaluated.stdout, /^perplexity +34\.\d{4}$/m)
+})
+
+test('generate streams the text alone to stdout', async (t) => {
+  const args = ['generate', TINY, '--prompt', 'Once upon a time', '--max-tokens', '16', '--precision', 'f32']
+  const plain = await kintsugi(...args)
+  t.is(plain.code, 0, plain.stderr)
+  t.is(plain.stderr, '')
+  using model = await loadModel(TINY, { precision: 'f32' })
+  const text = await model.generate('Once upon a time', { maxTokens: 16 }).text()
+  t.is(plain.stdout, `${text}\n`)
+
+  const document = JSON.parse((await kintsugi(...args, '--json')).stdout)
+  t.like(document, { prompt: 'Once upon a time', text, tokens: 16, finishReason: 'length' })
+  t.is(document.tokenIds.length, 16)
+})
+
+test('generate with sampling, stop strings and an adapter', async (t) => {
+  const sampling = ['--temperature', '0.9', '--top-k', '50', '--top-p', '0.95', '--min-p', '0.01', '--seed', '7']
+  const args = ['generate', LLAMA, '--prompt', 'ROMEO:', '--max-tokens', '24', '--adapter', SHAKESPEARE, ...sampling]
+  const [first, second] = [await kintsugi(...args), await kintsugi(...args)]
+  t.is(first.code, 0, first.stderr)
+  t.is(first.stdout, second.stdout)
+  const stop = first.stdout.slice(4, 7)
+  const stopped = await kintsugi(...args, '--stop', 'never appears', '--stop', stop)
+  t.is(stopped.stdout, `${first.stdout.slice(0, first.stdout.indexOf(stop))}\n`)
+})
+
+test('doctor', async (t) => {
+  const json = await kintsugi('doctor', '--json')
+  t.is(json.code, 0, json.stderr)
+  const report = JSON.parse(json.stdout)
+  const { code, stdout } = await kintsugi('doctor')
+  t.is(code, 0)
+  t.regex(stdout, new RegExp(`self-check +${report.selfCheck.length} of ${report.selfCheck.length} cases`))
+})
+
+test('an interruption cancels, cleans up and fails', async (t) => {
+  const folder = temporaryFolder(t)
+  const out = join(folder, 'out')
+  const calibration = ['--calibration', STORIES, '--sequences', '128', '--length', '512']
+  const { child, ended } = start(['compress', LLAMA, '-o', out, ...calibration, '--json'])
+  while (child.exitCode === null && !existsSync(`${out}.partial`))
+    await new Promise((resolve) => setTimeout(resolve, 20))
+  child.kill('SIGINT')
+  const { code, stdout, stderr } = await ended
+  t.is(code, 1)
+  t.is(JSON.parse(stdout).error.code, 'ERR_CANCELLED')
+  t.regex(stderr, /interrupted/)
+  t.deepEqual(readdirSync(folder), [])
+})
+
+test('a reader that leaves early is no failure', async (t) => {
+  const { child, ended } = start(['generate', TINY, '--prompt', 'Once', '--max-tokens', '300', '--ignore-eos'])
+  child.stdout!.once('data', () => child.stdout!.destroy())
+  const { code, stderr } = await ended
+  t.is(code, 0)
+  t.is(stderr, '')
+})

@@ -1,0 +1,169 @@
+import { readFileSync } from 'node:fs'
+
+import test from 'ava'
+import { KintsugiError, loadModel } from 'kintsugi'
+
+import { failsWith, LLAMA, SHAKESPEARE, STORIES, textSlice, TINY, WIKITEXT } from './fixtures.js'
+
+const PROMPT = 'Once upon a time'
+
+test('what was loaded', async (t) => {
+  using model = await loadModel(LLAMA, { adapters: { shakespeare: SHAKESPEARE } })
+  t.like(model.info, {
+    architecture: 'LlamaForCausalLM',
+    layers: 8,
+    hiddenSize: 256,
+    contextLength: 512,
+    precision: 'exact',
+    backend: 'cpu',
+    adapters: ['shakespeare'],
+  })
+  t.true(model.info.memoryBytes > 0)
+})
+
+test('perplexity in f32 is the published value', async (t) => {
+  t.timeout(600_000)
+  using model = await loadModel(LLAMA, { precision: 'f32' })
+  const report = await model.perplexity(readFileSync(WIKITEXT, 'utf8'), { length: 256 })
+  t.is(report.windows, 349)
+  t.is(report.tokens, 88_995)
+  t.is(report.length, 256)
+  t.true(Math.abs(report.perplexity / 100.61246 - 1) < 1e-3, String(report.perplexity))
+  t.is(report.perplexity, Math.exp(report.meanNegativeLogLikelihood))
+})
+
+test('both backends and both precisions agree', async (t) => {
+  const text = textSlice(STORIES, 20_000)
+  const measure = async (options: Parameters<typeof loadModel>[1]): Promise<number> => {
+    using model = await loadModel(TINY, options)
+    return (await model.perplexity(text, { length: 128 })).perplexity
+  }
+  const reference = await measure({ backend: 'candle', precision: 'f32' })
+  t.true(Math.abs((await measure({ precision: 'f32' })) / reference - 1) < 1e-4)
+  t.true(Math.abs((await measure({ precision: 'exact' })) / reference - 1) < 1e-2)
+})
+
+test('an adapter is applied to the calls that name it', async (t) => {
+  using model = await loadModel(LLAMA, { adapters: { shakespeare: SHAKESPEARE } })
+  const text = textSlice(SHAKESPEARE.replace('adapters/shakespeare', 'text/eval-shakespeare.txt'), 15_000)
+  const without = await model.perplexity(text, { length: 256 })
+  const with_ = await model.perplexity(text, { length: 256, adapter: 'shakespeare' })
+  t.true(with_.perplexity < 0.9 * without.perplexity, `${with_.perplexity} ${without.perplexity}`)
+  const prompt = 'ROMEO:'
+  t.not(
+    await model.generate(prompt, { maxTokens: 24, adapter: 'shakespeare' }).text(),
+    await model.generate(prompt, { maxTokens: 24 }).text(),
+  )
+  await failsWith(t, () => model.perplexity(text, { adapter: 'legal' }), 'ERR_ADAPTER_UNKNOWN', /legal/)
+  await failsWith(t, () => model.generate(prompt, { adapter: 'legal' }).text(), 'ERR_ADAPTER_UNKNOWN', /legal/)
+})
+
+test('greedy text is the same every time and reads like a story', async (t) => {
+  using model = await loadModel(TINY, { precision: 'f32' })
+  const generation = model.generate(PROMPT, { maxTokens: 24 })
+  const text = await generation.text()
+  t.regex(text, /there was a little/)
+  t.is(await model.generate(PROMPT, { maxTokens: 24 }).text(), text)
+  const { summary } = generation
+  t.like(summary, { tokens: 24, finishReason: 'length' })
+  t.true(summary!.promptTokens > 0 && summary!.secondsPrefill > 0 && summary!.secondsDecode > 0)
+})
+
+test('a seed makes sampling repeatable', async (t) => {
+  using model = await loadModel(TINY)
+  const sample = (seed: number): Promise<string> =>
+    model.generate(PROMPT, { maxTokens: 32, temperature: 1.2, topK: 200, topP: 0.98, minP: 0.001, seed }).text()
+  t.is(await sample(1), await sample(1))
+  t.not(await sample(1), await sample(2))
+})
+
+test('generations that run side by side do not touch each other', async (t) => {
+  using model = await loadModel(TINY, { precision: 'f32' })
+  const prompts = [PROMPT, 'The dog', 'One day, Tom']
+  const alone: string[] = []
+  for (const prompt of prompts) alone.push(await model.generate(prompt, { maxTokens: 16 }).text())
+  const together = await Promise.all(prompts.map((prompt) => model.generate(prompt, { maxTokens: 16 }).text()))
+  t.deepEqual(together, alone)
+})
+
+test('a stop string ends the text before it', async (t) => {
+  using model = await loadModel(TINY, { precision: 'f32' })
+  const whole = await model.generate(PROMPT, { maxTokens: 24 }).text()
+  const stop = whole.slice(8, 14)
+  for (const given of [stop, ['never appears', stop]]) {
+    const generation = model.generate(PROMPT, { maxTokens: 24, stop: given })
+    t.is(await generation.text(), whole.slice(0, whole.indexOf(stop)))
+    t.is(generation.summary?.finishReason, 'stop')
+  }
+})
+
+test('pieces hold whole characters only', async (t) => {
+  using model = await loadModel(TINY)
+  // Hot sampling from a byte-fallback vocabulary gives stray bytes and characters of several tokens.
+  let text = ''
+  for await (const piece of model.generate(PROMPT, { maxTokens: 200, temperature: 50, seed: 3, ignoreEos: true })) {
+    t.is(piece.text, Buffer.from(piece.text).toString())
+    t.false(/[\uD800-\uDBFF]$/.test(piece.text))
+    text += piece.text
+  }
+  t.is(text, await model.generate(PROMPT, { maxTokens: 200, temperature: 50, seed: 3, ignoreEos: true }).text())
+})
+
+test('an abort in the middle ends the generation with its reason', async (t) => {
+  using model = await loadModel(TINY)
+  const controller = new AbortController()
+  const reason = new Error('reader left')
+  const generation = model.generate(PROMPT, { maxTokens: 400, ignoreEos: true, signal: controller.signal })
+  let pieces = 0
+  const error = await t.throwsAsync(async () => {
+    for await (const _ of generation) if (++pieces === 5) controller.abort(reason)
+  })
+  t.is(error, reason)
+  t.is(pieces, 5)
+})
+
+test('an aborted measurement ends soon', async (t) => {
+  using model = await loadModel(LLAMA)
+  const started = performance.now()
+  const job = model.perplexity(readFileSync(WIKITEXT, 'utf8'), { length: 256, signal: AbortSignal.timeout(300) })
+  await t.throwsAsync(async () => job, { name: 'TimeoutError' })
+  t.true(performance.now() - started < 5000)
+})
+
+test('input that does not fit is refused by name', async (t) => {
+  using model = await loadModel(TINY)
+  await failsWith(t, () => model.generate(PROMPT, { maxTokens: 0 }), 'ERR_OPTION_INVALID', 'maxTokens')
+  await failsWith(t, () => model.generate(PROMPT, { maxTokns: 3 } as object), 'ERR_OPTION_UNKNOWN', 'maxTokns')
+  await failsWith(t, () => model.generate(3 as unknown as string), 'ERR_OPTION_INVALID', 'prompt')
+  await failsWith(t, () => model.generate('word '.repeat(2000)).text(), 'ERR_CONTEXT_EXCEEDED', 'prompt')
+  await failsWith(t, () => model.perplexity(''), 'ERR_TEXT_TOO_SHORT', 'text')
+  await failsWith(t, () => model.perplexity('Once', { length: 512 }), 'ERR_TEXT_TOO_SHORT', 'text')
+  await failsWith(t, () => model.perplexity('Once', { length: 4096 }), 'ERR_CONTEXT_EXCEEDED', 'length')
+  await failsWith(t, () => model.perplexity('Once', { lenght: 1 } as object), 'ERR_OPTION_UNKNOWN', 'lenght')
+  const fast = { precision: 'fast' } as unknown as Parameters<typeof loadModel>[1]
+  const error = await failsWith(t, () => loadModel(TINY, fast), 'ERR_OPTION_INVALID', 'precision')
+  t.regex(error?.hint ?? '', /exact/)
+  await failsWith(t, () => loadModel(TINY, { adapters: { a: '/no/such/adapter' } }), 'ERR_ADAPTER_INVALID', /adapter/)
+})
+
+test('a model that was disposed of is gone', async (t) => {
+  const model = await loadModel(TINY)
+  model.dispose()
+  model.dispose()
+  await failsWith(t, () => model.info, 'ERR_DISPOSED')
+  await failsWith(t, () => model.generate(PROMPT), 'ERR_DISPOSED')
+  await failsWith(t, () => model.perplexity(PROMPT), 'ERR_DISPOSED')
+})
+
+test('disposing ends what still runs', async (t) => {
+  const model = await loadModel(LLAMA)
+  const measurement = model.perplexity(readFileSync(WIKITEXT, 'utf8'), { length: 256 })
+  const generation = model.generate(PROMPT, { maxTokens: 400, ignoreEos: true })
+  await generation.next()
+  const rest = generation.text()
+  await model[Symbol.asyncDispose]()
+  for (const outcome of await Promise.allSettled([measurement, rest])) {
+    t.is(outcome.status, 'rejected')
+    t.is(((outcome as PromiseRejectedResult).reason as KintsugiError).code, 'ERR_DISPOSED')
+  }
+})

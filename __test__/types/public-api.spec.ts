@@ -1,0 +1,58 @@
+import test from 'ava'
+import { expectTypeOf } from 'expect-type'
+import {
+  Checkpoint,
+  compress,
+  type CompressReport,
+  type Generation,
+  Job,
+  KintsugiError,
+  loadModel,
+  type Model,
+  type PerplexityReport,
+  type Piece,
+  type Plan,
+  type Progress,
+  QuantizedLinear,
+} from 'kintsugi'
+
+// Checked by `tsc`, which is part of `npm test`; this function is never called.
+export async function publicTypes(model: Model, signal: AbortSignal): Promise<void> {
+  expectTypeOf(compress('a', { out: 'b' })).toEqualTypeOf<Job<CompressReport>>()
+  expectTypeOf(compress('a', { out: 'b', dryRun: true })).toEqualTypeOf<Job<Plan>>()
+  expectTypeOf(await compress('a', { out: 'b', signal })).toEqualTypeOf<CompressReport>()
+  expectTypeOf(compress).parameter(0).toEqualTypeOf<string | Checkpoint>()
+  // @ts-expect-error the output is required
+  compress('a', {})
+  // @ts-expect-error there are no codes of 5 bits
+  compress('a', { out: 'b', bits: 5 })
+  // @ts-expect-error misspelled
+  compress('a', { out: 'b', grupSize: 64 })
+  compress('a', { out: 'b', groupSize: 'whole', calibration: { text: 'c' }, eora: { rank: 8 } })
+
+  expectTypeOf(loadModel('a')).toEqualTypeOf<Job<Model>>()
+  expectTypeOf(loadModel('a')).toExtend<Promise<Model>>()
+  expectTypeOf(loadModel('a').progress()).toEqualTypeOf<AsyncGenerator<Progress, void, undefined>>()
+  // @ts-expect-error not implemented
+  loadModel('a', { precision: 'fast' })
+
+  expectTypeOf(model.generate('x')).toEqualTypeOf<Generation>()
+  for await (const piece of model.generate('x', { stop: 'y', signal })) expectTypeOf(piece).toEqualTypeOf<Piece>()
+  expectTypeOf(model.perplexity('x', { length: 512 })).toEqualTypeOf<Job<PerplexityReport>>()
+  expectTypeOf(model).toExtend<Disposable & AsyncDisposable>()
+
+  expectTypeOf(QuantizedLinear.quantize).parameter(0).toEqualTypeOf<Float32Array>()
+  expectTypeOf<QuantizedLinear['forwardAsync']>().returns.resolves.toEqualTypeOf<Float32Array>()
+  // @ts-expect-error made by quantize()
+  new QuantizedLinear()
+
+  expectTypeOf(await Checkpoint.open('a')).toEqualTypeOf<Checkpoint>()
+  expectTypeOf<KintsugiError['code']>().toExtend<string>()
+  // @ts-expect-error codes are a closed list
+  expectTypeOf<KintsugiError['code']>().toEqualTypeOf<'ERR_NOVEL'>()
+}
+
+test('everything public is there at run time', (t) => {
+  for (const item of [Checkpoint, compress, Job, KintsugiError, loadModel, QuantizedLinear])
+    t.is(typeof item, 'function')
+})

@@ -1,0 +1,58 @@
+import { readFile } from 'node:fs/promises'
+
+import { type Command, InvalidArgumentError } from 'commander'
+
+import { KintsugiError } from '../index.js'
+
+/** Parses the value of an option that is a number. */
+export function numberArgument(value: string): number {
+  const number = Number(value)
+  if (value.trim() === '' || Number.isNaN(number)) throw new InvalidArgumentError('It is not a number.')
+  return number
+}
+
+/** Parses `--group-size`. */
+export function groupSizeArgument(value: string): number | 'whole' {
+  return value === 'whole' ? value : numberArgument(value)
+}
+
+/** Parses an option that may be given several times. */
+export function listArgument(value: string, previous: string[] | undefined): string[] {
+  return [...(previous ?? []), value]
+}
+
+/** Adds the options that say how a model runs. */
+export function withModelOptions(command: Command): Command {
+  return command
+    .option('--precision <name>', 'f32 or exact', 'exact')
+    .option('--backend <name>', 'cpu, or candle for the plain reference', 'cpu')
+}
+
+/** Values of {@link withModelOptions}; the library checks them. */
+export interface ModelArguments {
+  precision: 'f32' | 'exact'
+  backend: 'cpu' | 'candle'
+}
+
+/** Reads a UTF-8 text file. */
+export async function readText(path: string): Promise<string> {
+  let bytes: Buffer
+  try {
+    bytes = await readFile(path)
+  } catch (error) {
+    throw unreadable(
+      path,
+      error instanceof Error ? error.message : String(error),
+      'Give the path of a UTF-8 text file.',
+    )
+  }
+  try {
+    return new TextDecoder('utf-8', { fatal: true, ignoreBOM: true }).decode(bytes)
+  } catch {
+    throw unreadable(path, 'the text is not UTF-8', 'Convert the file to UTF-8.')
+  }
+}
+
+function unreadable(subject: string, message: string, hint: string): KintsugiError {
+  return new KintsugiError({ code: 'ERR_TEXT_UNREADABLE', message, subject, hint })
+}

@@ -1,0 +1,146 @@
+import type { Command } from 'commander'
+
+import { compress, type CompressOptions, type CompressReport, type Plan } from '../index.js'
+import { groupSizeArgument, type ModelArguments, numberArgument, withModelOptions } from './arguments.js'
+import { formatBytes, formatCount, formatSeconds, formatShare } from './format.js'
+import { runCommand } from './run-command.js'
+import { formatPairs, formatTable } from './table.js'
+
+interface CompressArguments extends ModelArguments {
+  out: string
+  method: NonNullable<CompressOptions['method']>
+  bits: NonNullable<CompressOptions['bits']>
+  groupSize: number | 'whole'
+  symmetric: boolean
+  scaleType: NonNullable<CompressOptions['scaleType']>
+  actOrder: boolean
+  staticGroups: boolean
+  damping: number
+  calibration?: string
+  sequences: number
+  length: number
+  subset: boolean
+  eoraRank?: number
+  dryRun: boolean
+  json?: boolean
+}
+
+const LARGEST_ERRORS_SHOWN = 5
+
+/** `kintsugi compress CHECKPOINT -o OUT` */
+export function registerCompress(program: Command): void {
+  const command = program
+    .command('compress')
+    .description('compress a checkpoint, with or without a low-rank compensation, into a Hugging Face folder')
+    .argument('<checkpoint>', 'folder of the checkpoint')
+    .requiredOption('-o, --out <folder>', 'folder to write; must not exist, or be empty')
+    .option('--method <name>', 'gptq or rtn', 'gptq')
+    .option('--bits <n>', '2, 3, 4 or 8', numberArgument, 4)
+    .option('--group-size <n>', "inputs that share a scale, or 'whole'", groupSizeArgument, 128)
+    .option('--symmetric', 'grids around zero, without zero points', false)
+    .option('--scale-type <name>', 'auto, bf16, f16 or f32', 'auto')
+    .option('--no-act-order', 'GPTQ: keep the order of the columns')
+    .option('--no-static-groups', 'GPTQ: scales from the corrected weights')
+    .option('--damping <share>', 'GPTQ: share of the mean diagonal that is added', numberArgument, 0.01)
+    .option('--calibration <file>', 'UTF-8 text that the statistics are taken from; GPTQ and EoRA need it')
+    .option('--sequences <n>', 'most calibration sequences', numberArgument, 128)
+    .option('--length <n>', 'tokens of a calibration sequence', numberArgument, 2048)
+    .option('--subset', 'take the statistics of each group of Linears after those before it are compressed', false)
+    .option('--eora-rank <n>', 'compensate with factors of this rank', numberArgument)
+    .option('--dry-run', 'check everything and print the plan; write nothing', false)
+    .option('--json', 'print one JSON document')
+  withModelOptions(command).action((checkpoint: string, given: CompressArguments) =>
+    runCommand(given.json, async ({ signal, follow }) => {
+      const { json: _, calibration, sequences, length, subset, eoraRank, dryRun, ...rest } = given
+      const options: CompressOptions = {
+        ...rest,
+        ...(calibration !== undefined && { calibration: { text: calibration, sequences, length, subset } }),
+        ...(eoraRank !== undefined && { eora: { rank: eoraRank } }),
+        signal,
+      }
+      if (dryRun) {
+        const plan = await compress(checkpoint, { ...options, dryRun: true })
+        return { document: plan, text: describePlan(plan) }
+      }
+      const report = await follow(compress(checkpoint, { ...options, dryRun: false }), 'compress')
+      return { document: report, text: describeReport(report) }
+    }),
+  )
+}
+
+function describePlan(plan: Plan): string {
+  const shapes = new Map<string, { count: number; storedBits: number; weights: number; rank: number }>()
+  for (const { name, rows, columns, rank, storedBits } of plan.linears) {
+    const shape = `${name.split('.').at(-1)} ${rows} × ${columns}`
+    const known = shapes.get(shape) ?? { count: 0, storedBits: 0, weights: 0, rank }
+    known.count++
+    known.storedBits += storedBits
+    known.weights += rows * columns
+    shapes.set(shape, known)
+  }
+  const pairs = formatPairs(
+    [
+      ['architecture', plan.architecture],
+      ['weights to quantize', formatCount(plan.quantizedWeights)],
+      ['bits per weight', plan.bitsPerWeight.toFixed(2)],
+      ['size', `${formatBytes(plan.sourceBytes)} → ${formatBytes(plan.bytes)}`],
+      ['working memory', `about ${formatBytes(plan.memoryBytes)}`],
+      ['output', `${plan.recipe.out} (nothing was written)`],
+    ],
+    process.stdout,
+  )
+  const table = formatTable(
+    [
+      { title: 'Linears' },
+      { title: 'count', align: 'right' },
+      { title: 'rank', align: 'right' },
+      { title: 'bits per weight', align: 'right' },
+    ],
+    [...shapes].map(([shape, { count, rank, storedBits, weights }]) => [
+      shape,
+      String(count),
+      String(rank),
+      (storedBits / weights).toFixed(2),
+    ]),
+    process.stdout,
+  )
+  return `${pairs}\n\n${table}`
+}
+
+function describeReport(report: CompressReport): string {
+  const { recipe, summary, linears } = report
+  const error = summary.meanError
+  const compensated = recipe.eora && error ? ` → ${formatShare(error.compensated)} with factors` : ''
+  const pairs = formatPairs(
+    [
+      ['written', recipe.out],
+      ['size', `${formatBytes(summary.sourceBytes)} → ${formatBytes(summary.bytes)}`],
+      ['bits per weight', summary.bitsPerWeight.toFixed(2)],
+      ['mean output error', error ? formatShare(error.quantized) + compensated : undefined],
+      ['time', formatSeconds(summary.seconds)],
+      ['peak memory', summary.peakMemoryBytes === null ? undefined : formatBytes(summary.peakMemoryBytes)],
+    ],
+    process.stdout,
+  )
+  const worst = linears
+    .flatMap(({ name, error }) => (error ? [{ name, error }] : []))
+    .sort((a, b) => b.error.compensated - a.error.compensated)
+    .slice(0, LARGEST_ERRORS_SHOWN)
+  if (worst.length === 0) return pairs
+  const table = formatTable(
+    [
+      { title: 'largest output errors' },
+      { title: 'quantized', align: 'right' },
+      { title: 'compensated', align: 'right' },
+      { title: 'bound', align: 'right' },
+    ],
+    worst.map(({ name, error }) => [
+      name,
+      formatShare(error.quantized),
+      formatShare(error.compensated),
+      formatShare(error.bound),
+    ]),
+    process.stdout,
+  )
+  return `${pairs}\n\n${table}`
+}

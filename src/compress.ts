@@ -1,0 +1,216 @@
+import { type Checkpoint, folderOf } from './checkpoint.js'
+import { Job } from './job.js'
+import { native } from './native.js'
+import {
+  abortSignal,
+  boolean,
+  checkOptions,
+  groupSize,
+  integer,
+  number,
+  object,
+  oneOf,
+  optional,
+  signalOf,
+  text,
+  withDefault,
+  withoutUndefined,
+} from './options.js'
+
+/** How a checkpoint is compressed. */
+export interface CompressOptions {
+  /** Folder to write. It must not exist, or be empty. */
+  out: string
+  /** Compression method, default `gptq`. */
+  method?: 'gptq' | 'rtn'
+  /** Width of a code, default 4. */
+  bits?: 2 | 3 | 4 | 8
+  /** Inputs that share a scale, or `'whole'` for one scale per output row; default 128. */
+  groupSize?: number | 'whole'
+  /** Grids around zero, without zero points; default false. */
+  symmetric?: boolean
+  /** Number type of the scales; `auto` (the default) is that of the checkpoint, f16 for f32 checkpoints. */
+  scaleType?: 'auto' | 'bf16' | 'f16' | 'f32'
+  /** GPTQ: columns in the order of descending second moment; default true. */
+  actOrder?: boolean
+  /** GPTQ: scales from the original weights, so that groups stay contiguous; default true. */
+  staticGroups?: boolean
+  /** GPTQ: share of the mean diagonal that is added to the second moments; default 0.01. */
+  damping?: number
+  /** What the model reads while its statistics are taken. GPTQ and EoRA need it. */
+  calibration?: CalibrationOptions
+  /** Low-rank compensation of what compression broke. */
+  eora?: EoraOptions
+  /** Arithmetic of the forward passes, default `exact`. */
+  precision?: Precision
+  /** What runs the forward passes, default `cpu`. */
+  backend?: Backend
+  /** Check everything and return the plan; nothing runs, nothing is written. */
+  dryRun?: boolean
+  /** Aborting it cancels the job. */
+  signal?: AbortSignal
+}
+
+/** Where calibration statistics come from. */
+export interface CalibrationOptions {
+  /** Path of a UTF-8 text file. */
+  text: string
+  /** Most sequences that are taken from its beginning, default 128. */
+  sequences?: number
+  /** Tokens of a sequence, default 2048. */
+  length?: number
+  /** Take the inputs of each group of Linears after those before it are compressed; default false: once per block. */
+  subset?: boolean
+}
+
+/** How the compensation is solved. */
+export interface EoraOptions {
+  /** Rank of the factors of every Linear. */
+  rank: number
+}
+
+/** `f32`: plain float arithmetic. `exact`: bf16 activations where the CPU multiplies bf16, else f32. */
+export type Precision = 'f32' | 'exact'
+
+/** `cpu`: our kernels. `candle`: candle's plain float operations, the reference. */
+export type Backend = 'cpu' | 'candle'
+
+/** What was asked, with every default filled in. `null` means: whole row, chosen by the checkpoint, or without. */
+export interface Recipe {
+  source: string
+  out: string
+  method: string
+  bits: number
+  groupSize: number | null
+  symmetric: boolean
+  actOrder: boolean
+  staticGroups: boolean
+  damping: number
+  scaleType: string | null
+  calibration: null | { text: string; sequences: number; length: number; subset: boolean }
+  eora: null | { rank: number }
+}
+
+/** What will be done to each Linear. */
+export interface Plan {
+  recipe: Recipe
+  architecture: string
+  linears: PlannedLinear[]
+  quantizedWeights: number
+  /** Bits of codes, scales, zero points and factors over the number of quantized weights. */
+  bitsPerWeight: number
+  /** Bytes of tensors that will be written. */
+  bytes: number
+  /** Bytes of the source's tensors. */
+  sourceBytes: number
+  /** Estimate of the largest working set. */
+  memoryBytes: number
+}
+
+/** One Linear of a {@link Plan}; its weight is `[rows, columns]` = `[outFeatures, inFeatures]`. */
+export interface PlannedLinear {
+  name: string
+  rows: number
+  columns: number
+  bits: number
+  /** Most that the rank can be; 0 without compensation. */
+  rank: number
+  storedBits: number
+}
+
+/** What a compression did; `report.json` in the folder that was written. */
+export interface CompressReport {
+  recipe: Recipe
+  summary: CompressSummary
+  linears: CompressedLinear[]
+}
+
+/** The whole model. */
+export interface CompressSummary {
+  /** Bits of codes, scales, zero points and factors over the number of quantized weights. */
+  bitsPerWeight: number
+  /** Bytes of the folder. */
+  bytes: number
+  sourceBytes: number
+  quantizedWeights: number
+  calibrationTokens: number
+  /** Means over the Linears of their relative errors; `null` without calibration. */
+  meanError: null | { quantized: number; compensated: number }
+  seconds: number
+  /** Where the time went. */
+  phases: Record<'read' | 'calibrate' | 'compress' | 'compensate' | 'write', number>
+  /** Largest resident set of the process so far; `null` where the system does not tell. */
+  peakMemoryBytes: number | null
+}
+
+/** One Linear of a {@link CompressReport}; its weight is `[rows, columns]` = `[outFeatures, inFeatures]`. */
+export interface CompressedLinear {
+  name: string
+  rows: number
+  columns: number
+  bits: number
+  groupSize: number | null
+  /** Rank of the factors; 0 without. */
+  rank: number
+  storedBits: number
+  /**
+   * ‖(W−Ŵ)X‖ / ‖WX‖ over the calibration inputs: without compensation, with it, and the least that any factors of
+   * this rank reach. `null` without calibration.
+   */
+  error: null | { quantized: number; compensated: number; bound: number }
+}
+
+const schema = {
+  out: text,
+  method: withDefault(text, 'gptq'),
+  bits: withDefault(oneOf([2, 3, 4, 8]), 4),
+  groupSize: withDefault(groupSize, 128),
+  symmetric: withDefault(boolean, false),
+  scaleType: withDefault(oneOf(['auto', 'bf16', 'f16', 'f32']), 'auto'),
+  actOrder: withDefault(boolean, true),
+  staticGroups: withDefault(boolean, true),
+  damping: withDefault(number({ min: 0, max: 1 }), 0.01),
+  calibration: optional(
+    object({
+      text,
+      sequences: withDefault(integer({ min: 1, max: 2 ** 20 }), 128),
+      length: withDefault(integer({ min: 2, max: 2 ** 20 }), 2048),
+      subset: withDefault(boolean, false),
+    }),
+  ),
+  eora: optional(object({ rank: integer({ min: 1, max: 2 ** 16 }) })),
+  precision: withDefault(oneOf(['f32', 'exact']), 'exact'),
+  backend: withDefault(oneOf(['cpu', 'candle']), 'cpu'),
+  dryRun: withDefault(boolean, false),
+  signal: optional(abortSignal),
+}
+
+/**
+ * Compresses the Linears of a checkpoint, block by block, and writes a Hugging Face folder in compressed-tensors
+ * `pack-quantized` form with `report.json`, and with the compensation as PEFT folder `eora/`. Everything is written
+ * under `OUT.partial` and renamed at the end; a job that is refused or cancelled leaves nothing behind.
+ */
+export function compress(source: string | Checkpoint, options: CompressOptions & { dryRun: true }): Job<Plan>
+export function compress(
+  source: string | Checkpoint,
+  options: CompressOptions & { dryRun?: false },
+): Job<CompressReport>
+export function compress(source: string | Checkpoint, options: CompressOptions): Job<CompressReport | Plan>
+export function compress(source: string | Checkpoint, options: CompressOptions): Job<CompressReport | Plan> {
+  return new Job(() => {
+    const folder = folderOf(source, 'source')
+    const { calibration, eora, groupSize, signal: _, ...given } = checkOptions(options, schema)
+    const request = withoutUndefined({
+      ...given,
+      source: folder,
+      groupSize: groupSize === 'whole' ? 0 : groupSize,
+      calibrationText: calibration?.text,
+      calibrationSequences: calibration?.sequences ?? 0,
+      calibrationLength: calibration?.length ?? 0,
+      subset: calibration?.subset ?? false,
+      eoraRank: eora?.rank ?? 0,
+    })
+    const control = new (native().BindingControl)()
+    return { control, result: native().compress(request, control) as Promise<CompressReport | Plan> }
+  }, [signalOf(options)])
+}

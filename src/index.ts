@@ -1,0 +1,29 @@
+export { Checkpoint, type CheckpointInfo, type DecoderSizes } from './checkpoint.js'
+export {
+  type Backend,
+  type CalibrationOptions,
+  compress,
+  type CompressedLinear,
+  type CompressOptions,
+  type CompressReport,
+  type CompressSummary,
+  type EoraOptions,
+  type Plan,
+  type PlannedLinear,
+  type Precision,
+  type Recipe,
+} from './compress.js'
+export { doctor, type DoctorReport, type SelfCheck } from './doctor.js'
+export { ERROR_CODES, type ErrorCode, KintsugiError } from './errors.js'
+export { Generation, type GenerationSummary, type Piece } from './generation.js'
+export { Job, type Progress } from './job.js'
+export {
+  type GenerateOptions,
+  loadModel,
+  type LoadOptions,
+  Model,
+  type ModelInfo,
+  type PerplexityOptions,
+  type PerplexityReport,
+} from './model.js'
+export { QuantizedLinear, type QuantizedLinearInfo, type QuantizedLinearOptions } from './quantized-linear.js'

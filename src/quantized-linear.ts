@@ -1,0 +1,132 @@
+import type { Precision } from './compress.js'
+import { fromNative, KintsugiError } from './errors.js'
+import { type BindingQuantizedLinear, native } from './native.js'
+import { boolean, checkOptions, groupSize, integer, oneOf, withDefault } from './options.js'
+
+/** How a matrix is quantized. */
+export interface QuantizedLinearOptions {
+  outFeatures: number
+  inFeatures: number
+  /** Width of a code, default 4. */
+  bits?: 2 | 3 | 4 | 8
+  /** Inputs that share a scale, or `'whole'` for one scale per output; default 128. */
+  groupSize?: number | 'whole'
+  /** Grids around zero, without zero points; default false. */
+  symmetric?: boolean
+  /** Arithmetic of the products, default `exact`. */
+  precision?: Precision
+}
+
+/** What a {@link QuantizedLinear} is. */
+export interface QuantizedLinearInfo {
+  outFeatures: number
+  inFeatures: number
+  bits: number
+  /** Bits of codes, scales and zero points over the number of weights. */
+  bitsPerWeight: number
+  /** Bytes of the packed matrix. */
+  memoryBytes: number
+  /** Instruction set of the kernels. */
+  cpuLevel: string
+}
+
+const schema = {
+  outFeatures: integer({ min: 1, max: 2 ** 24 }),
+  inFeatures: integer({ min: 1, max: 2 ** 24 }),
+  bits: withDefault(oneOf([2, 3, 4, 8]), 4),
+  groupSize: withDefault(groupSize, 128),
+  symmetric: withDefault(boolean, false),
+  precision: withDefault(oneOf(['f32', 'exact']), 'exact'),
+}
+
+/** One `y = W x` with a quantized `W`, which lives outside the JavaScript heap in the layout that this CPU reads. */
+export class QuantizedLinear {
+  readonly #binding: BindingQuantizedLinear
+  #disposed = false
+
+  private constructor(binding: BindingQuantizedLinear) {
+    this.#binding = binding
+  }
+
+  /**
+   * Rounds each weight to the nearest point of the grid of its group.
+   *
+   * @param weights `[outFeatures, inFeatures]`, row after row
+   * @throws KintsugiError `ERR_SHAPE_MISMATCH`, `ERR_VALUE_NOT_FINITE`, `ERR_OPTION_INVALID`, `ERR_OPTION_UNKNOWN`
+   */
+  static quantize(weights: Float32Array, options: QuantizedLinearOptions): QuantizedLinear {
+    assertFloats(weights, 'weights')
+    const { groupSize, ...given } = checkOptions(options, schema)
+    try {
+      const request = { ...given, groupSize: groupSize === 'whole' ? 0 : groupSize }
+      return new QuantizedLinear(native().BindingQuantizedLinear.quantize(weights, request))
+    } catch (error) {
+      throw fromNative(error)
+    }
+  }
+
+  /** What it is. */
+  get info(): QuantizedLinearInfo {
+    this.#assertAlive()
+    return this.#binding.info() as QuantizedLinearInfo
+  }
+
+  /**
+   * The product, computed before the call returns: for small matrices, where waiting costs more than the work.
+   *
+   * @param x `[count, inFeatures]`
+   * @returns `[count, outFeatures]`
+   * @throws KintsugiError `ERR_SHAPE_MISMATCH`, `ERR_DISPOSED`
+   */
+  forward(x: Float32Array): Float32Array {
+    this.#assertAlive()
+    assertFloats(x, 'x')
+    try {
+      return this.#binding.forward(x)
+    } catch (error) {
+      throw fromNative(error)
+    }
+  }
+
+  /** The product, computed outside the event loop. `x` is copied first, so it may be changed at once. */
+  async forwardAsync(x: Float32Array): Promise<Float32Array> {
+    this.#assertAlive()
+    assertFloats(x, 'x')
+    try {
+      return await this.#binding.forwardAsync(x)
+    } catch (error) {
+      throw fromNative(error)
+    }
+  }
+
+  /** Frees the matrix. Products that have started finish; later calls fail with `ERR_DISPOSED`. */
+  dispose(): void {
+    if (this.#disposed) return
+    this.#disposed = true
+    this.#binding.dispose()
+  }
+
+  [Symbol.dispose](): void {
+    this.dispose()
+  }
+
+  #assertAlive(): void {
+    if (!this.#disposed) return
+    throw new KintsugiError({
+      code: 'ERR_DISPOSED',
+      message: 'the matrix has been disposed of',
+      subject: 'QuantizedLinear',
+      hint: 'Quantize it again, or dispose of it later.',
+    })
+  }
+}
+
+function assertFloats(value: unknown, name: string): asserts value is Float32Array {
+  if (value instanceof Float32Array) return
+  throw new KintsugiError({
+    code: 'ERR_OPTION_INVALID',
+    message: `${name} must be a Float32Array`,
+    subject: name,
+    hint: 'Convert it with Float32Array.from().',
+  })
+}
