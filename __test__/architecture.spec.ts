@@ -31,7 +31,6 @@ const CONFINED: Record<string, string[]> = {
   'candle-core': ['model'],
   tokenizers: ['model'],
   faer: ['linalg'],
-  rayon: ['runtime'],
   safetensors: ['checkpoint', 'testkit'],
 }
 

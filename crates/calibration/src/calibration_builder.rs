@@ -3,7 +3,7 @@ use kintsugi_runtime::{Error, ErrorCode, Result, ThreadPool};
 
 use crate::Calibration;
 
-/// Tokens whose products are summed in f32 before they are added in f64.
+/// Tokens whose products are summed before they are added to the rest.
 pub const CHUNK_TOKENS: usize = 512;
 
 /// Sums input vectors as they come.
@@ -121,7 +121,7 @@ mod tests {
                 let exact: f64 = column(i).zip(column(j)).map(|(a, b)| a * b).sum();
                 let size: f64 = column(i).zip(column(j)).map(|(a, b)| (a * b).abs()).sum();
                 let value = calibration.second_moment()[i * width + j];
-                assert!((value - exact).abs() <= 1e-6 * size, "{i} {j}: {value} {exact}");
+                assert!((value - exact).abs() <= 1e-13 * size, "{i} {j}: {value} {exact}");
                 assert_eq!(value, calibration.second_moment()[j * width + i]);
             }
         }
@@ -147,7 +147,7 @@ mod tests {
         assert_eq!(left.tokens(), whole.tokens());
         let trace: f64 = (0..width).map(|i| whole.second_moment()[i * (width + 1)]).sum();
         for (a, b) in left.second_moment().iter().zip(whole.second_moment()) {
-            assert!((a - b).abs() <= 1e-6 * trace);
+            assert!((a - b).abs() <= 1e-13 * trace);
         }
         let before = left.clone();
         let error = left.merge(&CalibrationBuilder::new(32).finish(&ThreadPool::with_threads(1))).unwrap_err();

@@ -79,6 +79,8 @@ pub fn eora(
         *delta -= update;
     }
     let after = relative(energy(&delta, rows, calibration, pool), original);
+    // Both are read off a second moment whose last digits are rounding noise, which may be all that is left of them.
+    let bound = bound.min(after);
     let worthwhile = after < before;
     Ok(Compensation {
         factors: worthwhile.then(|| LowRank::new(rows, columns, rank, b, a, options.factor_type)),

@@ -36,6 +36,17 @@ fn repaired(delta: &[f64], factors: &LowRank) -> Vec<f64> {
     out
 }
 
+/// `|B| |A| |x|` for every input: what the rounding errors of the factors are multiplied with.
+fn magnitudes(factors: &LowRank, inputs: &[f32]) -> Vec<f64> {
+    let absolute = |values: &[f32]| values.iter().map(|value| f64::from(value.abs())).collect::<Vec<_>>();
+    let (b, a, rank) = (absolute(factors.b()), absolute(factors.a()), factors.rank());
+    let inputs: Vec<f32> = inputs.iter().map(|value| value.abs()).collect();
+    let projected = outputs(&a, factors.in_features(), &inputs);
+    let tokens = inputs.len() / factors.in_features();
+    let row = |row: usize, token: usize| (0..rank).map(|l| b[row * rank + l] * projected[l * tokens + token]).sum();
+    (0..factors.out_features()).flat_map(|i| (0..tokens).map(move |token| (i, token))).map(|(i, t)| row(i, t)).collect()
+}
+
 fn norm(values: &[f64]) -> f64 {
     values.iter().map(|v| v * v).sum::<f64>().sqrt()
 }
@@ -65,17 +76,21 @@ fn the_error_reaches_the_optimum_on_every_case() {
             ThreadPool::global(),
         )
         .unwrap();
-        let factors = solved.factors.as_ref().unwrap();
+        let Some(factors) = &solved.factors else {
+            assert_eq!(total, 0.0, "{case:?} has something to repair");
+            continue;
+        };
         let left = norm(&outputs(&repaired(&delta, factors), case.columns, &instance.inputs));
+        // Where Δ X cancels (fewer tokens than channels), even f32 cannot hold factors of that precision.
+        let rounding = f64::from(f32::EPSILON) / 2.0 * norm(&magnitudes(factors, &instance.inputs));
         assert!(
-            left <= optimum * (1.0 + 1e-6) + 1e-7 * total,
-            "{case:?}: {left:e} instead of {optimum:e} of {total:e}"
+            left <= optimum * (1.0 + 1e-6) + f64::max(1e-7 * total, rounding.min(2e-7 * total)),
+            "{case:?}: {left:e} instead of {optimum:e} of {total:e}, rounding of factors up to {rounding:e}"
         );
 
-        // What the report says is what the inputs say. The second moment is summed in f32 chunks, which shows in
-        // residuals that cancel almost all of their input.
+        // What the report says is what the inputs say: up to the rounding of energies, the squares of the errors.
         let near = |reported: f64, measured: f64| {
-            (reported - measured / original).abs() <= 1e-4 * measured / original + 1e-6 * total / original
+            (reported - measured / original).abs() <= 1e-6 * measured / original + 1e-7 * total / original
         };
         assert!(near(solved.error.quantized, total), "{case:?}: {:?} {}", solved.error, total / original);
         assert!(near(solved.error.compensated, left), "{case:?}: {:?} {}", solved.error, left / original);

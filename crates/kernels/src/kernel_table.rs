@@ -1,6 +1,7 @@
 use crate::accumulate::Accumulate;
 use crate::attention::AttentionTask;
 use crate::packed_matrix::{Arithmetic, ColumnLayout, PanelEncoding};
+use crate::strip::StripProducts;
 
 /// The functions of one CPU level.
 ///
@@ -14,6 +15,8 @@ pub(crate) struct KernelTable {
     /// The [`Accumulate`] for so many rows and panels: up to `tile_rows` rows and one panel, or one or two rows and
     /// `few_row_panels`.
     pub(crate) accumulate: fn(PanelEncoding, Arithmetic, rows: usize, panels: usize) -> Accumulate,
+    /// Products of many rows in f32.
+    pub(crate) strip: StripProducts,
     /// A row of x as f32 in the column order of a layout, and its block sums.
     pub(crate) pack_f32: unsafe fn(&ColumnLayout, &[f32], &mut [f32], &mut [f32]),
     /// The same as bf16, two columns to a word.
@@ -27,7 +30,8 @@ pub(crate) struct KernelTable {
 
 /// The table of a level: each generic body instantiated under the level's `target_feature`.
 ///
-/// `queries` is how many queries attention keeps in registers, `shapes` the `(rows, panels)` of products.
+/// `queries` is how many queries attention keeps in registers, `shapes` the `(rows, panels)` of products, `strip` the
+/// fewest rows that are worth a strip and the rows of its tiles.
 macro_rules! kernel_table {
     (
         level: $level:ty,
@@ -36,6 +40,7 @@ macro_rules! kernel_table {
         tile_rows: $tile_rows:literal,
         few_row_panels: $panels:literal,
         queries: $queries:literal,
+        strip: ($least:expr, $strip_rows:literal),
         shapes: [$($shape:tt)+],
     ) => {
         /// The functions of this level.
@@ -43,6 +48,7 @@ macro_rules! kernel_table {
             tile_rows: $tile_rows,
             few_row_panels: $panels,
             accumulate,
+            strip: $crate::strip::StripProducts { least_rows: $least, accumulate: accumulate_strip },
             pack_f32,
             pack_bf16,
             rms_norm,
@@ -68,6 +74,24 @@ macro_rules! kernel_table {
                 (Arithmetic::F32, PanelEncoding::F32) => f32_products::<F32Products<$level, codec::F32>>(rows, panels),
                 (Arithmetic::F32, PanelEncoding::F16) => f32_products::<F32Products<$level, codec::F16>>(rows, panels),
                 (Arithmetic::F32, PanelEncoding::Bf16) => f32_products::<F32Products<$level, codec::Bf16>>(rows, panels),
+            }
+        }
+
+        fn accumulate_strip(encoding: $crate::packed_matrix::PanelEncoding) -> $crate::strip::AccumulateStrip {
+            use $crate::codec;
+            use $crate::packed_matrix::PanelEncoding;
+            $(#[target_feature(enable = $features)])?
+            unsafe fn product<E: codec::Encoding<$level>>(job: &$crate::strip::StripJob<'_>) {
+                // SAFETY: the caller has the level and a sound job.
+                unsafe { $crate::strip::accumulate_strip::<$level, E, $strip_rows>(job) }
+            }
+            match encoding {
+                PanelEncoding::Bits2 => product::<codec::Bits2>,
+                PanelEncoding::Bits4 => product::<codec::Bits4>,
+                PanelEncoding::Bits8 => product::<codec::Bits8>,
+                PanelEncoding::F32 => product::<codec::F32>,
+                PanelEncoding::F16 => product::<codec::F16>,
+                PanelEncoding::Bf16 => product::<codec::Bf16>,
             }
         }
 

@@ -27,6 +27,7 @@ mod scalar;
 mod self_check;
 mod shared_rows;
 mod silu;
+mod strip;
 mod vector;
 
 pub use kernels::{Kernels, Precision};

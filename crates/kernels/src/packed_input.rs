@@ -1,3 +1,5 @@
+use std::cell::RefCell;
+
 use kintsugi_runtime::ThreadPool;
 
 use crate::kernel_table::KernelTable;
@@ -9,6 +11,23 @@ pub(crate) struct PackedInput {
     words: Vec<u32>,
     stride: usize,
     x_words: usize,
+}
+
+thread_local! {
+    /// Memory of the last input of this thread: taking it from the system anew for each product would cost as much
+    /// as a small product.
+    static SCRATCH: RefCell<Vec<u32>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Words that a thread keeps; a longer input gives its memory back.
+const SCRATCH_WORDS: usize = 4 << 20;
+
+impl Drop for PackedInput {
+    fn drop(&mut self) {
+        if self.words.capacity() <= SCRATCH_WORDS {
+            SCRATCH.set(std::mem::take(&mut self.words));
+        }
+    }
 }
 
 impl PackedInput {
@@ -31,7 +50,8 @@ impl PackedInput {
         // An odd number of cache lines: rows at a power of two would all fall into the same few sets of the cache.
         let stride = (x_words + sums).div_ceil(16) | 1;
         let stride = stride * 16;
-        let mut words = vec![0u32; x.len() / columns * stride];
+        let mut words = SCRATCH.take();
+        words.resize(x.len() / columns * stride, 0);
         let rows_per_task = (Self::TASK_COLUMNS / columns).max(1);
         pool.for_each_chunk(&mut words, rows_per_task * stride, |task, words| {
             let x = x[task * rows_per_task * columns..].chunks_exact(columns);
@@ -69,12 +89,14 @@ impl PackedInput {
     }
 }
 
-/// One row as f32. `block_sums` may be empty. `out` comes zeroed.
+/// One row as f32. `block_sums` may be empty.
 #[inline(always)]
 pub(crate) fn pack_f32(layout: &ColumnLayout, x: &[f32], out: &mut [f32], block_sums: &mut [f32]) {
     let mut at = 0;
     for (index, (block, &steps)) in layout.blocks.iter().zip(&layout.steps).enumerate() {
-        let values = &mut out[at..at + block.columns];
+        let padded = steps as usize * layout.step_columns;
+        let (values, padding) = out[at..at + padded].split_at_mut(block.columns);
+        padding.fill(0.0);
         match &layout.order {
             None => values.copy_from_slice(&x[block.start..block.start + block.columns]),
             Some(order) => {
@@ -86,11 +108,11 @@ pub(crate) fn pack_f32(layout: &ColumnLayout, x: &[f32], out: &mut [f32], block_
         if let Some(block_sum) = block_sums.get_mut(index) {
             *block_sum = sum(values);
         }
-        at += steps as usize * layout.step_columns;
+        at += padded;
     }
 }
 
-/// One row rounded to bf16. `block_sums` may be empty. `out` comes zeroed.
+/// One row rounded to bf16. `block_sums` may be empty.
 #[inline(always)]
 pub(crate) fn pack_bf16(layout: &ColumnLayout, x: &[f32], out: &mut [u32], block_sums: &mut [f32]) {
     let mut rounded = [0.0f32; ColumnLayout::BLOCK_COLUMNS];
@@ -174,11 +196,11 @@ mod tests {
         let group_of = |column: usize| [1, 0, 1, 0, 0][column];
         let layout = ColumnLayout::grouped(5, 2, 4, group_of, true);
         let x = [1.0, 2.0, 3.0, 4.0, 5.0];
-        let (mut out, mut sums) = ([0.0; 8], [0.0; 2]);
+        let (mut out, mut sums) = ([7.0; 8], [7.0; 2]);
         pack_f32(&layout, &x, &mut out, &mut sums);
         assert_eq!(out, [2.0, 4.0, 5.0, 0.0, 1.0, 3.0, 0.0, 0.0]);
         assert_eq!(sums, [11.0, 4.0]);
-        let (mut out, mut sums) = ([0u32; 4], [0.0; 2]);
+        let (mut out, mut sums) = ([7u32; 4], [7.0; 2]);
         pack_bf16(&layout, &x, &mut out, &mut sums);
         assert_eq!(out, [0x4080_4000, 0x0000_40a0, 0x4040_3f80, 0]);
         assert_eq!(sums, [11.0, 4.0]);

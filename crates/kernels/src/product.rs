@@ -5,6 +5,7 @@ use crate::accumulate::PanelJob;
 use crate::packed_input::PackedInput;
 use crate::packed_matrix::{Arithmetic, PackedMatrix, Section};
 use crate::shared_rows::SharedRows;
+use crate::strip::StripJob;
 use crate::vector::LANES;
 
 /// Rows of x that are packed at once; the weights are read once per so many rows. Packed, they stay in the cache of
@@ -80,6 +81,15 @@ impl<'a> Operands<'a> {
         let multiplications = panels * LANES * self.weight.columns * self.count;
         let tasks = (multiplications / TASK_MULTIPLICATIONS).clamp(1, units);
         let y = SharedRows::new(y, self.weight.rows);
+        if self.arithmetic == Arithmetic::F32 && self.count >= table.strip.least_rows {
+            let tasks = (multiplications / TASK_MULTIPLICATIONS).clamp(1, panels);
+            pool.for_each(tasks, |task| {
+                for panel in task * panels / tasks..(task + 1) * panels / tasks {
+                    self.multiply_strip(kernels, panel, &y, output);
+                }
+            });
+            return;
+        }
         pool.for_each(tasks, |task| {
             for unit in task * units / tasks..(task + 1) * units / tasks {
                 let first = unit * panels_at_once;
@@ -91,6 +101,23 @@ impl<'a> Operands<'a> {
                 }
             }
         });
+    }
+
+    /// Many rows with one panel, in f32.
+    fn multiply_strip(&self, kernels: &Kernels, panel: usize, y: &SharedRows<'_>, output: Output) {
+        let mut sums = vec![[0.0; LANES]; self.count];
+        let mut add = |section: &Section, input: &PackedInput| {
+            assert!(panel < self.weight.panel_count() && sums.len() == self.count);
+            let panel = self.panel_job(section, input, panel, 0, &mut sums);
+            let job = StripJob { panel, rows: self.count };
+            // SAFETY: as in `add_section`.
+            unsafe { (kernels.table().strip.accumulate)(section.encoding)(&job) };
+        };
+        add(&self.weight.main, &self.input);
+        if let (Some(part), Some(projected)) = (&self.weight.compensation, &self.projected) {
+            add(&part.b, projected);
+        }
+        self.write(panel, 1, 0, self.count, &sums, y, output);
     }
 
     /// All rows with some panels: tiles of as equal a size as can be.
@@ -127,8 +154,25 @@ impl<'a> Operands<'a> {
         assert!(
             sums.len() >= rows * panels && first + panels <= self.weight.panel_count() && start + rows <= self.count
         );
+        let job = self.panel_job(section, input, first, start, sums);
+        let accumulate = (kernels.table().accumulate)(section.encoding, arithmetic, rows, panels);
+        // SAFETY: the table is of a level that this CPU has, with bf16 products only where it has those; each panel
+        // holds the section at its offset, the input was packed in the layout of the section, and rows, panels and
+        // sums are checked above.
+        unsafe { accumulate(&job) };
+    }
+
+    /// The operands of a section from panel `first` and row `start` on.
+    fn panel_job<'b>(
+        &self,
+        section: &'b Section,
+        input: &PackedInput,
+        first: usize,
+        start: usize,
+        sums: &mut [[f32; LANES]],
+    ) -> PanelJob<'b> {
         let stride = self.weight.panel_bytes;
-        let job = PanelJob {
+        PanelJob {
             panels: self.weight.panels.as_slice()[first * stride + section.offset..].as_ptr(),
             panel_stride: stride,
             steps: &section.layout.steps,
@@ -137,12 +181,7 @@ impl<'a> Operands<'a> {
             x_stride: input.stride(),
             block_sums: input.block_sums(start),
             tile: sums.as_mut_ptr().cast(),
-        };
-        let accumulate = (kernels.table().accumulate)(section.encoding, arithmetic, rows, panels);
-        // SAFETY: the table is of a level that this CPU has, with bf16 products only where it has those; each panel
-        // holds the section at its offset, the input was packed in the layout of the section, and rows, panels and
-        // sums are checked above.
-        unsafe { accumulate(&job) };
+        }
     }
 
     fn write(

@@ -41,9 +41,19 @@ pub(crate) trait Vector: Copy {
     }
 }
 
+/// 16 f32 values: what tiles of many rows are made of, so that their sums fit into registers.
+pub(crate) trait Half: Copy {
+    fn add(self, other: Self) -> Self;
+    /// As [`Vector::mul_add`].
+    fn mul_add(self, factor: Self, addend: Self) -> Self;
+    /// Writes 16 values.
+    fn store(self, out: &mut [f32]);
+}
+
 /// The instructions of one CPU level. A value is the proof that this CPU has them.
 pub(crate) trait Level: Copy {
     type Vector: Vector;
+    type Half: Half;
     /// 32 words of 32 bit as they lie in a panel.
     type Words: Copy;
 
@@ -53,6 +63,9 @@ pub(crate) trait Level: Copy {
 
     fn splat(self, value: f32) -> Self::Vector;
     fn load(self, values: &[f32; LANES]) -> Self::Vector;
+    fn splat_half(self, value: f32) -> Self::Half;
+    /// Takes 16 values.
+    fn half(self, values: &[f32]) -> Self::Half;
     /// Little-endian words without alignment.
     fn load_words(self, bytes: &[u8; 4 * LANES]) -> Self::Words;
     /// binary16 to f32.

@@ -154,7 +154,8 @@ fn continuation<B: Backend>(model: Model<B>, sampling: SamplingOptions, tokens: 
 fn greedy_text_is_fluent_and_the_same_on_both_backends() {
     let greedy = SamplingOptions { temperature: 0.0, ..SamplingOptions::default() };
     let (text, ids) = continuation(load("tinystories-656k", best()), greedy.clone(), 24);
-    assert!(text.contains("there was a little girl named Lily"), "{text}");
+    // What transformers generates from the same prompt.
+    assert!(text.starts_with(", a little girl named Lily lived in a small house with her mom"), "{text}");
     let (reference, reference_ids) = continuation(load("tinystories-656k", CandleBackend), greedy, 24);
     assert_eq!((text, ids), (reference, reference_ids));
 }

@@ -11,6 +11,9 @@ use crate::CalibrationText;
 /// Rows of one forward pass; several sequences share a pass as long as they fit.
 const ROWS_PER_PASS: usize = 1024;
 
+/// Sees the input of the Linears at a tap point, and its number of rows.
+type RowTap<'a, B> = &'a mut dyn FnMut(TapPoint, &<B as Backend>::Tensor, usize) -> Result<()>;
+
 /// The residual stream of all calibration tokens, carried from block to block.
 pub struct CalibrationStream<B: Backend> {
     /// `[tokens, hiddenSize]`: the input of the next block.
@@ -82,7 +85,7 @@ impl<B: Backend> CalibrationStream<B> {
         block: &Block<B>,
         keep: bool,
         cancel: &CancelToken,
-        tap: &mut dyn FnMut(TapPoint, &B::Tensor, usize) -> Result<()>,
+        tap: RowTap<'_, B>,
     ) -> Result<()> {
         let pages_per_sequence = self.length.div_ceil(PAGE_POSITIONS);
         let mut cache = backend.kv_cache(block.attention_shape())?;

@@ -1,21 +1,156 @@
-use std::sync::OnceLock;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
+use std::thread::{self, JoinHandle, Thread};
 
-use rayon::iter::{IndexedParallelIterator, IntoParallelIterator, ParallelIterator};
-use rayon::slice::ParallelSliceMut;
+/// Looks at a counter before a thread goes to sleep: about 40 µs, which bridges the pauses between the products of a
+/// forward pass.
+const SPINS: usize = 2000;
 
 /// The one pool that every product, solver and job of this process shares.
 ///
 /// The count is the number of usable CPUs (cgroup quota and affinity obeyed) or `KINTSUGI_THREADS`. Work is cut
 /// into tasks by the caller; which thread runs which task never changes a result.
+///
+/// The caller takes part: tasks are claimed one by one from a counter, and the caller waits only for tasks that
+/// another thread has begun. So several callers may use the pool at once, a task may use it again, and a thread that
+/// the system holds up delays no more than its own task.
 pub struct ThreadPool {
-    pool: rayon::ThreadPool,
-    threads: usize,
+    shared: Arc<Shared>,
+    workers: Vec<JoinHandle<()>>,
+}
+
+/// What workers and callers see.
+#[derive(Default)]
+struct Shared {
+    queue: Mutex<Queue>,
+    work: Condvar,
+    /// Grows with every call, so that a worker that spins needs no lock.
+    calls: AtomicUsize,
+}
+
+#[derive(Default)]
+struct Queue {
+    /// Calls that may have tasks left, oldest first.
+    calls: Vec<Arc<Call>>,
+    sleeping: usize,
+    closed: bool,
+}
+
+/// One use of [`ThreadPool::for_each`].
+struct Call {
+    task: Task,
+    count: usize,
+    /// The next task that nobody has claimed.
+    next: AtomicUsize,
+    done: AtomicUsize,
+    panicked: AtomicBool,
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
+    caller: Thread,
+}
+
+/// A borrowed function without its lifetime.
+struct Task(*const (dyn Fn(usize) + Sync));
+
+// SAFETY: the function may be called from any thread (`Sync`), and the pointer is only a way to it.
+#[allow(unsafe_code, reason = "threads that outlive a call borrow from it")]
+unsafe impl Send for Task {}
+// SAFETY: as above.
+#[allow(unsafe_code, reason = "threads that outlive a call borrow from it")]
+unsafe impl Sync for Task {}
+
+impl Call {
+    /// Runs tasks until all are claimed.
+    fn help(&self) {
+        loop {
+            let index = self.next.fetch_add(1, Ordering::Relaxed);
+            if index >= self.count {
+                return;
+            }
+            // SAFETY: the function lives until `for_each` returns, which waits for every claimed task, and this task
+            // was claimed before that.
+            #[allow(unsafe_code, reason = "threads that outlive a call borrow from it")]
+            let task = unsafe { &*self.task.0 };
+            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| task(index))) {
+                self.panic.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).get_or_insert(panic);
+                self.panicked.store(true, Ordering::Relaxed);
+            }
+            if self.done.fetch_add(1, Ordering::Release) + 1 == self.count {
+                self.caller.unpark();
+            }
+        }
+    }
+
+    fn has_tasks(&self) -> bool {
+        self.next.load(Ordering::Relaxed) < self.count
+    }
+
+    fn is_done(&self) -> bool {
+        self.done.load(Ordering::Acquire) == self.count
+    }
+
+    /// Returns when every task has been done.
+    fn wait(&self) {
+        for _ in 0..SPINS {
+            if self.is_done() {
+                return;
+            }
+            std::hint::spin_loop();
+        }
+        while !self.is_done() {
+            thread::park();
+        }
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    fn work(&self) {
+        while let Some(call) = self.next_call() {
+            call.help();
+        }
+    }
+
+    /// A call with tasks left; `None` when the pool is closed.
+    fn next_call(&self) -> Option<Arc<Call>> {
+        let seen = self.calls.load(Ordering::Acquire);
+        if let Some(found) = self.find(&self.lock()) {
+            return found;
+        }
+        for _ in 0..SPINS {
+            if self.calls.load(Ordering::Acquire) != seen {
+                break;
+            }
+            std::hint::spin_loop();
+        }
+        let mut queue = self.lock();
+        loop {
+            if let Some(found) = self.find(&queue) {
+                return found;
+            }
+            queue.sleeping += 1;
+            queue = self.work.wait(queue).unwrap_or_else(|poisoned| poisoned.into_inner());
+            queue.sleeping -= 1;
+        }
+    }
+
+    /// `Some(None)` when the pool is closed.
+    #[expect(clippy::option_option, reason = "found nothing yet, and never will, are different answers")]
+    fn find(&self, queue: &Queue) -> Option<Option<Arc<Call>>> {
+        if queue.closed {
+            return Some(None);
+        }
+        queue.calls.iter().find(|call| call.has_tasks()).map(|call| Some(Arc::clone(call)))
+    }
 }
 
 impl std::fmt::Debug for ThreadPool {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("ThreadPool").field("threads", &self.threads).finish()
+        f.debug_struct("ThreadPool").field("threads", &self.threads()).finish()
     }
 }
 
@@ -25,79 +160,202 @@ impl ThreadPool {
         static POOL: OnceLock<ThreadPool> = OnceLock::new();
         POOL.get_or_init(|| {
             let asked = std::env::var("KINTSUGI_THREADS").ok().and_then(|text| text.trim().parse().ok());
-            let available = std::thread::available_parallelism().map_or(1, usize::from);
+            let available = thread::available_parallelism().map_or(1, usize::from);
             ThreadPool::with_threads(asked.filter(|&threads| threads > 0).unwrap_or(available))
         })
     }
 
-    /// A pool of its own, for tests of thread independence.
+    /// A pool of its own, for tests of thread independence. The caller is one of its threads.
     ///
     /// # Panics
     /// When the operating system refuses to start threads.
     pub fn with_threads(threads: usize) -> Self {
-        static SERIAL: AtomicUsize = AtomicUsize::new(0);
-        let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(threads)
-            .thread_name(|_| format!("kintsugi-{}", SERIAL.fetch_add(1, Ordering::Relaxed)))
-            .build()
-            .expect("the operating system refused to start the threads of the pool");
-        ThreadPool { pool, threads }
+        let shared = Arc::new(Shared::default());
+        let workers = (1..threads.max(1)).map(|index| {
+            let shared = Arc::clone(&shared);
+            thread::Builder::new()
+                .name(format!("kintsugi-{index}"))
+                .spawn(move || shared.work())
+                .expect("the operating system refused to start the threads of the pool")
+        });
+        ThreadPool { workers: workers.collect(), shared }
     }
 
     /// Number of threads that share the work.
     pub fn threads(&self) -> usize {
-        self.threads
+        self.workers.len() + 1
     }
 
-    /// Runs `task(0) … task(count - 1)` and returns when all are done.
+    /// Runs `task(0) … task(count - 1)` and returns when all are done. A panic of a task is passed on then.
     pub fn for_each(&self, count: usize, task: impl Fn(usize) + Sync + Send) {
-        match count {
-            0 => {}
-            1 => task(0),
-            _ => self.pool.install(|| (0..count).into_par_iter().with_max_len(1).for_each(task)),
+        if count <= 1 || self.workers.is_empty() {
+            (0..count).for_each(task);
+            return;
+        }
+        let task: &(dyn Fn(usize) + Sync) = &task;
+        // SAFETY: only the lifetime changes. The function outlives every use: this call returns, or passes a panic
+        // on, only after `wait`.
+        #[allow(unsafe_code, reason = "threads that outlive a call borrow from it")]
+        let task = unsafe { std::mem::transmute::<&(dyn Fn(usize) + Sync), &'static (dyn Fn(usize) + Sync)>(task) };
+        let call = Arc::new(Call {
+            task: Task(task),
+            count,
+            next: AtomicUsize::new(0),
+            done: AtomicUsize::new(0),
+            panicked: AtomicBool::new(false),
+            panic: Mutex::new(None),
+            caller: thread::current(),
+        });
+        let sleeping = {
+            let mut queue = self.shared.lock();
+            queue.calls.push(Arc::clone(&call));
+            queue.sleeping
+        };
+        self.shared.calls.fetch_add(1, Ordering::Release);
+        for _ in 0..sleeping.min(count - 1) {
+            self.shared.work.notify_one();
+        }
+        call.help();
+        self.shared.lock().calls.retain(|other| !Arc::ptr_eq(other, &call));
+        call.wait();
+        if call.panicked.load(Ordering::Relaxed)
+            && let Some(panic) = call.panic.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take()
+        {
+            resume_unwind(panic);
         }
     }
 
     /// Runs `task(i)` for every index and collects the results in order.
     pub fn map<T: Send>(&self, count: usize, task: impl Fn(usize) -> T + Sync + Send) -> Vec<T> {
-        match count {
-            0 => Vec::new(),
-            1 => vec![task(0)],
-            _ => self.pool.install(|| (0..count).into_par_iter().with_max_len(1).map(task).collect()),
-        }
+        let mut results: Vec<Option<T>> = (0..count).map(|_| None).collect();
+        self.for_each_chunk(&mut results, 1, |index, result| result[0] = Some(task(index)));
+        results.into_iter().map(|result| result.expect("every task has run")).collect()
     }
 
     /// Cuts `data` into chunks of `chunk` elements (the last may be shorter) and runs `task(index, chunk)` on each.
     pub fn for_each_chunk<T: Send>(&self, data: &mut [T], chunk: usize, task: impl Fn(usize, &mut [T]) + Sync + Send) {
         let chunk = chunk.max(1);
-        if data.len() <= chunk {
-            if !data.is_empty() {
-                task(0, data);
-            }
+        if data.len() <= chunk || self.workers.is_empty() {
+            data.chunks_mut(chunk).enumerate().for_each(|(index, part)| task(index, part));
             return;
         }
-        self.pool.install(|| {
-            data.par_chunks_mut(chunk).with_max_len(1).enumerate().for_each(|(index, part)| task(index, part));
+        // Each is locked once, by the thread that claimed it.
+        let parts: Vec<Mutex<&mut [T]>> = data.chunks_mut(chunk).map(Mutex::new).collect();
+        self.for_each(parts.len(), |index| {
+            task(index, &mut parts[index].lock().unwrap_or_else(|poisoned| poisoned.into_inner()));
         });
+    }
+}
+
+impl Drop for ThreadPool {
+    fn drop(&mut self) {
+        self.shared.lock().closed = true;
+        self.shared.calls.fetch_add(1, Ordering::Release);
+        self.shared.work.notify_all();
+        for worker in self.workers.drain(..) {
+            // Panics of tasks are caught; there is nothing to pass on.
+            let _ = worker.join();
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::AtomicU64;
+    use std::time::{Duration, Instant};
+
     use super::*;
 
     #[test]
     fn every_chunk_is_visited_once_whatever_the_thread_count() {
         for threads in [1, 2, 3, 7] {
             let pool = ThreadPool::with_threads(threads);
-            let mut data = vec![0u32; 1001];
-            pool.for_each_chunk(&mut data, 13, |index, part| {
-                for (i, value) in part.iter_mut().enumerate() {
-                    *value += (index * 13 + i) as u32;
-                }
-            });
-            assert!(data.iter().enumerate().all(|(i, &value)| value == i as u32));
+            assert_eq!(pool.threads(), threads);
+            for length in [0, 1, 12, 13, 14, 1001] {
+                let mut data = vec![0u32; length];
+                pool.for_each_chunk(&mut data, 13, |index, part| {
+                    for (i, value) in part.iter_mut().enumerate() {
+                        *value += (index * 13 + i) as u32;
+                    }
+                });
+                assert!(data.iter().enumerate().all(|(i, &value)| value == i as u32));
+            }
             assert_eq!(pool.map(5, |i| i * i), [0, 1, 4, 9, 16]);
+            assert_eq!(pool.map(0, |i| i), []);
+        }
+    }
+
+    #[test]
+    fn many_callers_and_tasks_that_call_again_all_come_to_an_end() {
+        let pool = ThreadPool::with_threads(3);
+        let sum = AtomicU64::new(0);
+        thread::scope(|scope| {
+            for _ in 0..5 {
+                scope.spawn(|| {
+                    for _ in 0..200 {
+                        pool.for_each(7, |i| {
+                            pool.for_each(3, |j| {
+                                sum.fetch_add((i * 3 + j) as u64, Ordering::Relaxed);
+                            });
+                        });
+                    }
+                });
+            }
+        });
+        assert_eq!(sum.into_inner(), 5 * 200 * (0..21).sum::<u64>());
+    }
+
+    #[test]
+    fn a_panic_reaches_the_caller_after_all_tasks_and_leaves_the_pool_usable() {
+        for threads in [1, 4] {
+            let pool = ThreadPool::with_threads(threads);
+            let done = AtomicUsize::new(0);
+            let outcome = catch_unwind(AssertUnwindSafe(|| {
+                pool.for_each(50, |index| {
+                    assert!(index != 20, "task twenty");
+                    done.fetch_add(1, Ordering::Relaxed);
+                });
+            }));
+            let message = *outcome.unwrap_err().downcast::<&str>().unwrap();
+            assert_eq!(message, "task twenty");
+            assert!(threads == 1 || done.into_inner() == 49);
+            assert_eq!(pool.map(3, |i| i), [0, 1, 2]);
+        }
+    }
+
+    #[test]
+    fn a_thread_that_is_held_up_delays_only_its_own_task() {
+        let pool = ThreadPool::with_threads(2);
+        let caller = thread::current().id();
+        let started = Instant::now();
+        // Whichever thread is not the caller sleeps in its first task; the caller does all the others meanwhile.
+        let held_up = AtomicBool::new(false);
+        let by_caller = AtomicUsize::new(0);
+        pool.for_each(100, |_| {
+            if thread::current().id() == caller {
+                by_caller.fetch_add(1, Ordering::Relaxed);
+                thread::sleep(Duration::from_millis(1));
+            } else if !held_up.swap(true, Ordering::Relaxed) {
+                thread::sleep(Duration::from_millis(200));
+            }
+        });
+        assert!(by_caller.into_inner() >= 50, "{:?}", started.elapsed());
+    }
+
+    #[test]
+    fn sleeping_workers_wake_up() {
+        let pool = ThreadPool::with_threads(2);
+        for _ in 0..3 {
+            thread::sleep(Duration::from_millis(5));
+            let others = AtomicUsize::new(0);
+            let caller = thread::current().id();
+            pool.for_each(40, |_| {
+                if thread::current().id() != caller {
+                    others.fetch_add(1, Ordering::Relaxed);
+                }
+                thread::sleep(Duration::from_millis(1));
+            });
+            assert!(others.into_inner() > 0);
         }
     }
 }

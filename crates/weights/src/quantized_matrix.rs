@@ -101,10 +101,10 @@ impl QuantizedMatrix {
                 return wrong(format!("zero point {zero} does not fit into {bits} bits"));
             }
         }
-        if let Some(index) = &group_index {
-            if index.len() != columns || index.iter().any(|&group| group as usize >= groups) {
-                return wrong(format!("the group index does not map {columns} columns to {groups} groups"));
-            }
+        if let Some(index) = &group_index
+            && (index.len() != columns || index.iter().any(|&group| group as usize >= groups))
+        {
+            return wrong(format!("the group index does not map {columns} columns to {groups} groups"));
         }
         Ok(QuantizedMatrix { rows, columns, bits, group_size, codes, scales, scale_type, zero_points, group_index })
     }

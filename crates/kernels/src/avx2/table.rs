@@ -10,6 +10,7 @@ kernel_table! {
     tile_rows: 3,
     few_row_panels: 1,
     queries: 2,
+    strip: (8, 6),
     shapes: [(1, 1) (2, 1) (3, 1)],
 }
 

@@ -1,10 +1,15 @@
 use std::arch::x86_64::*;
 
-use crate::vector::{LANES, Level, Vector};
+use crate::strip::HALF;
+use crate::vector::{Half, LANES, Level, Vector};
 
 /// 32 lanes in four registers.
 #[derive(Clone, Copy)]
 pub(crate) struct F32x32(__m256, __m256, __m256, __m256);
+
+/// 16 lanes in two registers.
+#[derive(Clone, Copy)]
+pub(crate) struct F32x16(__m256, __m256);
 
 /// 32 words in four registers.
 #[derive(Clone, Copy)]
@@ -118,8 +123,33 @@ impl Vector for F32x32 {
     }
 }
 
+impl Half for F32x16 {
+    #[inline(always)]
+    fn add(self, other: Self) -> Self {
+        // SAFETY: values of this type exist only where `Avx2::assume` was sound.
+        unsafe { F32x16(_mm256_add_ps(self.0, other.0), _mm256_add_ps(self.1, other.1)) }
+    }
+
+    #[inline(always)]
+    fn mul_add(self, factor: Self, addend: Self) -> Self {
+        // SAFETY: values of this type exist only where `Avx2::assume` was sound.
+        unsafe { F32x16(_mm256_fmadd_ps(self.0, factor.0, addend.0), _mm256_fmadd_ps(self.1, factor.1, addend.1)) }
+    }
+
+    #[inline(always)]
+    fn store(self, out: &mut [f32]) {
+        let out = out[..HALF].as_mut_ptr();
+        // SAFETY: `out` has room for two registers of eight lanes.
+        unsafe {
+            _mm256_storeu_ps(out, self.0);
+            _mm256_storeu_ps(out.add(8), self.1);
+        }
+    }
+}
+
 impl Level for Avx2 {
     type Vector = F32x32;
+    type Half = F32x16;
     type Words = U32x32;
 
     #[inline(always)]
@@ -130,6 +160,19 @@ impl Level for Avx2 {
     #[inline(always)]
     fn splat(self, value: f32) -> F32x32 {
         registers!(F32x32, |_i| _mm256_set1_ps(value))
+    }
+
+    #[inline(always)]
+    fn splat_half(self, value: f32) -> F32x16 {
+        // SAFETY: `Avx2` exists only where the CPU has the instructions.
+        unsafe { F32x16(_mm256_set1_ps(value), _mm256_set1_ps(value)) }
+    }
+
+    #[inline(always)]
+    fn half(self, values: &[f32]) -> F32x16 {
+        let values = values[..HALF].as_ptr();
+        // SAFETY: `values` holds two registers of eight lanes.
+        unsafe { F32x16(_mm256_loadu_ps(values), _mm256_loadu_ps(values.add(8))) }
     }
 
     #[inline(always)]

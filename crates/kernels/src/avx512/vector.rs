@@ -1,10 +1,15 @@
 use std::arch::x86_64::*;
 
-use crate::vector::{LANES, Level, Vector};
+use crate::strip::HALF;
+use crate::vector::{Half, LANES, Level, Vector};
 
 /// 32 lanes in two registers.
 #[derive(Clone, Copy)]
 pub(crate) struct F32x32(pub(super) __m512, pub(super) __m512);
+
+/// 16 lanes in a register.
+#[derive(Clone, Copy)]
+pub(crate) struct F32x16(__m512);
 
 /// 32 words in two registers.
 #[derive(Clone, Copy)]
@@ -101,8 +106,29 @@ impl Vector for F32x32 {
     }
 }
 
+impl Half for F32x16 {
+    #[inline(always)]
+    fn add(self, other: Self) -> Self {
+        // SAFETY: values of this type exist only where `Avx512::assume` was sound.
+        unsafe { F32x16(_mm512_add_ps(self.0, other.0)) }
+    }
+
+    #[inline(always)]
+    fn mul_add(self, factor: Self, addend: Self) -> Self {
+        // SAFETY: values of this type exist only where `Avx512::assume` was sound.
+        unsafe { F32x16(_mm512_fmadd_ps(self.0, factor.0, addend.0)) }
+    }
+
+    #[inline(always)]
+    fn store(self, out: &mut [f32]) {
+        // SAFETY: the slice has room for a register of sixteen lanes.
+        unsafe { _mm512_storeu_ps(out[..HALF].as_mut_ptr(), self.0) }
+    }
+}
+
 impl Level for Avx512 {
     type Vector = F32x32;
+    type Half = F32x16;
     type Words = U32x32;
 
     #[inline(always)]
@@ -113,6 +139,18 @@ impl Level for Avx512 {
     #[inline(always)]
     fn splat(self, value: f32) -> F32x32 {
         registers!(F32x32, |_i| _mm512_set1_ps(value))
+    }
+
+    #[inline(always)]
+    fn splat_half(self, value: f32) -> F32x16 {
+        // SAFETY: `Avx512` exists only where the CPU has the instructions.
+        unsafe { F32x16(_mm512_set1_ps(value)) }
+    }
+
+    #[inline(always)]
+    fn half(self, values: &[f32]) -> F32x16 {
+        // SAFETY: the slice holds a register of sixteen lanes.
+        unsafe { F32x16(_mm512_loadu_ps(values[..HALF].as_ptr())) }
     }
 
     #[inline(always)]

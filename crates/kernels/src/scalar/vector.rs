@@ -1,8 +1,13 @@
-use crate::vector::{LANES, Level, Vector};
+use crate::strip::HALF;
+use crate::vector::{Half, LANES, Level, Vector};
 
 /// 32 lanes in memory or in whatever registers the baseline of the target has.
 #[derive(Clone, Copy)]
 pub(crate) struct F32x32([f32; LANES]);
+
+/// 16 lanes likewise.
+#[derive(Clone, Copy)]
+pub(crate) struct F32x16([f32; HALF]);
 
 /// Plain Rust: every CPU has it.
 #[derive(Clone, Copy)]
@@ -66,8 +71,32 @@ impl Vector for F32x32 {
     }
 }
 
+impl Half for F32x16 {
+    #[inline(always)]
+    fn add(mut self, other: Self) -> Self {
+        for i in 0..HALF {
+            self.0[i] += other.0[i];
+        }
+        self
+    }
+
+    #[inline(always)]
+    fn mul_add(mut self, factor: Self, addend: Self) -> Self {
+        for i in 0..HALF {
+            self.0[i] = self.0[i] * factor.0[i] + addend.0[i];
+        }
+        self
+    }
+
+    #[inline(always)]
+    fn store(self, out: &mut [f32]) {
+        out[..HALF].copy_from_slice(&self.0);
+    }
+}
+
 impl Level for Scalar {
     type Vector = F32x32;
+    type Half = F32x16;
     type Words = [u32; LANES];
 
     unsafe fn assume() -> Self {
@@ -77,6 +106,18 @@ impl Level for Scalar {
     #[inline(always)]
     fn splat(self, value: f32) -> F32x32 {
         F32x32([value; LANES])
+    }
+
+    #[inline(always)]
+    fn splat_half(self, value: f32) -> F32x16 {
+        F32x16([value; HALF])
+    }
+
+    #[inline(always)]
+    fn half(self, values: &[f32]) -> F32x16 {
+        let mut lanes = [0.0; HALF];
+        lanes.copy_from_slice(&values[..HALF]);
+        F32x16(lanes)
     }
 
     #[inline(always)]
