@@ -174,7 +174,8 @@ fn calibration_beyond_the_context() {
 
 #[test]
 fn options_out_of_range() {
-    let spoil: [(fn(&mut Recipe), &str); 5] = [
+    type Spoil = fn(&mut Recipe);
+    let spoil: [(Spoil, &str); 5] = [
         (|recipe| recipe.bits = 5, "bits"),
         (|recipe| recipe.group_size = Some(0), "groupSize"),
         (|recipe| recipe.damping = -1.0, "damping"),

@@ -1,4 +1,5 @@
 //! Perplexities and output errors of whole compressions against published figures (torch, float32).
+#![allow(clippy::print_stdout, reason = "the figures are worth a look: cargo test -- --nocapture")]
 
 mod common;
 
