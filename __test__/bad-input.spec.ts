@@ -1,4 +1,4 @@
-import { cpSync, mkdirSync, readdirSync, readFileSync, rmSync, truncateSync, writeFileSync } from 'node:fs'
+import { cpSync, mkdirSync, readdirSync, readFileSync, renameSync, rmSync, truncateSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 
 import test, { type ExecutionContext } from 'ava'
@@ -38,9 +38,9 @@ function changeConfig(source: string, change: Record<string, unknown>): void {
 test('missing shard', async (t) => {
   const shop = workshop(t)
   const names = Object.keys(readSafetensors(join(shop.source, WEIGHTS)).header)
-  const weight_map = Object.fromEntries(
-    names.map((name, i) => [name, i ? WEIGHTS : 'model-00002-of-00002.safetensors']),
-  )
+  const [present, missing] = ['model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors']
+  renameSync(join(shop.source, WEIGHTS), join(shop.source, present))
+  const weight_map = Object.fromEntries(names.map((name, i) => [name, i ? present : missing]))
   writeFileSync(join(shop.source, 'model.safetensors.index.json'), JSON.stringify({ weight_map }))
   await refuses(t, shop, 'ERR_CHECKPOINT_SHARD_MISSING', /model-00002-of-00002\.safetensors/)
 })

@@ -126,7 +126,7 @@ test('an aborted measurement ends soon', async (t) => {
   using model = await loadModel(LLAMA)
   const started = performance.now()
   const job = model.perplexity(readFileSync(WIKITEXT, 'utf8'), { length: 256, signal: AbortSignal.timeout(300) })
-  await t.throwsAsync(async () => job, { name: 'TimeoutError' })
+  await t.throwsAsync(async () => job, { any: true, name: 'TimeoutError' })
   t.true(performance.now() - started < 5000)
 })
 

@@ -55,7 +55,7 @@ export function oneOf<const T extends string | number>(values: readonly T[], hin
     if (values.includes(value as T)) return value as T
     const list = values.map(show).join(', ')
     const near = typeof value === 'string' ? nearest(value, values.map(String)) : undefined
-    throw invalid(name, `must be one of ${list}`, value, hint ?? (near && `Did you mean ${show(near)}?`))
+    throw invalid(name, `must be one of ${list}`, value, hint ?? (near ? `Did you mean ${show(near)}?` : undefined))
   }
 }
 
@@ -173,13 +173,13 @@ function show(value: unknown): string {
   return typeof value === 'function' ? 'a function' : String(value)
 }
 
-function invalid(name: string, rule: string, value: unknown, hint = ''): KintsugiError {
+function invalid(name: string, rule: string, value: unknown, hint?: string): KintsugiError {
   const found = value === undefined ? 'it is missing' : `it is ${show(value)}`
   return new KintsugiError({
     code: 'ERR_OPTION_INVALID',
     message: `${name} ${rule}, but ${found}`,
     subject: name,
-    hint,
+    hint: hint ?? `Give ${rule.replace(/^must be /, '')}.`,
   })
 }
 

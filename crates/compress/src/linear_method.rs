@@ -32,12 +32,12 @@ pub const METHODS: &[&dyn LinearMethod] = &[&Rtn, &Gptq];
 /// The method of that name.
 ///
 /// # Errors
-/// `ERR_OPTION_UNKNOWN`, with the nearest name and all names in the hint.
+/// `ERR_OPTION_INVALID`, with the nearest name and all names in the hint.
 pub fn linear_method(name: &str) -> Result<&'static dyn LinearMethod> {
     METHODS.iter().find(|method| method.name() == name).copied().ok_or_else(|| {
         let names: Vec<&str> = METHODS.iter().map(|method| method.name()).collect();
         let closest = nearest(name, names.iter().copied()).unwrap_or_default();
-        Error::new(ErrorCode::OptionUnknown, format!("{name:?} is not a compression method"))
+        Error::new(ErrorCode::OptionInvalid, format!("{name:?} is not a compression method"))
             .subject("method")
             .hint(format!("Did you mean {closest:?}? Methods are: {}", names.join(", ")))
     })
@@ -104,7 +104,7 @@ mod tests {
             assert_eq!(linear_method(method.name()).unwrap().name(), method.name());
         }
         let Err(error) = linear_method("gtpq") else { panic!("gtpq is no method") };
-        assert_eq!(error.code, ErrorCode::OptionUnknown);
+        assert_eq!(error.code, ErrorCode::OptionInvalid);
         assert!(error.hint.contains("Did you mean \"gptq\"") && error.hint.contains("rtn, gptq"), "{}", error.hint);
     }
 

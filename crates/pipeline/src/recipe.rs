@@ -95,7 +95,7 @@ impl Recipe {
     /// The compression method.
     ///
     /// # Errors
-    /// `ERR_OPTION_UNKNOWN`, with the nearest name.
+    /// `ERR_OPTION_INVALID`, with the nearest name.
     pub fn method(&self) -> Result<&'static dyn LinearMethod> {
         linear_method(&self.method)
     }
