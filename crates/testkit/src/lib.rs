@@ -5,5 +5,6 @@ pub mod kernel_cases;
 pub mod matrices;
 pub mod outlier_checkpoint;
 mod random;
+pub mod reference_rows;
 
 pub use random::Random;

@@ -227,7 +227,7 @@ impl Level for Avx2 {
 
     #[inline(always)]
     fn bits2_pair<const PAIR: u32>(self, words: U32x32) -> (F32x32, F32x32) {
-        (signed_field::<2>(words, 2 * PAIR), signed_field::<2>(words, 16 + 2 * PAIR))
+        (looked_up(words, 2 * PAIR), looked_up(words, 16 + 2 * PAIR))
     }
 
     #[inline(always)]
@@ -238,6 +238,28 @@ impl Level for Avx2 {
     #[inline(always)]
     fn bits8_pair<const PAIR: u32>(self, words: U32x32) -> (F32x32, F32x32) {
         (signed_field::<8>(words, 8 * PAIR), signed_field::<8>(words, 16 + 8 * PAIR))
+    }
+}
+
+/// The field of 2 bits at `position` minus 2: the instruction looks at the lowest two bits alone.
+#[inline(always)]
+fn looked_up(words: U32x32, position: u32) -> F32x32 {
+    #[inline(always)]
+    unsafe fn register(words: __m256i, position: u32) -> __m256 {
+        // SAFETY: the caller has AVX2.
+        unsafe {
+            let values = _mm256_setr_ps(-2.0, -1.0, 0.0, 1.0, -2.0, -1.0, 0.0, 1.0);
+            _mm256_permutevar_ps(values, _mm256_srlv_epi32(words, _mm256_set1_epi32(position as i32)))
+        }
+    }
+    // SAFETY: the words come from `Avx2::load_words`.
+    unsafe {
+        F32x32(
+            register(words.0, position),
+            register(words.1, position),
+            register(words.2, position),
+            register(words.3, position),
+        )
     }
 }
 

@@ -1,5 +1,7 @@
-//! What the integration tests of the pipeline share.
-#![allow(dead_code)] // each test binary uses a part of it
+//! What the integration tests and benches of the pipeline share.
+#![allow(dead_code, reason = "each test binary uses a part of it")]
+
+pub(crate) mod reference;
 
 use std::path::{Path, PathBuf};
 
