@@ -33,6 +33,8 @@ export declare class BindingModel {
   info(): unknown
   /** Perplexity of a text; the promise gives the figures. */
   perplexity(text: string, length: number, adapter: string | undefined | null, control: BindingControl): Promise<unknown>
+  /** How far the predictions are from those of `reference`; the promise gives the figures. */
+  divergence(reference: BindingModel, text: string, length: number, adapter: string | undefined | null, control: BindingControl): Promise<unknown>
   /** Starts to continue `prompt`; each `next` of the result computes one token. */
   generate(prompt: string, options: BindingGenerateOptions, control: BindingControl): BindingGeneration
   /** Releases the weights as soon as no call uses them any more. Idempotent. */

@@ -1,9 +1,10 @@
 import { readFileSync } from 'node:fs'
+import { join } from 'node:path'
 
 import test from 'ava'
-import { KintsugiError, loadModel } from 'kintsugi'
+import { compress, KintsugiError, loadModel } from 'kintsugi'
 
-import { failsWith, LLAMA, SHAKESPEARE, STORIES, textSlice, TINY, WIKITEXT } from './fixtures.js'
+import { failsWith, LLAMA, SHAKESPEARE, STORIES, temporaryFolder, textSlice, TINY, WIKITEXT } from './fixtures.js'
 
 const PROMPT = 'Once upon a time'
 
@@ -41,6 +42,33 @@ test('both backends and both precisions agree', async (t) => {
   const reference = await measure({ backend: 'candle', precision: 'f32' })
   t.true(Math.abs((await measure({ precision: 'f32' })) / reference - 1) < 1e-4)
   t.true(Math.abs((await measure({ precision: 'exact' })) / reference - 1) < 1e-2)
+})
+
+test('divergence is nothing from itself, and grows with the damage', async (t) => {
+  const text = textSlice(STORIES, 20_000)
+  const folder = temporaryFolder(t)
+  using original = await loadModel(TINY)
+  const itself = await original.divergence(original, text, { length: 128 })
+  t.is(itself.meanKlDivergence, 0)
+  t.is(itself.top1Agreement, 1)
+  const { perplexity, tokens } = await original.perplexity(text, { length: 128 })
+  t.true(Math.abs(itself.perplexity / perplexity - 1) < 1e-12 && itself.referencePerplexity === itself.perplexity)
+  t.is(itself.tokens, tokens)
+
+  let worse = itself
+  for (const bits of [8, 4, 2] as const) {
+    const out = join(folder, `w${bits}`)
+    await compress(TINY, { out, method: 'rtn', bits, groupSize: 64 })
+    using model = await loadModel(out)
+    const report = await model.divergence(original, text, { length: 128 })
+    t.true(report.meanKlDivergence > worse.meanKlDivergence, `${bits} bits`)
+    t.true(report.top1Agreement < worse.top1Agreement, `${bits} bits`)
+    t.true(report.p99KlDivergence > report.meanKlDivergence)
+    worse = report
+  }
+
+  using other = await loadModel(LLAMA)
+  await failsWith(t, () => other.divergence(original, text, { length: 128 }), 'ERR_TOKENIZER_INVALID', 'reference')
 })
 
 test('an adapter is applied to the calls that name it', async (t) => {

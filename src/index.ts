@@ -18,6 +18,7 @@ export { ERROR_CODES, type ErrorCode, KintsugiError } from './errors.js'
 export { Generation, type GenerationSummary, type Piece } from './generation.js'
 export { Job, type Progress } from './job.js'
 export {
+  type DivergenceReport,
   type GenerateOptions,
   loadModel,
   type LoadOptions,

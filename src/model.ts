@@ -108,6 +108,26 @@ export interface PerplexityReport {
   secondsTotal: number
 }
 
+/**
+ * How far the predictions of a model are from those of a reference, over the windows of {@link PerplexityReport}. The
+ * divergence of a token is Σ p · ln(p / q) in nats, p by the reference.
+ */
+export interface DivergenceReport {
+  meanKlDivergence: number
+  /** 99 % of the tokens do not exceed it. */
+  p99KlDivergence: number
+  /** Share of tokens for which both find the same token most likely. */
+  top1Agreement: number
+  perplexity: number
+  referencePerplexity: number
+  /** Predicted tokens. */
+  tokens: number
+  windows: number
+  /** Tokens of a window. */
+  length: number
+  secondsTotal: number
+}
+
 const loadSchema = {
   precision: withDefault(
     oneOf(['f32', 'exact'], "int8 activations ('fast') are not implemented yet; use 'exact' or 'f32'."),
@@ -205,6 +225,22 @@ export class Model {
       const result = this.#binding.perplexity(content, length, adapter, control) as Promise<PerplexityReport>
       return { control, result: this.#track(result) }
     }, [signalOf(options), this.#lifetime.signal])
+  }
+
+  /**
+   * Measures how far the predictions of this model are from those of `reference`, the model that it was made from.
+   * Options apply to this model; the reference runs without adapter.
+   */
+  divergence(reference: Model, content: string, options: PerplexityOptions = {}): Job<DivergenceReport> {
+    return new Job((): RunningWork<DivergenceReport> => {
+      this.#assertAlive()
+      reference.#assertAlive()
+      string(content, 'text')
+      const { length, adapter } = checkOptions(options, perplexitySchema)
+      const control = new (native().BindingControl)()
+      const result = this.#binding.divergence(reference.#binding, content, length, adapter, control)
+      return { control, result: reference.#track(this.#track(result as Promise<DivergenceReport>)) }
+    }, [signalOf(options), this.#lifetime.signal, reference.#lifetime.signal])
   }
 
   /** Frees the weights. Calls that still run are cancelled and fail with `ERR_DISPOSED`, as do later calls. */

@@ -1,6 +1,13 @@
 import type { Command } from 'commander'
 
-import { Checkpoint, loadModel, type PerplexityReport } from '../index.js'
+import {
+  Checkpoint,
+  type DivergenceReport,
+  loadModel,
+  type Model,
+  type PerplexityOptions,
+  type PerplexityReport,
+} from '../index.js'
 import { type ModelArguments, numberArgument, readText, withModelOptions } from './arguments.js'
 import { formatSeconds, formatShare } from './format.js'
 import { type CommandContext, runCommand } from './run-command.js'
@@ -21,6 +28,12 @@ interface Measurement extends PerplexityReport {
   bitsPerWeight: number | null
 }
 
+/** What a comparison adds to the measurement. */
+interface Comparison {
+  reference: { checkpoint: string; bitsPerWeight: number | null; perplexity: number }
+  divergence: Pick<DivergenceReport, 'meanKlDivergence' | 'p99KlDivergence' | 'top1Agreement'>
+}
+
 /** `kintsugi eval CHECKPOINT --text FILE` */
 export function registerEval(program: Command): void {
   const command = program
@@ -30,43 +43,68 @@ export function registerEval(program: Command): void {
     .requiredOption('--text <file>', 'UTF-8 text')
     .option('--length <n>', 'tokens of a window', numberArgument, 512)
     .option('--adapter <folder>', 'PEFT adapter to apply')
-    .option('--reference <checkpoint>', 'measure this one too, and compare')
+    .option('--reference <checkpoint>', 'the original: measure it too, and how far the predictions are from its own')
     .option('--no-compensation', 'leave out the compensation of a compressed checkpoint')
     .option('--json', 'print one JSON document')
   withModelOptions(command).action((checkpoint: string, options: EvalArguments) =>
     runCommand(options.json, async (context) => {
       const text = await readText(options.text)
-      const measured = await measure(context, checkpoint, text, options, options.adapter)
-      const reference =
-        options.reference === undefined ? undefined : await measure(context, options.reference, text, options)
-      const document = { ...measured, text: options.text, ...(reference && { reference }) }
-      return { document, text: describe(measured, reference) }
+      const [model, bitsPerWeight] = await load(context, checkpoint, options, options.adapter)
+      using _ = model
+      const measured = { checkpoint, bitsPerWeight, text: options.text }
+      if (options.reference === undefined) {
+        const report = await context.follow(model.perplexity(text, request(context, options)), 'evaluate')
+        const document = { ...measured, ...report }
+        return { document, text: describe(document) }
+      }
+      const [reference, bitsOfReference] = await load(context, options.reference, options)
+      using __ = reference
+      const job = model.divergence(reference, text, request(context, options))
+      const { meanKlDivergence, p99KlDivergence, top1Agreement, referencePerplexity, ...report } =
+        await context.follow(job, 'compare')
+      const document = {
+        ...measured,
+        ...report,
+        meanNegativeLogLikelihood: Math.log(report.perplexity),
+        reference: {
+          checkpoint: options.reference,
+          bitsPerWeight: bitsOfReference,
+          perplexity: referencePerplexity,
+        },
+        divergence: { meanKlDivergence, p99KlDivergence, top1Agreement },
+      }
+      return { document, text: describe(document, document) }
     }),
   )
 }
 
-async function measure(
+async function load(
   { signal, follow }: CommandContext,
   checkpoint: string,
-  text: string,
-  { precision, backend, compensation, length }: EvalArguments,
+  { precision, backend, compensation }: EvalArguments,
   adapter?: string,
-): Promise<Measurement> {
+): Promise<[Model, number | null]> {
   const adapters: Record<string, string> = adapter === undefined ? {} : { adapter }
   const source = await Checkpoint.open(checkpoint)
   const loading = loadModel(source, { precision, backend, compensation, adapters, signal })
-  using model = await follow(loading, 'load')
-  const job = model.perplexity(text, { length, signal, ...(adapter !== undefined && { adapter: 'adapter' }) })
-  return { checkpoint, bitsPerWeight: source.info.bitsPerWeight, ...(await follow(job, 'evaluate')) }
+  return [await follow(loading, 'load'), source.info.bitsPerWeight]
 }
 
-function describe(measured: Measurement, reference: Measurement | undefined): string {
-  const increase = reference && measured.perplexity / reference.perplexity - 1
+function request({ signal }: CommandContext, { length, adapter }: EvalArguments): PerplexityOptions {
+  return { length, signal, ...(adapter !== undefined && { adapter: 'adapter' }) }
+}
+
+function describe(measured: Measurement, comparison?: Comparison): string {
+  const reference = comparison?.reference.perplexity
+  const divergence = comparison?.divergence
   return formatPairs(
     [
       ['perplexity', measured.perplexity.toFixed(4)],
-      ['of the reference', reference?.perplexity.toFixed(4)],
-      ['increase', increase === undefined ? undefined : formatShare(increase)],
+      ['of the reference', reference?.toFixed(4)],
+      ['increase', reference === undefined ? undefined : formatShare(measured.perplexity / reference - 1)],
+      ['KL divergence', divergence && `${divergence.meanKlDivergence.toFixed(5)} nats per token`],
+      ['99 % of tokens below', divergence && `${divergence.p99KlDivergence.toFixed(5)} nats`],
+      ['same likeliest token', divergence && formatShare(divergence.top1Agreement)],
       ['negative log-likelihood', `${measured.meanNegativeLogLikelihood.toFixed(6)} nats per token`],
       ['tokens', `${measured.tokens} in ${measured.windows} windows of ${measured.length}`],
       ['bits per weight', measured.bitsPerWeight?.toFixed(2)],

@@ -5,9 +5,12 @@ use kintsugi_checkpoint::{Checkpoint, read_adapter};
 use kintsugi_kernels::Precision;
 use kintsugi_runtime::{CancelToken, Error, ErrorCode, Progress, Result, nearest};
 
+use crate::divergence::divergence;
+use crate::perplexity::{WindowLogits, WindowRunner};
+
 use crate::{
-    Backend, CandleBackend, CpuBackend, DecoderSpec, GenerateOptions, Generation, GenerationSummary, Model, Perplexity,
-    Piece,
+    Backend, CandleBackend, CpuBackend, DecoderSpec, Divergence, GenerateOptions, Generation, GenerationSummary, Model,
+    Perplexity, Piece,
 };
 
 /// Names of the backends.
@@ -99,6 +102,40 @@ impl LoadedModel {
         progress: &Progress,
     ) -> Result<Perplexity> {
         on_backend!(self, model => model.perplexity(text, length, adapter, cancel, progress))
+    }
+
+    /// How far the predictions of this model are from those of `reference`, in windows of `length` tokens of `text`.
+    ///
+    /// # Errors
+    /// `ERR_TOKENIZER_INVALID` when the two models do not share a vocabulary; otherwise as [`Model::perplexity`].
+    pub fn divergence(
+        &self,
+        reference: &LoadedModel,
+        text: &str,
+        length: usize,
+        adapter: Option<&str>,
+        cancel: &CancelToken,
+        progress: &Progress,
+    ) -> Result<Divergence> {
+        progress.at("tokenize", "");
+        let tokens = self.encode(text)?;
+        let vocabulary = self.spec().vocabulary_size;
+        if vocabulary != reference.spec().vocabulary_size || tokens != reference.encode(text)? {
+            return Err(Error::new(ErrorCode::TokenizerInvalid, "the two models do not share a tokenizer")
+                .subject("reference")
+                .hint("Compare a model with the one that it was made from"));
+        }
+        let mut reference = reference.windows(length, None)?;
+        let mut model = self.windows(length, adapter)?;
+        divergence(&mut *model, &mut *reference, &tokens, vocabulary, length, cancel, progress)
+    }
+
+    fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        on_backend!(self, model => model.tokenizer().encode(text, false))
+    }
+
+    fn windows(&self, length: usize, adapter: Option<&str>) -> Result<Box<dyn WindowLogits + '_>> {
+        on_backend!(self, model => Ok(Box::new(WindowRunner::new(model, length, adapter)?)))
     }
 
     /// See [`Generation::new`].

@@ -1,3 +1,5 @@
+use std::borrow::Cow;
+use std::ops::Range;
 use std::time::Instant;
 
 use kintsugi_kernels::PAGE_POSITIONS;
@@ -51,6 +53,76 @@ pub fn token_windows(tokens: &[u32], length: usize) -> Result<Vec<&[u32]>> {
     Ok(windows)
 }
 
+/// A model that goes over windows of tokens and gives the logits of their rows.
+pub(crate) trait WindowLogits {
+    /// Runs the model over windows of equal length.
+    ///
+    /// # Errors
+    /// What the model reports; `ERR_CANCELLED`.
+    fn run(&mut self, windows: &[&[u32]], cancel: &CancelToken) -> Result<()>;
+
+    /// Logits `[rows.len(), vocabularySize]` of rows of one of the windows of the last run.
+    ///
+    /// # Errors
+    /// What the model reports.
+    fn logits(&mut self, window: usize, rows: Range<usize>) -> Result<Cow<'_, [f32]>>;
+}
+
+/// [`WindowLogits`] of a model on its backend.
+pub(crate) struct WindowRunner<'a, B: Backend> {
+    model: &'a Model<B>,
+    session: Session<B>,
+    adapter: Option<usize>,
+    length: usize,
+}
+
+impl<'a, B: Backend> WindowRunner<'a, B> {
+    /// For windows of `length` tokens, with an adapter where one is named.
+    ///
+    /// # Errors
+    /// `ERR_ADAPTER_UNKNOWN`, `ERR_CONTEXT_EXCEEDED` for windows beyond the context of the model.
+    pub(crate) fn new(model: &'a Model<B>, length: usize, adapter: Option<&str>) -> Result<Self> {
+        let adapter = adapter.map(|name| model.adapter_index(name)).transpose()?;
+        let context = model.spec().context_length;
+        if length > context {
+            return Err(Error::new(
+                ErrorCode::ContextExceeded,
+                format!("windows of {length} tokens exceed the context of {context}"),
+            )
+            .subject("length")
+            .hint("Use a smaller length"));
+        }
+        Ok(WindowRunner { model, session: Session::new(model)?, adapter, length })
+    }
+}
+
+impl<B: Backend> WindowLogits for WindowRunner<'_, B> {
+    fn run(&mut self, windows: &[&[u32]], cancel: &CancelToken) -> Result<()> {
+        let pages = self.length.div_ceil(PAGE_POSITIONS);
+        let mut batch = Batch::new();
+        for index in 0..windows.len() {
+            let first = (index * pages) as u32;
+            batch.push(self.length, 0, (first..first + pages as u32).collect(), self.adapter);
+        }
+        self.model.forward(&mut self.session, &windows.concat(), &batch, cancel)
+    }
+
+    fn logits(&mut self, window: usize, rows: Range<usize>) -> Result<Cow<'_, [f32]>> {
+        let start = window * self.length;
+        self.model.logits(&mut self.session, start + rows.start..start + rows.end)
+    }
+}
+
+/// Windows that share a pass, and the rows of each whose logits are held at a time.
+pub(crate) fn window_groups<'a>(windows: &'a [&'a [u32]], length: usize) -> impl Iterator<Item = &'a [&'a [u32]]> {
+    windows.chunks((ROWS_PER_PASS / length).max(1))
+}
+
+/// The rows of a window that predict another token of it, in pieces: the last token predicts nothing.
+pub(crate) fn predicting_rows(length: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..length - 1).step_by(ROWS_PER_HEAD).map(move |start| start..(start + ROWS_PER_HEAD).min(length - 1))
+}
+
 impl<B: Backend> Model<B> {
     /// Perplexity of `text` in windows of `length` tokens, optionally with an adapter.
     ///
@@ -66,41 +138,24 @@ impl<B: Backend> Model<B> {
         progress: &Progress,
     ) -> Result<Perplexity> {
         let started = Instant::now();
-        let adapter = adapter.map(|name| self.adapter_index(name)).transpose()?;
-        if length > self.spec().context_length {
-            return Err(Error::new(
-                ErrorCode::ContextExceeded,
-                format!("windows of {length} tokens exceed the context of {}", self.spec().context_length),
-            )
-            .subject("length")
-            .hint("Use a smaller length"));
-        }
+        let mut runner = WindowRunner::new(self, length, adapter)?;
         progress.at("tokenize", "");
         let tokens = self.tokenizer().encode(text, false)?;
         let windows = token_windows(&tokens, length)?;
         progress.begin("evaluate", windows.len() as u64);
 
-        let mut session = Session::new(self)?;
-        let pages_per_window = length.div_ceil(PAGE_POSITIONS);
+        let vocabulary = self.spec().vocabulary_size;
         let mut total = 0.0f64;
         let mut predicted = 0u64;
-        for group in windows.chunks((ROWS_PER_PASS / length).max(1)) {
-            let mut batch = Batch::new();
-            for index in 0..group.len() {
-                let first = (index * pages_per_window) as u32;
-                batch.push(length, 0, (first..first + pages_per_window as u32).collect(), adapter);
-            }
-            self.forward(&mut session, &group.concat(), &batch, cancel)?;
+        for group in window_groups(&windows, length) {
+            runner.run(group, cancel)?;
             for (index, window) in group.iter().enumerate() {
-                // The last token of a window predicts nothing that is in the window.
-                for start in (0..length - 1).step_by(ROWS_PER_HEAD) {
+                for rows in predicting_rows(length) {
                     cancel.check()?;
-                    let end = (start + ROWS_PER_HEAD).min(length - 1);
-                    let logits = self.logits(&mut session, index * length + start..index * length + end)?;
-                    let vocabulary = self.spec().vocabulary_size;
-                    let losses = ThreadPool::global().map(end - start, |row| {
+                    let logits = runner.logits(index, rows.clone())?;
+                    let losses = ThreadPool::global().map(rows.len(), |row| {
                         let logits = &logits[row * vocabulary..(row + 1) * vocabulary];
-                        negative_log_likelihood(logits, window[start + row + 1])
+                        negative_log_likelihood(logits, window[rows.start + row + 1])
                     });
                     total += losses.iter().sum::<f64>();
                     predicted += losses.len() as u64;
@@ -121,7 +176,7 @@ impl<B: Backend> Model<B> {
 }
 
 /// `−log softmax(logits)[target]`, summed in f64.
-fn negative_log_likelihood(logits: &[f32], target: u32) -> f64 {
+pub(crate) fn negative_log_likelihood(logits: &[f32], target: u32) -> f64 {
     let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let sum: f64 = logits.iter().map(|&logit| f64::from(logit - largest).exp()).sum();
     sum.ln() - f64::from(logits[target as usize] - largest)

@@ -99,6 +99,26 @@ impl BindingModel {
         })
     }
 
+    /// How far the predictions are from those of `reference`; the promise gives the figures.
+    #[napi(ts_return_type = "Promise<unknown>")]
+    pub fn divergence<'env>(
+        &self,
+        env: &'env Env,
+        reference: &BindingModel,
+        text: String,
+        length: u32,
+        adapter: Option<String>,
+        control: &BindingControl,
+    ) -> napi::Result<Object<'env>> {
+        let model = self.model().map_err(|error| to_napi(&error))?;
+        let reference = reference.model().map_err(|error| to_napi(&error))?;
+        let (cancel, progress) = (control.cancel.clone(), control.progress.clone());
+        spawn(env, move || {
+            let adapter = adapter.as_deref();
+            to_json(&model.divergence(&reference, &text, length as usize, adapter, &cancel, &progress)?)
+        })
+    }
+
     /// Starts to continue `prompt`; each `next` of the result computes one token.
     #[napi]
     pub fn generate(
