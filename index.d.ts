@@ -45,8 +45,13 @@ export declare class BindingModel {
 export declare class BindingQuantizedLinear {
   /** Quantizes `weights` `[outFeatures, inFeatures]` by rounding to nearest. */
   static quantize(weights: Float32Array, options: BindingQuantizedLinearOptions): BindingQuantizedLinear
-  /** `x` `[count, inFeatures]` → `[count, outFeatures]`, on the calling thread and the pool. */
-  forward(x: Float32Array): Float32Array
+  /**
+   * `x` `[count, inFeatures]` → `y` `[count, outFeatures]`, on the calling thread and the pool.
+   *
+   * The caller gives the memory: results that live in memory of ours until the garbage collector comes by would
+   * keep the allocator from giving back what lies around them.
+   */
+  forward(x: Float32Array, y: Float32Array): void
   /** Like `forward`, off the JavaScript thread; `x` is copied first. */
   forwardAsync(x: Float32Array): Promise<Float32Array>
   /** Shape and size. */

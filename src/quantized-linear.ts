@@ -42,10 +42,12 @@ const schema = {
 /** One `y = W x` with a quantized `W`, which lives outside the JavaScript heap in the layout that this CPU reads. */
 export class QuantizedLinear {
   readonly #binding: BindingQuantizedLinear
+  readonly #shape: { outFeatures: number; inFeatures: number }
   #disposed = false
 
-  private constructor(binding: BindingQuantizedLinear) {
+  private constructor(binding: BindingQuantizedLinear, shape: { outFeatures: number; inFeatures: number }) {
     this.#binding = binding
+    this.#shape = shape
   }
 
   /**
@@ -59,7 +61,7 @@ export class QuantizedLinear {
     const { groupSize, ...given } = checkOptions(options, schema)
     try {
       const request = { ...given, groupSize: groupSize === 'whole' ? 0 : groupSize }
-      return new QuantizedLinear(native().BindingQuantizedLinear.quantize(weights, request))
+      return new QuantizedLinear(native().BindingQuantizedLinear.quantize(weights, request), given)
     } catch (error) {
       throw fromNative(error)
     }
@@ -81,8 +83,11 @@ export class QuantizedLinear {
   forward(x: Float32Array): Float32Array {
     this.#assertAlive()
     assertFloats(x, 'x')
+    const { outFeatures, inFeatures } = this.#shape
+    const y = new Float32Array(Math.floor(x.length / inFeatures) * outFeatures)
     try {
-      return this.#binding.forward(x)
+      this.#binding.forward(x, y)
+      return y
     } catch (error) {
       throw fromNative(error)
     }

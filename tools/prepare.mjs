@@ -40,7 +40,7 @@ export async function prepare() {
   })
   await ensure({
     what: 'dist/',
-    stamp: 'dist/.kintsugi-dist',
+    stamp: 'node_modules/.kintsugi-dist',
     inputs: ['src', 'index.d.ts', 'tsconfig.json', 'tsconfig.build.json', 'package-lock.json'],
     outputs: ['dist/index.js'],
     run: () => run(process.execPath, ['node_modules/typescript/bin/tsc', '-p', 'tsconfig.build.json']),

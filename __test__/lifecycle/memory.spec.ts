@@ -5,7 +5,7 @@ import { gaussian, TINY } from '../fixtures.js'
 
 const MEGABYTE = 1e6
 
-test('a thousand matrices leave no memory behind', (t) => {
+test('thousands of matrices leave no memory behind', (t) => {
   const options = { outFeatures: 512, inFeatures: 512, groupSize: 64 }
   const weights = gaussian(512 * 512, 1)
   const x = gaussian(512, 2)
@@ -16,10 +16,10 @@ test('a thousand matrices leave no memory behind', (t) => {
   }
   for (let i = 0; i < 100; i++) cycle()
   const before = process.memoryUsage.rss()
-  for (let i = 0; i < 1000; i++) cycle()
-  // Kept, they would be 1000 × 0.13 MB of codes.
+  for (let i = 0; i < 4000; i++) cycle()
+  // Kept, they would be 4000 × 0.13 MB of codes. The allocator itself keeps up to 64 MB for each of a few threads.
   const growth = process.memoryUsage.rss() - before
-  t.true(growth < 40 * MEGABYTE, `${growth} bytes`)
+  t.true(growth < 250 * MEGABYTE, `${growth} bytes`)
 })
 
 test('loading and disposing leaves no memory behind', async (t) => {
@@ -27,10 +27,10 @@ test('loading and disposing leaves no memory behind', async (t) => {
     using model = await loadModel(TINY)
     await model.generate('Once', { maxTokens: 4 }).text()
   }
-  for (let i = 0; i < 5; i++) await cycle()
-  const before = process.memoryUsage.rss()
   for (let i = 0; i < 40; i++) await cycle()
-  // Kept, they would be 40 × 2.6 MB.
+  const before = process.memoryUsage.rss()
+  for (let i = 0; i < 160; i++) await cycle()
+  // Kept, they would be 160 × 2.6 MB.
   const growth = process.memoryUsage.rss() - before
-  t.true(growth < 40 * MEGABYTE, `${growth} bytes`)
+  t.true(growth < 200 * MEGABYTE, `${growth} bytes`)
 })

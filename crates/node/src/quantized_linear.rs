@@ -5,7 +5,7 @@ use kintsugi_kernels::{Kernels, PackedMatrix};
 use kintsugi_runtime::{Error, ErrorCode, Result, ThreadPool};
 use kintsugi_weights::{DenseMatrix, ElementType, GroupSize, LinearWeight, WeightMatrix};
 use napi::Env;
-use napi::bindgen_prelude::{Float32Array, Object};
+use napi::bindgen_prelude::{Float32Array, Float32ArraySlice, Object};
 use napi_derive::napi;
 
 use crate::error::{disposed, to_napi};
@@ -47,11 +47,16 @@ impl BindingQuantizedLinear {
         Ok(BindingQuantizedLinear { layer: Mutex::new(Some(Arc::new(layer))) })
     }
 
-    /// `x` `[count, inFeatures]` → `[count, outFeatures]`, on the calling thread and the pool.
+    /// `x` `[count, inFeatures]` → `y` `[count, outFeatures]`, on the calling thread and the pool.
+    ///
+    /// The caller gives the memory: results that live in memory of ours until the garbage collector comes by would
+    /// keep the allocator from giving back what lies around them.
     #[napi]
-    pub fn forward(&self, x: &[f32]) -> napi::Result<Float32Array> {
+    pub fn forward(&self, x: &[f32], mut y: Float32ArraySlice<'_>) -> napi::Result<()> {
         let layer = self.layer().map_err(|error| to_napi(&error))?;
-        layer.forward(x).map(Float32Array::new).map_err(|error| to_napi(&error))
+        // SAFETY: `src/quantized-linear.ts` made the array for this call; nobody else sees it before the call returns.
+        let y = unsafe { y.as_mut() };
+        layer.forward(x, y).map_err(|error| to_napi(&error))
     }
 
     /// Like `forward`, off the JavaScript thread; `x` is copied first.
@@ -59,7 +64,11 @@ impl BindingQuantizedLinear {
     pub fn forward_async<'env>(&self, env: &'env Env, x: &[f32]) -> napi::Result<Object<'env>> {
         let layer = self.layer().map_err(|error| to_napi(&error))?;
         let x = x.to_vec();
-        spawn(env, move || layer.forward(&x).map(Float32Array::new))
+        spawn(env, move || {
+            let mut y = vec![0.0; x.len() / layer.packed.columns() * layer.packed.rows()];
+            layer.forward(&x, &mut y)?;
+            Ok(Float32Array::new(y))
+        })
     }
 
     /// Shape and size.
@@ -93,16 +102,21 @@ impl BindingQuantizedLinear {
 }
 
 impl Layer {
-    fn forward(&self, x: &[f32]) -> Result<Vec<f32>> {
+    fn forward(&self, x: &[f32], y: &mut [f32]) -> Result<()> {
         let (rows, columns) = (self.packed.rows(), self.packed.columns());
         if x.is_empty() || !x.len().is_multiple_of(columns) {
             return Err(Error::new(ErrorCode::ShapeMismatch, format!("x has {} values", x.len()))
                 .subject("x")
                 .hint(format!("Give a multiple of inFeatures = {columns}")));
         }
-        let mut y = vec![0.0; x.len() / columns * rows];
-        self.kernels.product(&self.packed, x, &mut y, ThreadPool::global());
-        Ok(y)
+        let outputs = x.len() / columns * rows;
+        if y.len() != outputs {
+            return Err(Error::new(ErrorCode::ShapeMismatch, format!("y has {} values", y.len()))
+                .subject("y")
+                .hint(format!("Give room for {outputs} outputs")));
+        }
+        self.kernels.product(&self.packed, x, y, ThreadPool::global());
+        Ok(())
     }
 }
 
