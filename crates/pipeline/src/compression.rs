@@ -1,6 +1,6 @@
 use std::time::Instant;
 
-use kintsugi_checkpoint::{Checkpoint, CheckpointWriter, QuantizationConfig};
+use kintsugi_checkpoint::{Checkpoint, CheckpointWriter, PackQuantized, QuantizationConfig};
 use kintsugi_model::{Backend, BlockWeights, DecoderSpec, LinearSlot, ModelWeights, read_tokenizer};
 use kintsugi_runtime::{CancelToken, Error, ErrorCode, Progress, Result, peak_memory_bytes, replace_file};
 use kintsugi_weights::{Adapter, AdapterEntry, WeightMatrix};
@@ -145,6 +145,7 @@ fn write_block(
 
 fn quantization_config(recipe: &Recipe, spec: &DecoderSpec) -> QuantizationConfig {
     QuantizationConfig {
+        format: &PackQuantized,
         bits: recipe.bits,
         group_size: recipe.group_size(),
         symmetric: recipe.symmetric,
