@@ -70,7 +70,8 @@ impl LinearFormat for Awq {
         if bits != i64::from(BITS) {
             return Err(unsupported("bits", &bits.to_string()));
         }
-        let size = integer(config, "group_size")?.or(integer(config, "q_group_size")?).unwrap_or(-1);
+        let size = integer(config, "group_size")?.or(integer(config, "q_group_size")?);
+        let size = size.ok_or_else(|| invalid("group_size", "there"))?;
         let (bits, group_size) = Scheme::grid(bits, "bits", size, "group_size")?;
         let mut ignore = strings(config, "modules_to_not_convert")?;
         if !bool_or(config, HEAD, false)? && !ignore.iter().any(|entry| entry == HEAD) {
