@@ -127,6 +127,42 @@ def awq(name):
     save(name, config, tensors, expected)
 
 
+def float8(name, layout, strategy, block=None):
+    args = QuantizationArgs(num_bits=8, type="float", symmetric=True, strategy=strategy, block_structure=block)
+    dynamic = QuantizationArgs(num_bits=8, type="float", symmetric=True, strategy="token", dynamic=True)
+    scheme = QuantizationScheme(targets=["Linear"], weights=args, input_activations=dynamic)
+    shape = {"tensor": (1,), "channel": (ROWS, 1), "block": (ROWS // 16, COLUMNS // 8)}[strategy]
+    state = {"weight": torch.randn(ROWS, COLUMNS), "weight_scale": torch.rand(shape) * 0.1 + 0.01}
+    compressor = BaseCompressor.get_value_from_registry(layout)
+    stored = compressor.compress(state, scheme)
+    expected = compressor.decompress(stored, scheme)["weight"]
+    config = {
+        "quant_method": "compressed-tensors",
+        "format": layout,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": scheme.model_dump(mode="json")},
+        "ignore": ["lm_head"],
+    }
+    save(name, config, stored, expected)
+
+
+def fine_grained_float8(name):
+    """The layout of transformers' FineGrainedFP8Config; every byte but the two NaNs is a number."""
+    codes = torch.randint(0, 256, (ROWS, COLUMNS), dtype=torch.uint8)
+    codes[(codes & 127) == 127] = 0
+    weight = codes.view(torch.float8_e4m3fn)
+    scale = (torch.rand(ROWS // 16, COLUMNS // 8) * 0.1 + 0.01).to(torch.bfloat16)
+    tiles = scale.to(torch.float32).repeat_interleave(16, 0).repeat_interleave(8, 1)
+    config = {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [16, 8],
+        "modules_to_not_convert": ["lm_head"],
+    }
+    save(name, config, {"weight": weight, "weight_scale_inv": scale}, weight.to(torch.float32) * tiles)
+
+
 def main():
     shutil.rmtree(OUT, ignore_errors=True)
     torch.manual_seed(0)
@@ -142,6 +178,10 @@ def main():
     gptq("gptq-v2-4-act-order", "gptq_v2", 4, True, False, torch.float16)
     gptq("gptq-8-symmetric", "gptq", 8, True, True, torch.float16)
     awq("awq")
+    float8("float8-tensor", "float-quantized", "tensor")
+    float8("float8-channel", "float-quantized", "channel")
+    float8("float8-block", "naive-quantized", "block", [16, 8])
+    fine_grained_float8("float8-fine-grained")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ use kintsugi_runtime::{Error, ErrorCode, Result};
 use kintsugi_weights::{Adapter, DenseMatrix, LinearWeight, WeightMatrix};
 use serde_json::{Map, Value};
 
+use crate::float8_scaling::Float8Scaling;
 use crate::positional_file::read_bounded;
 use crate::safetensors_file::wrong_shape;
 use crate::tensor_set::TensorSet;
@@ -27,6 +28,7 @@ struct Opened {
     path: PathBuf,
     config: Map<String, Value>,
     quantization: Option<QuantizationConfig>,
+    float8: Option<Float8Scaling>,
     notices: Vec<String>,
     tensors: TensorSet,
 }
@@ -54,20 +56,19 @@ impl Checkpoint {
         }
         let config = read_config(&path.join("config.json"))?;
         let tensors = TensorSet::open(path)?;
-        let mut quantization = Self::QUANTIZATION_FIELDS
-            .iter()
-            .filter_map(|&field| config.get(field))
-            .find(|value| !value.is_null())
-            .map(QuantizationConfig::from_json)
-            .transpose()?;
-        if quantization.is_none() {
+        let stated = Self::QUANTIZATION_FIELDS.iter().filter_map(|&field| config.get(field));
+        let stated = stated.into_iter().find(|value| !value.is_null());
+        let float8 = stated.map(Float8Scaling::from_json).transpose()?.flatten();
+        let integers = stated.filter(|_| float8.is_none());
+        let mut quantization = integers.map(QuantizationConfig::from_json).transpose()?;
+        if stated.is_none() {
             quantization = read_old_config(path, &tensors)?;
         }
         let notices = match &mut quantization {
             Some(quantization) => settle(quantization, &tensors)?.into_iter().collect(),
             None => Vec::new(),
         };
-        Ok(Checkpoint(Arc::new(Opened { path: path.to_path_buf(), config, quantization, notices, tensors })))
+        Ok(Checkpoint(Arc::new(Opened { path: path.to_path_buf(), config, quantization, float8, notices, tensors })))
     }
 
     /// The folder.
@@ -80,7 +81,7 @@ impl Checkpoint {
         &self.0.config
     }
 
-    /// How weights are quantized, if they are.
+    /// How weights are quantized to integers, if they are. Weights of 8-bit floats are not.
     pub fn quantization(&self) -> Option<&QuantizationConfig> {
         self.0.quantization.as_ref()
     }
@@ -111,6 +112,11 @@ impl Checkpoint {
         packed_markers().chain([DENSE]).any(|suffix| self.tensor(&format!("{name}.{suffix}")).is_some())
     }
 
+    /// The tensors that the Linear `name` consists of, without its bias.
+    pub fn parts_of(&self, name: &str) -> impl Iterator<Item = &TensorInfo> {
+        self.0.tensors.below(format!("{name}.")).filter(|tensor| !tensor.name.ends_with(".bias"))
+    }
+
     /// A matrix `[rows, columns]` of f32, f16 or bf16, all of it finite.
     ///
     /// # Errors
@@ -129,7 +135,8 @@ impl Checkpoint {
     }
 
     /// The Linear `name`, e.g. `model.layers.0.mlp.up_proj`: its quantized tensors or `NAME.weight`, and `NAME.bias`
-    /// where there is one. Without compensation, which [`Checkpoint::compensation`] gives.
+    /// where there is one. Weights of 8-bit floats come as f32, scaled. Without compensation, which
+    /// [`Checkpoint::compensation`] gives.
     ///
     /// # Errors
     /// As [`Checkpoint::dense`]; `ERR_QUANTIZATION_UNSUPPORTED` when the tensors are of another layout,
@@ -140,7 +147,10 @@ impl Checkpoint {
                 let linear = LinearTensors::new(name, &self.0.tensors);
                 WeightMatrix::Quantized(config.format.decode(config, &linear)?)
             }
-            None => WeightMatrix::Dense(self.dense(&format!("{name}.weight"))?),
+            None => WeightMatrix::Dense(match self.float8_of(name) {
+                Some(scaling) => scaling.decode(&LinearTensors::new(name, &self.0.tensors))?,
+                None => self.dense(&format!("{name}.{DENSE}"))?,
+            }),
         };
         let bias_name = format!("{name}.bias");
         let bias = match self.tensor(&bias_name) {
@@ -212,6 +222,12 @@ impl Checkpoint {
     /// The tensors, for the writer that copies them.
     pub(crate) fn tensor_set(&self) -> &TensorSet {
         &self.0.tensors
+    }
+
+    /// How the weight of the Linear `name` is scaled, `None` when it is not one of 8-bit floats.
+    fn float8_of(&self, name: &str) -> Option<Float8Scaling> {
+        let dtype = &self.tensor(&format!("{name}.{DENSE}"))?.dtype;
+        self.0.float8.filter(|_| dtype == "F8_E4M3")
     }
 
     /// How the Linear `name` is quantized, `None` when it is not.

@@ -8,6 +8,7 @@ use kintsugi_weights::{Adapter, QuantizedMatrix};
 use safetensors::Dtype;
 use serde_json::{Map, Value};
 
+use crate::float8_scaling::Float8Scaling;
 use crate::positional_file::PositionalFile;
 use crate::quantization_config::Scheme;
 use crate::safetensors_writer::{SafetensorsWriter, TensorHeader, file_order, unwritable, write_synced};
@@ -142,11 +143,15 @@ impl CheckpointWriter {
     /// Copies a tensor of the source as it is. Gives its bytes.
     ///
     /// # Errors
-    /// `ERR_CHECKPOINT_TENSOR_MISSING`, `ERR_CHECKPOINT_CORRUPT` when the source shrinks, `ERR_OUTPUT_UNWRITABLE`;
-    /// `ERR_INTERNAL` when the tensor was written before.
+    /// `ERR_CHECKPOINT_TENSOR_MISSING`, `ERR_CHECKPOINT_CORRUPT` when the source shrinks,
+    /// `ERR_QUANTIZATION_UNSUPPORTED` for 8-bit floats, whose scales are told by a configuration that stays behind,
+    /// `ERR_OUTPUT_UNWRITABLE`; `ERR_INTERNAL` when the tensor was written before.
     pub fn copy(&mut self, tensor: &str) -> Result<u64> {
         let source = self.source.clone();
         let (file, stored) = source.tensor_set().require(tensor)?;
+        if stored.dtype == Dtype::F8_E4M3 {
+            return Err(Float8Scaling::refuse_copy(tensor));
+        }
         self.begin_tensor(tensor, stored.dtype, stored.shape.clone(), stored.bytes)?;
         let mut buffer = vec![0; COPY_BUFFER.min(stored.bytes as usize)];
         let mut done = 0;

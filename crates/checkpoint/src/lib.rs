@@ -10,6 +10,7 @@ compile_error!("safetensors is little-endian and tensors are read in place; a bi
 mod checkpoint;
 mod checkpoint_writer;
 mod config_fields;
+mod float8_scaling;
 mod formats;
 mod linear_format;
 mod linear_tensors;

@@ -1,8 +1,8 @@
 use kintsugi_runtime::{Error, ErrorCode, Result};
-use kintsugi_weights::ElementType;
+use kintsugi_weights::{DenseMatrix, ElementType};
 use safetensors::Dtype;
 
-use crate::safetensors_file::wrong_shape;
+use crate::safetensors_file::{not_finite, wrong_shape};
 use crate::tensor_set::TensorSet;
 
 const DAMAGED: &str = "The checkpoint is damaged; download it again";
@@ -75,6 +75,24 @@ impl<'a> LinearTensors<'a> {
         }
         let scales = self.tensors.matrix(&tensor)?;
         Ok((scales.to_f32(), scales.element_type()))
+    }
+
+    /// Scales `[rows, columns]` as f32, all of them finite. A single one may have any number of dimensions.
+    ///
+    /// # Errors
+    /// As [`LinearTensors::scales`].
+    pub(crate) fn flat_scales(&self, suffix: &str, shape: [usize; 2]) -> Result<Vec<f32>> {
+        let tensor = self.tensor(suffix);
+        let (file, stored) = self.tensors.require(&tensor)?;
+        let is_single = shape == [1, 1] && stored.shape.iter().all(|&size| size == 1);
+        if stored.shape != shape && !is_single {
+            return Err(wrong_shape(&tensor, &stored.shape, &format!("{shape:?}")));
+        }
+        let scales = DenseMatrix::new(shape[0], shape[1], file.read_floats(&tensor, stored)?);
+        match scales.first_not_finite() {
+            Some((row, column)) => Err(not_finite(&tensor, &format!("row {row}, column {column}"))),
+            None => Ok(scales.to_f32()),
+        }
     }
 
     /// The group of each column, i32 `[columns]`; `None` where the tensor was never filled (all −1).

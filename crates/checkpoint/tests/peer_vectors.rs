@@ -8,6 +8,28 @@ use std::path::Path;
 use kintsugi_checkpoint::{Awq, Checkpoint, Gptq, IntQuantized, LinearFormat, PackQuantized};
 use kintsugi_weights::WeightMatrix;
 
+/// Folders with weights of 8-bit floats.
+const FLOATS: [&str; 4] = ["float8-tensor", "float8-channel", "float8-block", "float8-fine-grained"];
+
+fn open(name: &str) -> Checkpoint {
+    let vectors = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../__test__/vectors/formats");
+    Checkpoint::open(&vectors.join(name)).unwrap()
+}
+
+/// The bits of `values`; zeros of both signs are one.
+fn bits_of(values: Vec<f32>) -> Vec<u32> {
+    values.into_iter().map(|value| (value + 0.0).to_bits()).collect()
+}
+
+#[test]
+fn what_peers_scaled_is_what_is_read() {
+    for name in FLOATS {
+        let checkpoint = open(name);
+        let WeightMatrix::Dense(matrix) = checkpoint.linear("up").unwrap().matrix else { panic!("{name}") };
+        assert_eq!(bits_of(matrix.to_f32()), bits_of(checkpoint.dense("expected").unwrap().to_f32()), "{name}");
+    }
+}
+
 #[test]
 fn what_peers_packed_is_what_is_read() {
     // Folder, format, bits, symmetric, act-order.
@@ -24,9 +46,10 @@ fn what_peers_packed_is_what_is_read() {
         ("awq", &Awq, 4, false, false),
     ];
     let vectors = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../__test__/vectors/formats");
-    assert_eq!(std::fs::read_dir(&vectors).unwrap().count(), cases.len(), "every folder is tested");
+    let folders = std::fs::read_dir(&vectors).unwrap().count();
+    assert_eq!(folders, cases.len() + FLOATS.len(), "every folder is tested");
     for (name, format, bits, symmetric, act_order) in cases {
-        let checkpoint = Checkpoint::open(&vectors.join(name)).unwrap();
+        let checkpoint = open(name);
         assert_eq!(checkpoint.notices(), [""; 0], "{name}");
         let config = checkpoint.quantization().unwrap();
         assert_eq!(config.format, format, "{name}");
@@ -36,7 +59,6 @@ fn what_peers_packed_is_what_is_read() {
         assert_eq!(matrix.group_index().is_some(), act_order, "{name}");
         let expected = checkpoint.dense("expected").unwrap();
         assert_eq!((matrix.rows(), matrix.columns()), (expected.rows(), expected.columns()), "{name}");
-        let bits_of = |values: Vec<f32>| values.into_iter().map(|value| (value + 0.0).to_bits()).collect::<Vec<u32>>();
         assert_eq!(bits_of(matrix.to_f32()), bits_of(expected.to_f32()), "{name}");
     }
 }
