@@ -21,6 +21,7 @@ test('a checkpoint says what it is', async (t) => {
   t.true(info.canCompress)
   t.true(info.canRun)
   t.is(info.reason, null)
+  t.deepEqual(info.notices, [])
 })
 
 test('an architecture that is not supported is an answer', async (t) => {

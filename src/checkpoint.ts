@@ -31,6 +31,8 @@ export interface CheckpointInfo {
   canRun: boolean
   /** Why not, where one of the two is false. */
   reason: string | null
+  /** What the folder says wrongly and was read otherwise, e.g. a wrong version of the GPTQ format; normally empty. */
+  notices: string[]
 }
 
 /** Sizes of a decoder. */

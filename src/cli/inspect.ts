@@ -36,6 +36,7 @@ function describe(info: CheckpointInfo): string {
       ['can be compressed', info.canCompress ? 'yes' : 'no'],
       ['can be run', info.canRun ? 'yes' : 'no'],
       ['because', info.reason ?? undefined],
+      ['notice', info.notices.join('; ') || undefined],
     ],
     process.stdout,
   )

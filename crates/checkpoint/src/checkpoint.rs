@@ -7,10 +7,11 @@ use kintsugi_runtime::{Error, ErrorCode, Result};
 use kintsugi_weights::{Adapter, DenseMatrix, LinearWeight, WeightMatrix};
 use serde_json::{Map, Value};
 
+use crate::float8_scaling::Float8Scaling;
 use crate::positional_file::read_bounded;
 use crate::safetensors_file::wrong_shape;
 use crate::tensor_set::TensorSet;
-use crate::{QuantizationConfig, TensorInfo, compressed_tensors, read_adapter};
+use crate::{FORMATS, LinearTensors, QuantizationConfig, TensorInfo, read_adapter};
 
 /// Largest `config.json` that is read.
 const CONFIG_LIMIT: u64 = 16_000_000;
@@ -27,6 +28,8 @@ struct Opened {
     path: PathBuf,
     config: Map<String, Value>,
     quantization: Option<QuantizationConfig>,
+    float8: Option<Float8Scaling>,
+    notices: Vec<String>,
     tensors: TensorSet,
 }
 
@@ -52,14 +55,20 @@ impl Checkpoint {
                 .hint("Give the folder that holds config.json and the weights, not a file in it"));
         }
         let config = read_config(&path.join("config.json"))?;
-        let quantization = Self::QUANTIZATION_FIELDS
-            .iter()
-            .filter_map(|&field| config.get(field))
-            .find(|value| !value.is_null())
-            .map(QuantizationConfig::from_json)
-            .transpose()?;
         let tensors = TensorSet::open(path)?;
-        Ok(Checkpoint(Arc::new(Opened { path: path.to_path_buf(), config, quantization, tensors })))
+        let stated = Self::QUANTIZATION_FIELDS.iter().filter_map(|&field| config.get(field));
+        let stated = stated.into_iter().find(|value| !value.is_null());
+        let float8 = stated.map(Float8Scaling::from_json).transpose()?.flatten();
+        let integers = stated.filter(|_| float8.is_none());
+        let mut quantization = integers.map(QuantizationConfig::from_json).transpose()?;
+        if stated.is_none() {
+            quantization = read_old_config(path, &tensors)?;
+        }
+        let notices = match &mut quantization {
+            Some(quantization) => settle(quantization, &tensors)?.into_iter().collect(),
+            None => Vec::new(),
+        };
+        Ok(Checkpoint(Arc::new(Opened { path: path.to_path_buf(), config, quantization, float8, notices, tensors })))
     }
 
     /// The folder.
@@ -72,9 +81,14 @@ impl Checkpoint {
         &self.0.config
     }
 
-    /// How weights are quantized, if they are.
+    /// How weights are quantized to integers, if they are. Weights of 8-bit floats are not.
     pub fn quantization(&self) -> Option<&QuantizationConfig> {
         self.0.quantization.as_ref()
+    }
+
+    /// What the folder says wrongly and was read otherwise, as sentences for the user.
+    pub fn notices(&self) -> &[String] {
+        &self.0.notices
     }
 
     /// The strings that the safetensors files carry beside their tensors. Some writers name tied tensors here
@@ -91,6 +105,16 @@ impl Checkpoint {
     /// The tensor of that name.
     pub fn tensor(&self, name: &str) -> Option<&TensorInfo> {
         self.0.tensors.get(name)
+    }
+
+    /// Whether the Linear `name` is stored, in whatever form.
+    pub fn has_linear(&self, name: &str) -> bool {
+        packed_markers().chain([DENSE]).any(|suffix| self.tensor(&format!("{name}.{suffix}")).is_some())
+    }
+
+    /// The tensors that the Linear `name` consists of, without its bias.
+    pub fn parts_of(&self, name: &str) -> impl Iterator<Item = &TensorInfo> {
+        self.0.tensors.below(format!("{name}.")).filter(|tensor| !tensor.name.ends_with(".bias"))
     }
 
     /// A matrix `[rows, columns]` of f32, f16 or bf16, all of it finite.
@@ -111,15 +135,22 @@ impl Checkpoint {
     }
 
     /// The Linear `name`, e.g. `model.layers.0.mlp.up_proj`: its quantized tensors or `NAME.weight`, and `NAME.bias`
-    /// where there is one. Without compensation, which [`Checkpoint::compensation`] gives.
+    /// where there is one. Weights of 8-bit floats come as f32, scaled. Without compensation, which
+    /// [`Checkpoint::compensation`] gives.
     ///
     /// # Errors
     /// As [`Checkpoint::dense`]; `ERR_QUANTIZATION_UNSUPPORTED` when the tensors are of another layout,
     /// `ERR_CHECKPOINT_CORRUPT` when they contradict each other or `config.json`.
     pub fn linear(&self, name: &str) -> Result<LinearWeight> {
-        let matrix = match self.packed_config(name)? {
-            Some(config) => WeightMatrix::Quantized(compressed_tensors::decode(name, config, &self.0.tensors)?),
-            None => WeightMatrix::Dense(self.dense(&format!("{name}.weight"))?),
+        let matrix = match self.quantization_of(name)? {
+            Some(config) => {
+                let linear = LinearTensors::new(name, &self.0.tensors);
+                WeightMatrix::Quantized(config.format.decode(config, &linear)?)
+            }
+            None => WeightMatrix::Dense(match self.float8_of(name) {
+                Some(scaling) => scaling.decode(&LinearTensors::new(name, &self.0.tensors))?,
+                None => self.dense(&format!("{name}.{DENSE}"))?,
+            }),
         };
         let bias_name = format!("{name}.bias");
         let bias = match self.tensor(&bias_name) {
@@ -137,8 +168,8 @@ impl Checkpoint {
     /// # Errors
     /// As [`Checkpoint::linear`].
     pub fn linear_shape(&self, name: &str) -> Result<(usize, usize)> {
-        if self.packed_config(name)?.is_some() {
-            return compressed_tensors::decode_shape(name, &self.0.tensors);
+        if let Some(config) = self.quantization_of(name)? {
+            return config.format.shape(config, &LinearTensors::new(name, &self.0.tensors));
         }
         let weight = format!("{name}.weight");
         let (_, stored) = self.0.tensors.require(&weight)?;
@@ -193,37 +224,92 @@ impl Checkpoint {
         &self.0.tensors
     }
 
-    /// How the Linear `name` is packed, `None` when it is not.
-    fn packed_config(&self, name: &str) -> Result<Option<&QuantizationConfig>> {
-        let packed = format!("{name}.{}", compressed_tensors::PACKED);
-        let dense = format!("{name}.weight");
-        match (self.tensor(&packed), self.tensor(&dense)) {
-            (None, Some(_)) => Ok(None),
-            (None, None) => match self.tensor(&format!("{name}.qweight")) {
-                None => Ok(None),
-                Some(info) => {
-                    Err(Error::new(ErrorCode::QuantizationUnsupported, "the Linear is packed by GPTQ or AWQ")
-                        .subject(&info.name)
-                        .hint("Start from the unquantized checkpoint or from one in compressed-tensors"))
-                }
-            },
+    /// How the weight of the Linear `name` is scaled, `None` when it is not one of 8-bit floats.
+    fn float8_of(&self, name: &str) -> Option<Float8Scaling> {
+        let dtype = &self.tensor(&format!("{name}.{DENSE}"))?.dtype;
+        self.0.float8.filter(|_| dtype == "F8_E4M3")
+    }
+
+    /// How the Linear `name` is quantized, `None` when it is not.
+    fn quantization_of(&self, name: &str) -> Result<Option<&QuantizationConfig>> {
+        let dense = self.tensor(&format!("{name}.{DENSE}"));
+        let packed = packed_markers().find_map(|marker| self.tensor(&format!("{name}.{marker}")));
+        let configured = self.quantization();
+        let stored = match (dense, packed) {
             (Some(_), Some(_)) => {
-                Err(Error::new(ErrorCode::CheckpointCorrupt, "the Linear is stored both packed and unpacked")
+                return Err(Error::new(ErrorCode::CheckpointCorrupt, "the Linear is stored both packed and unpacked")
                     .subject(name)
-                    .hint("Two checkpoints may be mixed in the folder; download it again"))
+                    .hint("Two checkpoints may be mixed in the folder; download it again"));
             }
-            (Some(_), None) => self.quantization().map(Some).ok_or_else(|| {
-                Error::new(ErrorCode::QuantizationUnsupported, "config.json does not say how the Linear is packed")
-                    .subject(&packed)
-                    .hint("Take config.json with its quantization_config from the same source as the weights")
-            }),
+            (None, Some(packed)) => packed,
+            (Some(dense), None) if dense.dtype == "I8" => dense,
+            _ => return Ok(None),
+        };
+        let Some(configured) = configured else {
+            return Err(Error::new(
+                ErrorCode::QuantizationUnsupported,
+                "config.json does not say how the Linear is quantized",
+            )
+            .subject(&stored.name)
+            .hint("Take config.json with its quantization_config from the same source as the weights"));
+        };
+        if stored.name.strip_prefix(name) != Some(&format!(".{}", configured.format.marker())) {
+            let message = format!("the Linear is not stored as {}, which config.json says", configured.format.name());
+            return Err(Error::new(ErrorCode::QuantizationUnsupported, message)
+                .subject(&stored.name)
+                .hint("Take config.json with its quantization_config from the same source as the weights"));
         }
+        Ok(Some(configured))
+    }
+}
+
+/// The suffix of the tensor that a Linear has which is stored in one piece.
+const DENSE: &str = "weight";
+
+/// Files that said how weights are quantized before `config.json` did, and the method of those that name none.
+const OLD_CONFIGS: [(&str, &str); 2] = [("quantize_config.json", "gptq"), ("quant_config.json", "awq")];
+
+/// Suffixes that only packed Linears have.
+fn packed_markers() -> impl Iterator<Item = &'static str> {
+    FORMATS.iter().map(|format| format.marker()).filter(|&marker| marker != DENSE)
+}
+
+/// The configuration from one of the old files, which count only where a tensor is packed: some lie beside weights that
+/// they do not belong to.
+fn read_old_config(folder: &Path, tensors: &TensorSet) -> Result<Option<QuantizationConfig>> {
+    let is_packed = |tensor: &TensorInfo| {
+        tensor.name.rsplit_once('.').is_some_and(|(_, suffix)| packed_markers().any(|marker| marker == suffix))
+    };
+    if !tensors.iter().any(is_packed) {
+        return Ok(None);
+    }
+    for (file, method) in OLD_CONFIGS {
+        let path = folder.join(file);
+        if path.exists() {
+            let config = read_config(&path)?;
+            let method = config.get("quant_method").and_then(Value::as_str).unwrap_or(method);
+            return QuantizationConfig::from_fields(method, &config).map(Some);
+        }
+    }
+    Ok(None)
+}
+
+/// Lets the format correct the configuration by the first Linear that is stored in it.
+fn settle(quantization: &mut QuantizationConfig, tensors: &TensorSet) -> Result<Option<String>> {
+    let format = quantization.format;
+    let linear = tensors
+        .iter()
+        .find_map(|tensor| tensor.name.strip_suffix(format.marker()).and_then(|name| name.strip_suffix('.')));
+    match linear {
+        Some(name) => format.settle(quantization, &LinearTensors::new(name, tensors)),
+        None => Ok(None),
     }
 }
 
 fn read_config(path: &Path) -> Result<Map<String, Value>> {
+    let name = path.file_name().unwrap_or_default().display();
     let bytes = read_bounded(path, CONFIG_LIMIT).map_err(|error| {
-        Error::new(ErrorCode::ConfigInvalid, format!("config.json cannot be read: {error}"))
+        Error::new(ErrorCode::ConfigInvalid, format!("{name} cannot be read: {error}"))
             .subject(path.display())
             .hint("Give the folder of a Hugging Face checkpoint; it has a config.json")
     })?;
@@ -234,7 +320,7 @@ fn read_config(path: &Path) -> Result<Map<String, Value>> {
     };
     match serde_json::from_slice(&bytes) {
         Ok(Value::Object(config)) => Ok(config),
-        Ok(_) => Err(invalid("config.json is not an object".into())),
-        Err(error) => Err(invalid(format!("config.json is not valid JSON: {error}"))),
+        Ok(_) => Err(invalid(format!("{name} is not an object"))),
+        Err(error) => Err(invalid(format!("{name} is not valid JSON: {error}"))),
     }
 }

@@ -8,12 +8,13 @@ use kintsugi_weights::{Adapter, QuantizedMatrix};
 use safetensors::Dtype;
 use serde_json::{Map, Value};
 
+use crate::float8_scaling::Float8Scaling;
 use crate::positional_file::PositionalFile;
 use crate::quantization_config::Scheme;
 use crate::safetensors_writer::{SafetensorsWriter, TensorHeader, file_order, unwritable, write_synced};
 use crate::shard_index::ShardIndex;
 use crate::tensor_set::TensorSet;
-use crate::{Checkpoint, QuantizationConfig, compressed_tensors, write_adapter};
+use crate::{Checkpoint, LinearFormat, MatrixForm, PackQuantized, QuantizationConfig, write_adapter};
 
 /// Files beside the weights that other programs need to use the model, taken over as they are.
 const COMPANIONS: &[&str] = &[
@@ -49,6 +50,7 @@ pub struct CheckpointWriter {
     staged: StagedFolder,
     source: Checkpoint,
     target_name: String,
+    format: &'static dyn LinearFormat,
     tensors: BTreeMap<String, StagedTensor>,
     parts: Vec<PathBuf>,
     /// Of the matrices written so far, each once.
@@ -82,6 +84,7 @@ impl CheckpointWriter {
             staged,
             source: source.clone(),
             target_name: target.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+            format: &PackQuantized,
             tensors: BTreeMap::new(),
             parts: Vec::new(),
             schemes: Vec::new(),
@@ -97,6 +100,13 @@ impl CheckpointWriter {
         self
     }
 
+    /// Lays quantized Linears out in `format` instead of compressed-tensors `pack-quantized`.
+    #[must_use]
+    pub fn format(mut self, format: &'static dyn LinearFormat) -> Self {
+        self.format = format;
+        self
+    }
+
     /// The folder that will become the target, for files that the caller adds.
     pub fn folder(&self) -> &Path {
         self.staged.path()
@@ -105,19 +115,22 @@ impl CheckpointWriter {
     /// Writes the tensors of a quantized Linear (not its bias, which is copied). Gives their bytes.
     ///
     /// # Errors
-    /// `ERR_OUTPUT_UNWRITABLE`, `ERR_SHAPE_MISMATCH` for a matrix without rows or columns; `ERR_INTERNAL` when the
-    /// Linear was written before.
+    /// `ERR_OUTPUT_UNWRITABLE`, `ERR_SHAPE_MISMATCH` for a matrix without rows or columns,
+    /// `ERR_QUANTIZATION_UNSUPPORTED` for one that the format cannot hold; `ERR_INTERNAL` when the Linear was written
+    /// before.
     pub fn write_linear(&mut self, name: &str, matrix: &QuantizedMatrix) -> Result<u64> {
         if matrix.codes().is_empty() {
             return Err(Error::new(ErrorCode::ShapeMismatch, "a matrix without rows or columns cannot be stored")
                 .subject(name)
                 .hint("Leave the Linear out"));
         }
+        MatrixForm::of(matrix).check(self.format).map_err(|error| error.subject(name))?;
         let mut total = 0;
-        compressed_tensors::encode(matrix, |suffix, dtype, shape, bytes| {
-            self.begin_tensor(&format!("{name}.{suffix}"), dtype, shape, bytes.len() as u64)?;
-            self.append(bytes)?;
-            total += bytes.len() as u64;
+        self.format.encode(matrix, &mut |tensor| {
+            let bytes = tensor.bytes.len() as u64;
+            self.begin_tensor(&format!("{name}.{}", tensor.suffix), tensor.dtype, tensor.shape, bytes)?;
+            self.append(tensor.bytes)?;
+            total += bytes;
             Ok(())
         })?;
         let scheme = Scheme::of(matrix);
@@ -130,11 +143,15 @@ impl CheckpointWriter {
     /// Copies a tensor of the source as it is. Gives its bytes.
     ///
     /// # Errors
-    /// `ERR_CHECKPOINT_TENSOR_MISSING`, `ERR_CHECKPOINT_CORRUPT` when the source shrinks, `ERR_OUTPUT_UNWRITABLE`;
-    /// `ERR_INTERNAL` when the tensor was written before.
+    /// `ERR_CHECKPOINT_TENSOR_MISSING`, `ERR_CHECKPOINT_CORRUPT` when the source shrinks,
+    /// `ERR_QUANTIZATION_UNSUPPORTED` for 8-bit floats, whose scales are told by a configuration that stays behind,
+    /// `ERR_OUTPUT_UNWRITABLE`; `ERR_INTERNAL` when the tensor was written before.
     pub fn copy(&mut self, tensor: &str) -> Result<u64> {
         let source = self.source.clone();
         let (file, stored) = source.tensor_set().require(tensor)?;
+        if stored.dtype == Dtype::F8_E4M3 {
+            return Err(Float8Scaling::refuse_copy(tensor));
+        }
         self.begin_tensor(tensor, stored.dtype, stored.shape.clone(), stored.bytes)?;
         let mut buffer = vec![0; COPY_BUFFER.min(stored.bytes as usize)];
         let mut done = 0;
@@ -180,7 +197,7 @@ impl CheckpointWriter {
     ///
     /// # Errors
     /// `ERR_OUTPUT_UNWRITABLE`; `ERR_QUANTIZATION_UNSUPPORTED` when `quantization` does not describe every matrix that
-    /// was written.
+    /// was written, or cannot be said in its format.
     pub fn seal(&mut self, quantization: &QuantizationConfig) -> Result<u64> {
         self.end_unit()?;
         self.check_schemes(quantization)?;
@@ -192,7 +209,7 @@ impl CheckpointWriter {
             config.shift_remove(field);
         }
         if !self.schemes.is_empty() {
-            config.insert(Checkpoint::QUANTIZATION_FIELDS[0].into(), quantization.to_json());
+            config.insert(Checkpoint::QUANTIZATION_FIELDS[0].into(), quantization.to_json()?);
         }
         write_json(&self.folder().join("config.json"), config)?;
 
@@ -233,6 +250,14 @@ impl CheckpointWriter {
     }
 
     fn check_schemes(&self, quantization: &QuantizationConfig) -> Result<()> {
+        let (written, said) = (self.format, quantization.format);
+        if written != said && !self.schemes.is_empty() {
+            let message =
+                format!("matrices were written as {}, the configuration says {}", written.name(), said.name());
+            return Err(Error::new(ErrorCode::QuantizationUnsupported, message)
+                .subject("quantization_config")
+                .hint("Give the writer and the configuration the same format"));
+        }
         let stated = quantization.scheme();
         match self.schemes.iter().find(|scheme| !scheme.fits(stated)) {
             None => Ok(()),

@@ -1,4 +1,4 @@
-//! Checkpoint folders on disk: safetensors, Hugging Face `config.json`, compressed-tensors, PEFT adapters.
+//! Checkpoint folders on disk: safetensors, Hugging Face `config.json`, compressed-tensors, GPTQ, AWQ, PEFT adapters.
 //!
 //! Readers trust nothing: every size is checked against the file before memory is taken, files are read at positions
 //! (never mapped: a mapped file that shrinks kills the process), and damage is an error with the name of the file or
@@ -9,8 +9,13 @@ compile_error!("safetensors is little-endian and tensors are read in place; a bi
 
 mod checkpoint;
 mod checkpoint_writer;
-mod compressed_tensors;
+mod config_fields;
+mod float8_scaling;
+mod formats;
+mod linear_format;
+mod linear_tensors;
 mod module_pattern;
+mod packed_rows;
 mod peft_adapter;
 mod peft_config;
 mod positional_file;
@@ -22,6 +27,9 @@ mod tensor_set;
 
 pub use checkpoint::Checkpoint;
 pub use checkpoint_writer::CheckpointWriter;
+pub use formats::{Awq, Gptq, IntQuantized, PackQuantized};
+pub use linear_format::{EncodedTensor, FORMATS, LinearFormat, MatrixForm, linear_format};
+pub use linear_tensors::LinearTensors;
 pub use peft_adapter::{read_adapter, write_adapter};
 pub use quantization_config::QuantizationConfig;
 pub use tensor_set::TensorInfo;

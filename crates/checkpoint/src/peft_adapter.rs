@@ -4,9 +4,8 @@ use std::path::Path;
 use kintsugi_runtime::{Error, ErrorCode, Result, StagedFolder};
 use kintsugi_weights::{Adapter, AdapterEntry, DenseMatrix, ElementType, LowRank};
 
-use crate::compressed_tensors::{float_bytes, float_dtype};
 use crate::peft_config::PeftConfig;
-use crate::safetensors_writer::{SafetensorsWriter, TensorHeader, file_order, write_synced};
+use crate::safetensors_writer::{SafetensorsWriter, TensorHeader, file_order, float_bytes, float_dtype, write_synced};
 use crate::tensor_set::TensorSet;
 
 const WEIGHTS: &str = "adapter_model.safetensors";

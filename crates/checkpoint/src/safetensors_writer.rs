@@ -3,7 +3,9 @@ use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
+use half::{bf16, f16};
 use kintsugi_runtime::{Error, ErrorCode, Result};
+use kintsugi_weights::ElementType;
 use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo as HeaderEntry};
 
@@ -101,6 +103,24 @@ pub(crate) fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
 /// `ERR_OUTPUT_UNWRITABLE` for `path`.
 pub(crate) fn unwritable(path: &Path, error: &io::Error) -> Error {
     Error::io(ErrorCode::OutputUnwritable, path, error).hint("Check that the folder exists, is writable and has space")
+}
+
+/// The name of `element_type` in safetensors.
+pub(crate) fn float_dtype(element_type: ElementType) -> Dtype {
+    match element_type {
+        ElementType::F32 => Dtype::F32,
+        ElementType::F16 => Dtype::F16,
+        ElementType::Bf16 => Dtype::BF16,
+    }
+}
+
+/// `values` in `element_type` as little-endian bytes.
+pub(crate) fn float_bytes(values: &[f32], element_type: ElementType) -> Vec<u8> {
+    match element_type {
+        ElementType::F32 => bytemuck::cast_slice(values).to_vec(),
+        ElementType::F16 => values.iter().flat_map(|&value| f16::from_f32(value).to_le_bytes()).collect(),
+        ElementType::Bf16 => values.iter().flat_map(|&value| bf16::from_f32(value).to_le_bytes()).collect(),
+    }
 }
 
 #[cfg(test)]

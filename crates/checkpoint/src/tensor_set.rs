@@ -115,6 +115,14 @@ impl TensorSet {
         self.tensors.values().map(|(info, _)| info)
     }
 
+    /// Those whose names begin with `prefix`, in name order.
+    pub(crate) fn below(&self, prefix: String) -> impl Iterator<Item = &TensorInfo> {
+        self.tensors
+            .range(prefix.clone()..)
+            .map(|(_, (info, _))| info)
+            .take_while(move |info| info.name.starts_with(&prefix))
+    }
+
     /// What is known about a tensor.
     pub(crate) fn get(&self, name: &str) -> Option<&TensorInfo> {
         self.tensors.get(name).map(|(info, _)| info)

@@ -507,8 +507,8 @@ fn linear_of_another_layout() {
 #[test]
 fn checkpoint_of_another_method() {
     let folder = tempfile::tempdir().unwrap();
-    let config = json!({ "quantization_config": { "quant_method": "gptq", "bits": 4 } });
+    let config = json!({ "quantization_config": { "quant_method": "bitsandbytes", "bits": 4 } });
     write_checkpoint(folder.path(), &config, &safetensors(&[]));
     let error = assert_refused(Checkpoint::open(folder.path()), ErrorCode::QuantizationUnsupported);
-    assert!(error.message.contains("gptq"));
+    assert!(error.message.contains("bitsandbytes"));
 }

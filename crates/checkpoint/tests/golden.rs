@@ -3,7 +3,7 @@
 mod fixture;
 
 use fixture::{finish, raw_file, write_checkpoint};
-use kintsugi_checkpoint::{Checkpoint, CheckpointWriter, QuantizationConfig};
+use kintsugi_checkpoint::{Checkpoint, CheckpointWriter, PackQuantized, QuantizationConfig};
 use kintsugi_weights::{ElementType, GroupSize, QuantizedMatrix, QuantizedParts, WeightMatrix};
 use serde_json::json;
 
@@ -27,6 +27,7 @@ fn matrix() -> QuantizedMatrix {
 
 fn config() -> QuantizationConfig {
     QuantizationConfig {
+        format: &PackQuantized,
         bits: 4,
         group_size: GroupSize::Columns(2),
         symmetric: false,
@@ -60,7 +61,7 @@ fn golden_file() -> Vec<u8> {
 #[test]
 fn the_golden_file_is_read() {
     let folder = tempfile::tempdir().unwrap();
-    let model_config = json!({ "model_type": "llama", "quantization_config": config().to_json() });
+    let model_config = json!({ "model_type": "llama", "quantization_config": config().to_json().unwrap() });
     write_checkpoint(folder.path(), &model_config, &golden_file());
     let checkpoint = Checkpoint::open(folder.path()).unwrap();
     assert_eq!(checkpoint.quantization(), Some(&config()));

@@ -7,7 +7,9 @@ use std::fs;
 use std::path::Path;
 
 use fixture::{assert_refused, finish, floats, raw_file, safetensors, write_checkpoint};
-use kintsugi_checkpoint::{Checkpoint, CheckpointWriter, QuantizationConfig, read_adapter, write_adapter};
+use kintsugi_checkpoint::{
+    Checkpoint, CheckpointWriter, PackQuantized, QuantizationConfig, read_adapter, write_adapter,
+};
 use kintsugi_runtime::ErrorCode;
 use kintsugi_weights::{
     Adapter, AdapterEntry, ElementType, GroupSize, LowRank, QuantizedMatrix, QuantizedParts, WeightMatrix,
@@ -44,7 +46,14 @@ fn quantized(rows: usize, columns: usize, config: &QuantizationConfig, scale_typ
 }
 
 fn config(bits: u8, group_size: GroupSize, symmetric: bool, group_index: bool) -> QuantizationConfig {
-    QuantizationConfig { bits, group_size, symmetric, group_index, ignore: vec!["lm_head".into()] }
+    QuantizationConfig {
+        format: &PackQuantized,
+        bits,
+        group_size,
+        symmetric,
+        group_index,
+        ignore: vec!["lm_head".into()],
+    }
 }
 
 fn w4() -> QuantizationConfig {

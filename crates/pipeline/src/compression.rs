@@ -1,6 +1,7 @@
+use std::collections::HashSet;
 use std::time::Instant;
 
-use kintsugi_checkpoint::{Checkpoint, CheckpointWriter, QuantizationConfig};
+use kintsugi_checkpoint::{Checkpoint, CheckpointWriter, PackQuantized, QuantizationConfig};
 use kintsugi_model::{Backend, BlockWeights, DecoderSpec, LinearSlot, ModelWeights, read_tokenizer};
 use kintsugi_runtime::{CancelToken, Error, ErrorCode, Progress, Result, peak_memory_bytes, replace_file};
 use kintsugi_weights::{Adapter, AdapterEntry, WeightMatrix};
@@ -126,17 +127,17 @@ fn write_block(
     block: usize,
     compressed: &CompressedBlock,
 ) -> Result<()> {
-    let mut written = Vec::with_capacity(LinearSlot::ALL.len());
+    let mut replaced = HashSet::new();
     for (slot, weight) in LinearSlot::ALL.into_iter().zip(&compressed.weights.linears) {
         let name = spec.linear_name(block, slot);
         if let WeightMatrix::Quantized(matrix) = &weight.matrix {
             writer.write_linear(&name, matrix)?;
         }
-        written.push(format!("{name}.weight"));
+        replaced.extend(checkpoint.parts_of(&name).map(|tensor| &tensor.name));
     }
     let prefix = format!("{}.", spec.block_name(block));
     for tensor in checkpoint.tensors().filter(|tensor| tensor.name.starts_with(&prefix)) {
-        if !written.contains(&tensor.name) {
+        if !replaced.contains(&tensor.name) {
             writer.copy(&tensor.name)?;
         }
     }
@@ -145,6 +146,7 @@ fn write_block(
 
 fn quantization_config(recipe: &Recipe, spec: &DecoderSpec) -> QuantizationConfig {
     QuantizationConfig {
+        format: &PackQuantized,
         bits: recipe.bits,
         group_size: recipe.group_size(),
         symmetric: recipe.symmetric,

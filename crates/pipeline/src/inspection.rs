@@ -38,6 +38,8 @@ pub struct Inspection {
     pub can_run: bool,
     /// Why not.
     pub reason: Option<String>,
+    /// What the folder says wrongly and was read otherwise, as sentences.
+    pub notices: Vec<String>,
 }
 
 /// How the Linears of a checkpoint are compressed.
@@ -118,7 +120,7 @@ pub fn inspect(path: &Path) -> Result<Inspection> {
         Err(error) => Err(error.clone()),
     };
     let quantization = checkpoint.quantization().map(|config| InspectedQuantization {
-        format: "compressed-tensors/pack-quantized",
+        format: config.format.name(),
         bits: config.bits,
         group_size: match config.group_size {
             kintsugi_weights::GroupSize::Columns(columns) => Some(columns),
@@ -157,6 +159,7 @@ pub fn inspect(path: &Path) -> Result<Inspection> {
         can_run: runnable.is_ok(),
         can_compress,
         reason,
+        notices: checkpoint.notices().to_vec(),
         spec: spec.map(|spec| InspectedSpec {
             layers: spec.layers,
             hidden_size: spec.hidden_size,
@@ -198,8 +201,7 @@ fn runs(checkpoint: &Checkpoint, spec: &DecoderSpec) -> Result<()> {
     for block in 0..spec.layers {
         for slot in LinearSlot::ALL {
             let name = spec.linear_name(block, slot);
-            let stored = |part: &str| checkpoint.tensor(&format!("{name}.{part}"));
-            if stored("weight").or_else(|| stored("weight_packed")).is_none() {
+            if !checkpoint.has_linear(&name) {
                 return Err(Error::new(ErrorCode::CheckpointTensorMissing, format!("{name} has no weight"))
                     .subject(name)
                     .hint("Take config.json from the folder that the weights come from"));

@@ -66,15 +66,15 @@ impl Plan {
         for block in 0..spec.layers {
             for slot in LinearSlot::ALL {
                 let name = spec.linear_name(block, slot);
-                let stored = checkpoint.tensor(&format!("{name}.weight")).ok_or_else(|| {
-                    Error::new(
+                if !checkpoint.has_linear(&name) {
+                    return Err(Error::new(
                         ErrorCode::CheckpointTensorMissing,
                         "the checkpoint lacks a weight that config.json names",
                     )
                     .subject(format!("{name}.weight"))
-                    .hint("Take config.json from the folder that the weights come from")
-                })?;
-                replaced += stored.bytes;
+                    .hint("Take config.json from the folder that the weights come from"));
+                }
+                replaced += checkpoint.parts_of(&name).map(|tensor| tensor.bytes).sum::<u64>();
                 linears.push(planned_linear(recipe, name, spec.linear_shape(slot)));
             }
         }

@@ -1,0 +1,252 @@
+//! The `quantization_config` of compressed-tensors: `QuantizationConfig`, `QuantizationScheme` and `QuantizationArgs`
+//! of <https://github.com/vllm-project/compressed-tensors>.
+
+use kintsugi_runtime::Result;
+use kintsugi_weights::GroupSize;
+use serde_json::{Map, Value, json};
+
+use crate::config_fields::{bool_or, integer, invalid, object, require_empty, string_or, strings, unsupported};
+use crate::quantization_config::Scheme;
+use crate::{LinearFormat, QuantizationConfig};
+
+/// What `quant_method` says.
+pub(super) const METHOD: &str = "compressed-tensors";
+/// The field that names the layout, of the whole and of each scheme.
+pub(super) const LAYOUT_FIELD: &str = "format";
+/// The release of compressed-tensors whose layout is written: dense packing of every width, packed zero points.
+const VERSION: &str = "0.18.0";
+
+/// Understands the configuration of a checkpoint that is laid out as `format`.
+///
+/// # Errors
+/// `ERR_QUANTIZATION_UNSUPPORTED`, `ERR_CONFIG_INVALID`.
+pub(super) fn read_config(
+    format: &'static dyn LinearFormat,
+    config: &Map<String, Value>,
+) -> Result<QuantizationConfig> {
+    let status = string_or(config, "quantization_status", "compressed")?;
+    if status != "compressed" {
+        return Err(unsupported("quantization_status", status));
+    }
+    for field in ["kv_cache_scheme", "transform_config"] {
+        require_empty(config, field)?;
+    }
+    if let Some(sparsity) = config.get("sparsity_config").and_then(|sparsity| sparsity.get("format"))
+        && sparsity != "dense"
+    {
+        return Err(unsupported("sparsity_config.format", &sparsity.to_string()));
+    }
+
+    let groups = config.get("config_groups").ok_or_else(|| invalid("config_groups", "an object of schemes"))?;
+    let mut scheme: Option<Scheme> = None;
+    for (name, group) in object(groups, "config_groups")? {
+        let parsed = read_scheme(format, name, group)?;
+        if scheme.replace(parsed).is_some_and(|first| first != parsed) {
+            return Err(unsupported("config_groups", "several schemes that differ"));
+        }
+    }
+    let Scheme { bits, group_size, symmetric, group_index } =
+        scheme.ok_or_else(|| invalid("config_groups", "at least one scheme"))?;
+    let ignore = strings(config, "ignore")?;
+    Ok(QuantizationConfig { format, bits, group_size, symmetric, group_index, ignore })
+}
+
+/// The configuration of a checkpoint in `layout`. Only fields that every release of compressed-tensors with this layout
+/// knows.
+pub(super) fn write_config(config: &QuantizationConfig, layout: &str) -> Value {
+    let (strategy, group_size) = match config.group_size {
+        GroupSize::Columns(size) => ("group", json!(size)),
+        GroupSize::WholeRow => ("channel", Value::Null),
+    };
+    let actorder = if config.group_index { json!("group") } else { Value::Null };
+    json!({
+        "quant_method": METHOD,
+        "format": layout,
+        "quantization_status": "compressed",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {
+                    "num_bits": config.bits,
+                    "type": "int",
+                    "symmetric": config.symmetric,
+                    "strategy": strategy,
+                    "group_size": group_size,
+                    "actorder": actorder,
+                    "dynamic": false,
+                },
+                "input_activations": null,
+                "output_activations": null,
+                "format": layout,
+            },
+        },
+        "ignore": config.ignore,
+        "kv_cache_scheme": null,
+        "global_compression_ratio": null,
+        "version": VERSION,
+    })
+}
+
+fn read_scheme(format: &dyn LinearFormat, name: &str, group: &Value) -> Result<Scheme> {
+    if group.is_array() {
+        return Err(unsupported("config_groups", &format!("the preset '{name}'")));
+    }
+    let group = object(group, name)?;
+    refuse_static_activations(group)?;
+    require_empty(group, "output_activations")?;
+    let layout = string_or(group, LAYOUT_FIELD, "")?;
+    if !layout.is_empty() && !format.layouts().contains(&layout) {
+        return Err(unsupported(LAYOUT_FIELD, layout));
+    }
+    let weights = group.get("weights").filter(|weights| !weights.is_null());
+    let weights = object(weights.ok_or_else(|| unsupported("weights", "none"))?, "weights")?;
+
+    let kind = string_or(weights, "type", "int")?;
+    if kind != "int" {
+        return Err(unsupported("weights.type", kind));
+    }
+    let bits = Scheme::width(integer(weights, "num_bits")?.unwrap_or(8), "weights.num_bits")?;
+    let symmetric = bool_or(weights, "symmetric", true)?;
+    if weights.get("dynamic").is_some_and(|dynamic| *dynamic != false) {
+        return Err(unsupported("weights.dynamic", "true"));
+    }
+    let size = integer(weights, "group_size")?.unwrap_or(-1);
+    let inferred = if size > 0 { "group" } else { "channel" };
+    let group_size = match string_or(weights, "strategy", inferred)? {
+        "group" => match usize::try_from(size) {
+            Ok(size) if size > 0 => GroupSize::Columns(size),
+            _ => return Err(invalid("weights.group_size", "a positive number")),
+        },
+        "channel" => GroupSize::WholeRow,
+        other => return Err(unsupported("weights.strategy", other)),
+    };
+    let group_index = match weights.get("actorder") {
+        None | Some(Value::Null | Value::Bool(false)) => false,
+        Some(Value::Bool(true)) => true,
+        Some(Value::String(order)) => match order.as_str() {
+            "group" | "dynamic" => true,
+            "weight" | "static" => false,
+            other => return Err(unsupported("weights.actorder", other)),
+        },
+        Some(_) => return Err(invalid("weights.actorder", "null, \"group\" or \"weight\"")),
+    };
+    Ok(Scheme { bits, group_size, symmetric, group_index })
+}
+
+/// Activations that are rounded to 8-bit integers while the model runs leave no trace in the checkpoint: the weights
+/// mean the same without, and computing with the activations as they are is the more exact reading. Activations with
+/// stored scales, or in other types, are another model.
+fn refuse_static_activations(group: &Map<String, Value>) -> Result<()> {
+    let field = "input_activations";
+    let Some(activations) = group.get(field).filter(|activations| !activations.is_null()) else { return Ok(()) };
+    let activations = object(activations, field)?;
+    if activations.is_empty() {
+        return Ok(());
+    }
+    let dynamic = activations.get("dynamic") == Some(&Value::Bool(true));
+    let bits = integer(activations, "num_bits")?.unwrap_or(8);
+    let kind = string_or(activations, "type", "int")?;
+    if dynamic && bits == 8 && kind == "int" {
+        return Ok(());
+    }
+    let when = if dynamic { "dynamic" } else { "static" };
+    Err(unsupported(field, &format!("of {when} {bits}-bit {kind}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use kintsugi_runtime::ErrorCode;
+
+    use super::*;
+    use crate::PackQuantized;
+
+    fn config() -> QuantizationConfig {
+        QuantizationConfig {
+            format: &PackQuantized,
+            bits: 4,
+            group_size: GroupSize::Columns(128),
+            symmetric: false,
+            group_index: true,
+            ignore: vec!["lm_head".into()],
+        }
+    }
+
+    #[test]
+    fn what_is_written_is_read() {
+        let whole_row = QuantizationConfig {
+            format: &PackQuantized,
+            bits: 3,
+            group_size: GroupSize::WholeRow,
+            symmetric: true,
+            group_index: false,
+            ignore: Vec::new(),
+        };
+        for config in [config(), whole_row] {
+            assert_eq!(QuantizationConfig::from_json(&config.to_json().unwrap()).unwrap(), config);
+        }
+    }
+
+    #[test]
+    fn the_config_of_a_published_checkpoint_is_read() {
+        // The fields and defaults that llm-compressor writes for its W4A16 preset.
+        let published = json!({
+            "config_groups": { "group_0": {
+                "format": "pack-quantized", "input_activations": null, "output_activations": null,
+                "targets": ["Linear"],
+                "weights": {
+                    "actorder": "static", "block_structure": null, "dynamic": false, "group_size": 128, "num_bits": 4,
+                    "observer": "memoryless_minmax", "observer_kwargs": {}, "scale_dtype": null, "strategy": "group",
+                    "symmetric": true, "type": "int", "zp_dtype": null
+                }
+            } },
+            "format": "pack-quantized", "global_compression_ratio": null, "ignore": ["lm_head", "re:.*gate$"],
+            "kv_cache_scheme": null, "quant_method": "compressed-tensors", "quantization_status": "compressed",
+            "sparsity_config": {}, "transform_config": {}, "version": "0.18.0"
+        });
+        let config = QuantizationConfig::from_json(&published).unwrap();
+        assert_eq!((config.bits, config.group_size), (4, GroupSize::Columns(128)));
+        assert!(config.symmetric && !config.group_index);
+        assert_eq!(config.ignore, ["lm_head", "re:.*gate$"]);
+    }
+
+    #[test]
+    fn other_methods_and_schemes_are_refused_by_name() {
+        for method in ["bitsandbytes", "hqq", "quark", "kintsugi-next"] {
+            let error = QuantizationConfig::from_json(&json!({ "quant_method": method, "bits": 4 })).unwrap_err();
+            assert_eq!(error.code, ErrorCode::QuantizationUnsupported);
+            assert!(error.message.contains(method) && !error.hint.is_empty());
+        }
+        let changes: &[(&str, Value, ErrorCode)] = &[
+            ("/format", json!("nvfp4-pack-quantized"), ErrorCode::QuantizationUnsupported),
+            ("/kv_cache_scheme", json!({ "num_bits": 8 }), ErrorCode::QuantizationUnsupported),
+            ("/config_groups", json!({}), ErrorCode::ConfigInvalid),
+            ("/config_groups", json!({ "W4A16": ["Linear"] }), ErrorCode::QuantizationUnsupported),
+            ("/config_groups/group_0", json!(3), ErrorCode::ConfigInvalid),
+            ("/config_groups/group_0/input_activations", json!({ "num_bits": 8 }), ErrorCode::QuantizationUnsupported),
+            ("/config_groups/group_0/weights/num_bits", json!(5), ErrorCode::QuantizationUnsupported),
+            ("/config_groups/group_0/weights/num_bits", json!("4"), ErrorCode::ConfigInvalid),
+            ("/config_groups/group_0/weights/type", json!("float"), ErrorCode::QuantizationUnsupported),
+            ("/config_groups/group_0/weights/group_size", json!(0), ErrorCode::ConfigInvalid),
+            ("/config_groups/group_0/weights/strategy", json!("block"), ErrorCode::QuantizationUnsupported),
+            ("/config_groups/group_0/weights/actorder", json!(7), ErrorCode::ConfigInvalid),
+            ("/ignore", json!([1]), ErrorCode::ConfigInvalid),
+        ];
+        for (pointer, value, code) in changes {
+            let mut json = config().to_json().unwrap();
+            *json.pointer_mut(pointer).unwrap() = value.clone();
+            let error = QuantizationConfig::from_json(&json).unwrap_err();
+            assert_eq!(error.code, *code, "{pointer} = {value}");
+            assert!(!error.subject.is_empty() && !error.hint.is_empty());
+        }
+    }
+
+    #[test]
+    fn two_schemes_must_agree() {
+        let mut json = config().to_json().unwrap();
+        let first = json["config_groups"]["group_0"].clone();
+        json["config_groups"]["group_1"] = first;
+        assert_eq!(QuantizationConfig::from_json(&json).unwrap(), config());
+        json["config_groups"]["group_1"]["weights"]["num_bits"] = json!(8);
+        assert_eq!(QuantizationConfig::from_json(&json).unwrap_err().code, ErrorCode::QuantizationUnsupported);
+    }
+}

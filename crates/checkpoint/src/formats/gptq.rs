@@ -1,0 +1,322 @@
+use std::collections::BTreeSet;
+
+use kintsugi_runtime::Result;
+use kintsugi_weights::{ElementType, GroupSize, QuantizedMatrix, QuantizedParts};
+use safetensors::Dtype;
+use serde_json::{Map, Value, json};
+
+use super::assemble;
+use crate::config_fields::{bool_or, integer, invalid, object, string_or, unsupported};
+use crate::linear_format::{EncodedTensor, LinearFormat, MatrixForm};
+use crate::packed_rows::{pack_rows, transposed, unpack_rows};
+use crate::quantization_config::{Scheme, group_size_number};
+use crate::safetensors_writer::{float_bytes, float_dtype};
+use crate::{LinearTensors, QuantizationConfig};
+
+const CODES: &str = "qweight";
+const ZERO_POINTS: &str = "qzeros";
+const SCALES: &str = "scales";
+const GROUP_INDEX: &str = "g_idx";
+
+/// The head, which the format speaks of in a field of its own.
+const HEAD: &str = "lm_head";
+
+/// GPTQ, as AutoGPTQ, GPTQModel, transformers and vLLM read it.
+///
+/// Format: `nn_modules/qlinear` of <https://github.com/ModelCloud/GPTQModel>. For a Linear `NAME` with N outputs, K
+/// inputs and G groups per row:
+///
+/// | tensor | type, shape | content |
+/// |---|---|---|
+/// | `NAME.qweight` | i32 `[K·bits/32, N]` | codes of a row down the column, densely, lowest bits first |
+/// | `NAME.qzeros` | i32 `[G, N·bits/32]` | zero points of a group, densely, lowest bits first; always there |
+/// | `NAME.scales` | float `[G, N]` | one per group |
+/// | `NAME.g_idx` | i32 `[K]` | group of each column |
+///
+/// Dense packing of 3 bits puts 32 codes into three words: ten, two bits and one of the next, ten, one bit and two of
+/// the next, ten.
+///
+/// The versions differ in `qzeros`: v1 stores the zero point minus one, v2 the zero point. In v1 the zero point 0 wraps
+/// to 2^bits−1, which readers take for 0 or for 2^bits, and which carries into the neighbour where a reader adds one to
+/// whole words. It is read as 0, the only one of the two that quantizers choose, and not written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Gptq {
+    /// `checkpoint_format: gptq`
+    V1,
+    /// `checkpoint_format: gptq_v2`
+    V2,
+}
+
+impl Gptq {
+    /// The one of the table.
+    fn shared(self) -> &'static dyn LinearFormat {
+        match self {
+            Gptq::V1 => &Gptq::V1,
+            Gptq::V2 => &Gptq::V2,
+        }
+    }
+
+    /// What is stored for the zero point of a symmetric grid.
+    fn stored_middle(self, bits: u8) -> u8 {
+        (1 << (bits - 1)) - u8::from(self == Gptq::V1)
+    }
+
+    /// `qzeros` as it is stored, `[G, N]`.
+    fn stored_zero_points(linear: &LinearTensors<'_>, rows: usize, groups: usize, bits: u8) -> Result<Vec<u8>> {
+        let width = exact_words(rows, bits).ok_or_else(|| {
+            linear.impossible(CODES, format!("zero points of {rows} outputs do not fill whole words at {bits} bits"))
+        })?;
+        let packed: Vec<u32> = linear.integers(ZERO_POINTS, Dtype::I32, &[groups, width])?;
+        Ok(unpack_rows(&packed, rows, bits))
+    }
+}
+
+impl LinearFormat for Gptq {
+    fn name(&self) -> &'static str {
+        match self {
+            Gptq::V1 => "gptq",
+            Gptq::V2 => "gptq_v2",
+        }
+    }
+
+    fn method(&self) -> &'static str {
+        "gptq"
+    }
+
+    fn layout_fields(&self) -> &'static [&'static str] {
+        &["checkpoint_format", "format"]
+    }
+
+    fn layouts(&self) -> &'static [&'static str] {
+        match self {
+            Gptq::V1 => &["", "gptq"],
+            Gptq::V2 => &["gptq_v2"],
+        }
+    }
+
+    fn marker(&self) -> &'static str {
+        CODES
+    }
+
+    fn read_config(&self, config: &Map<String, Value>) -> Result<QuantizationConfig> {
+        let bits = integer(config, "bits")?.ok_or_else(|| invalid("bits", "there"))?;
+        let size = integer(config, "group_size")?.ok_or_else(|| invalid("group_size", "there"))?;
+        let (bits, group_size) = Scheme::grid(bits, "bits", size, "group_size")?;
+        let pack_type = string_or(config, "pack_dtype", "int32")?;
+        if pack_type != "int32" {
+            return Err(unsupported("pack_dtype", pack_type));
+        }
+        if bool_or(config, "is_marlin_format", false)? {
+            return Err(unsupported("is_marlin_format", "true"));
+        }
+        let mut ignore = Vec::new();
+        if !bool_or(config, HEAD, false)? {
+            ignore.push(HEAD.to_string());
+        }
+        if let Some(rules) = config.get("dynamic").filter(|rules| !rules.is_null()) {
+            for (rule, _) in object(rules, "dynamic")? {
+                // Rules without the sign of exclusion give other bits or groups to some Linears.
+                let excluded = rule.strip_prefix("-:").ok_or_else(|| unsupported("dynamic", rule))?;
+                ignore.push(format!("re:{excluded}"));
+            }
+        }
+        Ok(QuantizationConfig {
+            format: self.shared(),
+            bits,
+            group_size,
+            symmetric: bool_or(config, "sym", true)?,
+            group_index: bool_or(config, "desc_act", false)?,
+            ignore,
+        })
+    }
+
+    fn write_config(&self, config: &QuantizationConfig) -> Result<Value> {
+        let excluded = |entry: &String| match entry.strip_prefix("re:") {
+            Some(pattern) => format!("-:{pattern}"),
+            None => format!("-:^{}$", entry.replace('.', r"\.")),
+        };
+        let rules: Map<String, Value> = config
+            .ignore
+            .iter()
+            .filter(|entry| *entry != HEAD)
+            .map(|entry| (excluded(entry), Value::Object(Map::new())))
+            .collect();
+        let mut json = json!({
+            "quant_method": self.method(),
+            "checkpoint_format": self.name(),
+            "bits": config.bits,
+            "group_size": group_size_number(config.group_size),
+            "desc_act": config.group_index,
+            "sym": config.symmetric,
+            "lm_head": !config.ignore.iter().any(|entry| entry == HEAD),
+            "pack_dtype": "int32",
+        });
+        if let Some(fields) = json.as_object_mut().filter(|_| !rules.is_empty()) {
+            fields.insert("dynamic".into(), Value::Object(rules));
+        }
+        Ok(json)
+    }
+
+    /// Published files say v1 and hold v2, and the other way round. On a symmetric grid every zero point is in the
+    /// middle, so what is stored tells.
+    fn settle(&self, config: &mut QuantizationConfig, linear: &LinearTensors<'_>) -> Result<Option<String>> {
+        if !config.symmetric {
+            return Ok(None);
+        }
+        let (rows, columns) = self.shape(config, linear)?;
+        let groups = config.group_size.groups(columns);
+        let stored: BTreeSet<u8> = Self::stored_zero_points(linear, rows, groups, config.bits)?.into_iter().collect();
+        let holds = |version: &&Gptq| stored.iter().eq(&[version.stored_middle(config.bits)]);
+        match [Gptq::V1, Gptq::V2].iter().find(holds) {
+            Some(version) if version != self => {
+                config.format = version.shared();
+                Ok(Some(format!(
+                    "the quantization config says {}, but {}.{ZERO_POINTS} holds the zero points of {}; they are read \
+                     as {}",
+                    self.name(),
+                    linear.name(),
+                    version.name(),
+                    version.name(),
+                )))
+            }
+            _ => Ok(None),
+        }
+    }
+
+    fn check(&self, form: &MatrixForm) -> Result<(), String> {
+        // Readers of the format count words by the 32.
+        for (what, count) in [("outputs", form.rows), ("inputs", form.columns)] {
+            if !count.is_multiple_of(32) {
+                return Err(format!("it has {count} {what}, which is no multiple of 32"));
+            }
+        }
+        check_groups_and_scales(form)?;
+        if *self == Gptq::V1 && form.smallest_zero_point == Some(0) {
+            return Err("version 1 has no place for the zero point 0".into());
+        }
+        Ok(())
+    }
+
+    fn shape(&self, config: &QuantizationConfig, linear: &LinearTensors<'_>) -> Result<(usize, usize)> {
+        let (words, rows) = linear.matrix_shape(CODES)?;
+        let columns = words.checked_mul(32).filter(|bits| bits.is_multiple_of(usize::from(config.bits)));
+        let columns = columns
+            .map(|bits| bits / usize::from(config.bits))
+            .filter(|&columns| exact_words(columns, config.bits) == Some(words));
+        let message = || format!("{words} words hold no whole number of codes of {} bits", config.bits);
+        Ok((rows, columns.ok_or_else(|| linear.impossible(CODES, message()))?))
+    }
+
+    fn decode(&self, config: &QuantizationConfig, linear: &LinearTensors<'_>) -> Result<QuantizedMatrix> {
+        let bits = config.bits;
+        let (rows, columns) = self.shape(config, linear)?;
+        let groups = config.group_size.groups(columns);
+
+        let height = columns * usize::from(bits) / 32;
+        let packed: Vec<u32> = linear.integers(CODES, Dtype::I32, &[height, rows])?;
+        let codes = unpack_rows(&transposed(&packed, height, rows), columns, bits);
+        drop(packed);
+
+        let (scales, scale_type) = linear.scales(SCALES, [groups, rows])?;
+        let scales = transposed(&scales, groups, rows);
+
+        let mut stored = Self::stored_zero_points(linear, rows, groups, bits)?;
+        let zero_points = if config.symmetric {
+            let middle = self.stored_middle(bits);
+            if let Some(other) = stored.iter().find(|&&zero| zero != middle) {
+                let name = self.name();
+                let message = format!("the zero point {other} is stored, a symmetric grid stores {middle} in {name}");
+                return Err(linear.contradiction(ZERO_POINTS, message));
+            }
+            None
+        } else {
+            if *self == Gptq::V1 {
+                let mask = u8::MAX >> (8 - bits);
+                stored.iter_mut().for_each(|zero| *zero = zero.wrapping_add(1) & mask);
+            }
+            Some(transposed(&stored, groups, rows))
+        };
+
+        let group_size = config.group_size;
+        let group_index = self.read_group_index(config, linear, columns, groups)?;
+        let parts =
+            QuantizedParts { rows, columns, bits, group_size, codes, scales, scale_type, zero_points, group_index };
+        assemble(linear, parts)
+    }
+
+    fn encode(&self, matrix: &QuantizedMatrix, emit: &mut dyn FnMut(EncodedTensor<'_>) -> Result<()>) -> Result<()> {
+        let (rows, columns, groups, bits) = (matrix.rows(), matrix.columns(), matrix.groups(), matrix.bits());
+        let mut words = |suffix: &'static str, shape: Vec<usize>, values: &[u32]| {
+            emit(EncodedTensor { suffix, dtype: Dtype::I32, shape, bytes: bytemuck::cast_slice(values) })
+        };
+
+        let height = columns * usize::from(bits) / 32;
+        let packed = transposed(&pack_rows(matrix.codes(), columns, bits), rows, height);
+        words(CODES, vec![height, rows], &packed)?;
+
+        let width = rows * usize::from(bits) / 32;
+        let stored = match matrix.zero_points() {
+            // The check has refused the zero point 0 in version 1.
+            Some(zero_points) => {
+                let minus = u8::from(*self == Gptq::V1);
+                let stored: Vec<u8> = zero_points.iter().map(|zero| zero - minus).collect();
+                transposed(&stored, rows, groups)
+            }
+            None => vec![self.stored_middle(bits); groups * rows],
+        };
+        words(ZERO_POINTS, vec![groups, width], &pack_rows(&stored, rows, bits))?;
+
+        let index: Vec<u32> = (0..columns).map(|column| matrix.group_of(column) as u32).collect();
+        words(GROUP_INDEX, vec![columns], &index)?;
+
+        let scales = float_bytes(&transposed(matrix.scales(), rows, groups), matrix.scale_type());
+        let dtype = float_dtype(matrix.scale_type());
+        emit(EncodedTensor { suffix: SCALES, dtype, shape: vec![groups, rows], bytes: &scales })
+    }
+}
+
+impl Gptq {
+    /// `None` where the columns are in group order, which files say by an index too.
+    fn read_group_index(
+        self,
+        config: &QuantizationConfig,
+        linear: &LinearTensors<'_>,
+        columns: usize,
+        groups: usize,
+    ) -> Result<Option<Vec<u32>>> {
+        // Files without act-order of the first years have no index.
+        if !config.group_index && !linear.has(GROUP_INDEX) {
+            return Ok(None);
+        }
+        let Some(index) = linear.group_index(GROUP_INDEX, columns, groups)? else { return Ok(None) };
+        let size = config.group_size.columns(columns);
+        if index.iter().enumerate().all(|(column, &group)| group as usize == column / size) {
+            return Ok(None);
+        }
+        if !config.group_index {
+            let message = "columns have groups of their own, but desc_act is false".to_string();
+            return Err(linear.contradiction(GROUP_INDEX, message));
+        }
+        Ok(Some(index))
+    }
+}
+
+/// What every reader of GPTQ and AWQ asks of groups and scales.
+///
+/// # Errors
+/// What stands against it, as a clause.
+pub(super) fn check_groups_and_scales(form: &MatrixForm) -> Result<(), String> {
+    if let (true, GroupSize::Columns(size)) = (form.is_ragged(), form.group_size) {
+        return Err(format!("its {} inputs are no multiple of the group size {size}", form.columns));
+    }
+    // Readers convert scales to the 16-bit type of the model; those of f32 would change.
+    if form.scale_type == ElementType::F32 {
+        return Err("its scales are f32, readers of the format take 16 bits".into());
+    }
+    Ok(())
+}
+
+/// Words that `count` codes fill without a rest.
+fn exact_words(count: usize, bits: u8) -> Option<usize> {
+    count.checked_mul(usize::from(bits)).filter(|total| total.is_multiple_of(32)).map(|total| total / 32)
+}

@@ -1,0 +1,154 @@
+use kintsugi_runtime::Result;
+use kintsugi_weights::{QuantizedMatrix, QuantizedParts, packed_words};
+use safetensors::Dtype;
+use serde_json::{Map, Value};
+
+use super::{assemble, compressed_tensors};
+use crate::linear_format::{EncodedTensor, LinearFormat, MatrixForm};
+use crate::packed_rows::{pack_rows, transposed, unpack_rows};
+use crate::safetensors_writer::{float_bytes, float_dtype};
+use crate::{LinearTensors, QuantizationConfig};
+
+const PACKED: &str = "weight_packed";
+const SHAPE: &str = "weight_shape";
+const SCALE: &str = "weight_scale";
+const ZERO_POINT: &str = "weight_zero_point";
+const GROUP_INDEX: &str = "weight_g_idx";
+
+/// compressed-tensors `pack-quantized`, the format that is written by default.
+///
+/// Format: `compressors/pack_quantized` of <https://github.com/vllm-project/compressed-tensors>. For a Linear `NAME`
+/// with N outputs, K inputs and G groups per row:
+///
+/// | tensor | type, shape | content |
+/// |---|---|---|
+/// | `NAME.weight_packed` | i32 `[N, ⌈K·bits/32⌉]` | codes of a row, densely, lowest bits first |
+/// | `NAME.weight_scale` | float `[N, G]` | one per group |
+/// | `NAME.weight_zero_point` | i32 `[⌈N·bits/32⌉, G]` | zero points packed along the rows; asymmetric grids only |
+/// | `NAME.weight_shape` | i64 `[2]` | N, K |
+/// | `NAME.weight_g_idx` | i32 `[K]` | group of each column, where columns are not in group order |
+///
+/// The format thinks in signed integers and stores them plus `2^(bits−1)`, codes and zero points alike; that sum is
+/// the unsigned code of [`QuantizedMatrix`], so nothing is converted. A row whose length is no multiple of the group
+/// size ends in a shorter group: G is rounded up. The layout holds that, but other readers refuse it.
+#[derive(Clone, Copy, Debug)]
+pub struct PackQuantized;
+
+impl LinearFormat for PackQuantized {
+    fn name(&self) -> &'static str {
+        "compressed-tensors/pack-quantized"
+    }
+
+    fn method(&self) -> &'static str {
+        compressed_tensors::METHOD
+    }
+
+    fn layout_fields(&self) -> &'static [&'static str] {
+        &[compressed_tensors::LAYOUT_FIELD]
+    }
+
+    fn layouts(&self) -> &'static [&'static str] {
+        &["", "pack-quantized"]
+    }
+
+    fn marker(&self) -> &'static str {
+        PACKED
+    }
+
+    fn read_config(&self, config: &Map<String, Value>) -> Result<QuantizationConfig> {
+        compressed_tensors::read_config(&PackQuantized, config)
+    }
+
+    fn write_config(&self, config: &QuantizationConfig) -> Result<Value> {
+        Ok(compressed_tensors::write_config(config, "pack-quantized"))
+    }
+
+    fn check(&self, _form: &MatrixForm) -> Result<(), String> {
+        Ok(())
+    }
+
+    fn shape(&self, _config: &QuantizationConfig, linear: &LinearTensors<'_>) -> Result<(usize, usize)> {
+        let shape: Vec<i64> = linear.integers(SHAPE, Dtype::I64, &[2])?;
+        match (usize::try_from(shape[0]), usize::try_from(shape[1])) {
+            (Ok(rows), Ok(columns)) if rows > 0 && columns > 0 => Ok((rows, columns)),
+            _ => Err(impossible(linear)),
+        }
+    }
+
+    fn decode(&self, config: &QuantizationConfig, linear: &LinearTensors<'_>) -> Result<QuantizedMatrix> {
+        let bits = config.bits;
+        let (rows, columns) = self.shape(config, linear)?;
+        let groups = config.group_size.groups(columns);
+
+        let width = checked_words(columns, bits).ok_or_else(|| impossible(linear))?;
+        let packed: Vec<u32> = linear.integers(PACKED, Dtype::I32, &[rows, width])?;
+        // The file holds that many codes, so their number is no surprise to the memory.
+        let codes = unpack_rows(&packed, columns, bits);
+        drop(packed);
+
+        let (scales, scale_type) = linear.scales(SCALE, [rows, groups])?;
+
+        let zero_points = if config.symmetric {
+            linear.refuse_unannounced(ZERO_POINT, "the grid is asymmetric")?;
+            None
+        } else {
+            let height = checked_words(rows, bits).ok_or_else(|| impossible(linear))?;
+            let packed: Vec<u32> = linear.integers(ZERO_POINT, Dtype::I32, &[height, groups])?;
+            let by_group = unpack_rows(&transposed(&packed, height, groups), rows, bits);
+            Some(transposed(&by_group, groups, rows))
+        };
+
+        let group_index = if config.group_index {
+            if linear.has(GROUP_INDEX) { linear.group_index(GROUP_INDEX, columns, groups)? } else { None }
+        } else {
+            linear.refuse_unannounced(GROUP_INDEX, "columns have groups of their own")?;
+            None
+        };
+
+        let group_size = config.group_size;
+        let parts =
+            QuantizedParts { rows, columns, bits, group_size, codes, scales, scale_type, zero_points, group_index };
+        assemble(linear, parts)
+    }
+
+    fn encode(&self, matrix: &QuantizedMatrix, emit: &mut dyn FnMut(EncodedTensor<'_>) -> Result<()>) -> Result<()> {
+        let (rows, columns, groups, bits) = (matrix.rows(), matrix.columns(), matrix.groups(), matrix.bits());
+
+        let packed = pack_rows(matrix.codes(), columns, bits);
+        let shape = vec![rows, packed_words(columns, bits)];
+        emit(EncodedTensor { suffix: PACKED, dtype: Dtype::I32, shape, bytes: bytemuck::cast_slice(&packed) })?;
+
+        let scales = float_bytes(matrix.scales(), matrix.scale_type());
+        let dtype = float_dtype(matrix.scale_type());
+        emit(EncodedTensor { suffix: SCALE, dtype, shape: vec![rows, groups], bytes: &scales })?;
+
+        if let Some(zero_points) = matrix.zero_points() {
+            let height = packed_words(rows, bits);
+            let by_group = pack_rows(&transposed(zero_points, rows, groups), rows, bits);
+            let packed = transposed(&by_group, groups, height);
+            let (shape, bytes) = (vec![height, groups], bytemuck::cast_slice(&packed));
+            emit(EncodedTensor { suffix: ZERO_POINT, dtype: Dtype::I32, shape, bytes })?;
+        }
+
+        let size = [rows as i64, columns as i64];
+        emit(EncodedTensor { suffix: SHAPE, dtype: Dtype::I64, shape: vec![2], bytes: bytemuck::cast_slice(&size) })?;
+
+        match matrix.group_index() {
+            Some(index) => emit(EncodedTensor {
+                suffix: GROUP_INDEX,
+                dtype: Dtype::I32,
+                shape: vec![columns],
+                bytes: bytemuck::cast_slice(index),
+            }),
+            None => Ok(()),
+        }
+    }
+}
+
+fn checked_words(count: usize, bits: u8) -> Option<usize> {
+    count.checked_mul(usize::from(bits)).map(|total| total.div_ceil(32))
+}
+
+fn impossible(linear: &LinearTensors<'_>) -> kintsugi_runtime::Error {
+    linear.impossible(SHAPE, "the tensor holds an impossible size")
+}

@@ -1,0 +1,64 @@
+//! Checkpoints that peers made: what is read equals what they unpack, to the last bit.
+//!
+//! `__test__/vectors/make_formats.py` makes the folders with compressed-tensors' own packers, and for GPTQ and AWQ with
+//! an unpacker that follows the published layouts.
+
+use std::path::Path;
+
+use kintsugi_checkpoint::{Awq, Checkpoint, Gptq, IntQuantized, LinearFormat, PackQuantized};
+use kintsugi_weights::WeightMatrix;
+
+/// Folders with weights of 8-bit floats.
+const FLOATS: [&str; 4] = ["float8-tensor", "float8-channel", "float8-block", "float8-fine-grained"];
+
+fn open(name: &str) -> Checkpoint {
+    let vectors = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../__test__/vectors/formats");
+    Checkpoint::open(&vectors.join(name)).unwrap()
+}
+
+/// The bits of `values`; zeros of both signs are one.
+fn bits_of(values: Vec<f32>) -> Vec<u32> {
+    values.into_iter().map(|value| (value + 0.0).to_bits()).collect()
+}
+
+#[test]
+fn what_peers_scaled_is_what_is_read() {
+    for name in FLOATS {
+        let checkpoint = open(name);
+        let WeightMatrix::Dense(matrix) = checkpoint.linear("up").unwrap().matrix else { panic!("{name}") };
+        assert_eq!(bits_of(matrix.to_f32()), bits_of(checkpoint.dense("expected").unwrap().to_f32()), "{name}");
+    }
+}
+
+#[test]
+fn what_peers_packed_is_what_is_read() {
+    // Folder, format, bits, symmetric, act-order.
+    let cases: [(&str, &dyn LinearFormat, u8, bool, bool); 10] = [
+        ("pack-3-symmetric", &PackQuantized, 3, true, false),
+        ("pack-4-asymmetric", &PackQuantized, 4, false, false),
+        ("int-8-channel", &IntQuantized, 8, true, false),
+        ("naive-4-asymmetric", &IntQuantized, 4, false, false),
+        ("gptq-2", &Gptq::V1, 2, false, false),
+        ("gptq-3-act-order", &Gptq::V1, 3, false, true),
+        ("gptq-v2-3", &Gptq::V2, 3, false, false),
+        ("gptq-v2-4-act-order", &Gptq::V2, 4, false, true),
+        ("gptq-8-symmetric", &Gptq::V1, 8, true, true),
+        ("awq", &Awq, 4, false, false),
+    ];
+    let vectors = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../__test__/vectors/formats");
+    let folders = std::fs::read_dir(&vectors).unwrap().count();
+    assert_eq!(folders, cases.len() + FLOATS.len(), "every folder is tested");
+    for (name, format, bits, symmetric, act_order) in cases {
+        let checkpoint = open(name);
+        assert_eq!(checkpoint.notices(), [""; 0], "{name}");
+        let config = checkpoint.quantization().unwrap();
+        assert_eq!(config.format, format, "{name}");
+        assert_eq!(config.ignore, ["lm_head"], "{name}");
+        let WeightMatrix::Quantized(matrix) = checkpoint.linear("up").unwrap().matrix else { panic!("{name}") };
+        assert_eq!((matrix.bits(), matrix.zero_points().is_none()), (bits, symmetric), "{name}");
+        assert_eq!(matrix.group_index().is_some(), act_order, "{name}");
+        let expected = checkpoint.dense("expected").unwrap();
+        assert_eq!((matrix.rows(), matrix.columns()), (expected.rows(), expected.columns()), "{name}");
+        assert_eq!(bits_of(matrix.to_f32()), bits_of(expected.to_f32()), "{name}");
+    }
+}
