@@ -1,68 +1,6 @@
-/// A Linear of a decoder block, by what it does.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum LinearSlot {
-    /// Query projection.
-    Query,
-    /// Key projection.
-    Key,
-    /// Value projection.
-    Value,
-    /// Output projection of the attention.
-    Output,
-    /// Gate of the gated MLP.
-    Gate,
-    /// Up projection of the MLP.
-    Up,
-    /// Down projection of the MLP.
-    Down,
-}
+use kintsugi_kernels::Activation;
 
-/// A place in a block where Linears read their input. Linears of one point share their second moments.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum TapPoint {
-    /// Normed input: query, key, value.
-    AttentionInput,
-    /// Concatenated heads: output projection.
-    AttentionOutput,
-    /// Normed input of the MLP: gate, up.
-    MlpInput,
-    /// Gated activation: down projection.
-    MlpActivation,
-}
-
-impl LinearSlot {
-    /// Every slot, in the order in which a block computes them.
-    pub const ALL: [LinearSlot; 7] = [
-        LinearSlot::Query,
-        LinearSlot::Key,
-        LinearSlot::Value,
-        LinearSlot::Output,
-        LinearSlot::Gate,
-        LinearSlot::Up,
-        LinearSlot::Down,
-    ];
-
-    /// Where this Linear reads its input.
-    pub const fn tap(self) -> TapPoint {
-        match self {
-            LinearSlot::Query | LinearSlot::Key | LinearSlot::Value => TapPoint::AttentionInput,
-            LinearSlot::Output => TapPoint::AttentionOutput,
-            LinearSlot::Gate | LinearSlot::Up => TapPoint::MlpInput,
-            LinearSlot::Down => TapPoint::MlpActivation,
-        }
-    }
-
-    /// Position in [`LinearSlot::ALL`].
-    pub const fn index(self) -> usize {
-        self as usize
-    }
-}
-
-impl TapPoint {
-    /// Every point, in the order in which a block reaches them.
-    pub const ALL: [TapPoint; 4] =
-        [TapPoint::AttentionInput, TapPoint::AttentionOutput, TapPoint::MlpInput, TapPoint::MlpActivation];
-}
+use crate::LinearSlot;
 
 /// When a Linear has a bias.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,8 +13,26 @@ pub enum BiasRule {
     Config(&'static str),
 }
 
-/// What distinguishes one decoder family from another: names, biases. The block itself is the same for all.
-#[derive(Debug)]
+/// Which blocks attend to a window of positions only, and to how many.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WindowRule {
+    /// None.
+    Never,
+    /// All where `sliding_window` is set.
+    Everywhere,
+    /// Where `use_sliding_window` is true: those that `layer_types` says, else those from `max_window_layers` on.
+    UpperBlocks,
+}
+
+/// What a norm computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NormKind {
+    /// `weight · x / rms(x)`.
+    Rms,
+}
+
+/// What distinguishes one decoder family from another. The forward pass is the same for all.
+#[derive(Clone, Copy, Debug)]
 pub struct DecoderFamily {
     /// `architectures[0]` of `config.json`.
     pub architecture: &'static str,
@@ -90,12 +46,22 @@ pub struct DecoderFamily {
     pub final_norm: &'static str,
     /// Output head.
     pub head: &'static str,
+    /// What all norms compute.
+    pub norm: NormKind,
     /// Norm before the attention, inside a block.
     pub attention_norm: &'static str,
     /// Norm before the MLP, inside a block.
     pub mlp_norm: &'static str,
-    /// Name inside the block and bias of each Linear, in the order of [`LinearSlot::ALL`].
-    pub linears: [(&'static str, BiasRule); 7],
+    /// Norms of each query and each key head, inside a block.
+    pub head_norms: Option<[&'static str; 2]>,
+    /// What each Linear of a block does, its name inside the block and its bias, in the order of their computation.
+    pub linears: &'static [(LinearSlot, &'static str, BiasRule)],
+    /// Field of `config.json` with the activation of the MLP, and the activation where it is absent.
+    pub activation: (&'static str, Activation),
+    /// Blocks that attend to a window.
+    pub windows: WindowRule,
+    /// Base of the rotary frequencies where `config.json` gives none.
+    pub rope_theta: f64,
     /// Booleans of `config.json` that must be absent or false, because the block does not compute them.
     pub refused_flags: &'static [&'static str],
 }
@@ -103,46 +69,83 @@ pub struct DecoderFamily {
 const LLAMA_ATTENTION_BIAS: BiasRule = BiasRule::Config("attention_bias");
 const LLAMA_MLP_BIAS: BiasRule = BiasRule::Config("mlp_bias");
 
+/// Llama, which others are described by their difference from.
+const LLAMA: DecoderFamily = DecoderFamily {
+    architecture: "LlamaForCausalLM",
+    model_type: "llama",
+    embedding: "model.embed_tokens",
+    blocks: "model.layers",
+    final_norm: "model.norm",
+    head: "lm_head",
+    norm: NormKind::Rms,
+    attention_norm: "input_layernorm",
+    mlp_norm: "post_attention_layernorm",
+    head_norms: None,
+    linears: &[
+        (LinearSlot::Query, "self_attn.q_proj", LLAMA_ATTENTION_BIAS),
+        (LinearSlot::Key, "self_attn.k_proj", LLAMA_ATTENTION_BIAS),
+        (LinearSlot::Value, "self_attn.v_proj", LLAMA_ATTENTION_BIAS),
+        (LinearSlot::Output, "self_attn.o_proj", LLAMA_ATTENTION_BIAS),
+        (LinearSlot::Gate, "mlp.gate_proj", LLAMA_MLP_BIAS),
+        (LinearSlot::Up, "mlp.up_proj", LLAMA_MLP_BIAS),
+        (LinearSlot::Down, "mlp.down_proj", LLAMA_MLP_BIAS),
+    ],
+    activation: ("hidden_act", Activation::Silu),
+    windows: WindowRule::Never,
+    rope_theta: 10_000.0,
+    refused_flags: &[],
+};
+
 /// Every family that runs here.
 pub const FAMILIES: &[DecoderFamily] = &[
+    LLAMA,
     DecoderFamily {
-        architecture: "LlamaForCausalLM",
-        model_type: "llama",
-        embedding: "model.embed_tokens",
-        blocks: "model.layers",
-        final_norm: "model.norm",
-        head: "lm_head",
-        attention_norm: "input_layernorm",
-        mlp_norm: "post_attention_layernorm",
-        linears: [
-            ("self_attn.q_proj", LLAMA_ATTENTION_BIAS),
-            ("self_attn.k_proj", LLAMA_ATTENTION_BIAS),
-            ("self_attn.v_proj", LLAMA_ATTENTION_BIAS),
-            ("self_attn.o_proj", LLAMA_ATTENTION_BIAS),
-            ("mlp.gate_proj", LLAMA_MLP_BIAS),
-            ("mlp.up_proj", LLAMA_MLP_BIAS),
-            ("mlp.down_proj", LLAMA_MLP_BIAS),
-        ],
-        refused_flags: &[],
+        architecture: "MistralForCausalLM",
+        model_type: "mistral",
+        linears: SEVEN_WITHOUT_BIAS,
+        windows: WindowRule::Everywhere,
+        ..LLAMA
     },
     DecoderFamily {
         architecture: "Qwen2ForCausalLM",
         model_type: "qwen2",
-        embedding: "model.embed_tokens",
-        blocks: "model.layers",
-        final_norm: "model.norm",
-        head: "lm_head",
-        attention_norm: "input_layernorm",
-        mlp_norm: "post_attention_layernorm",
-        linears: [
-            ("self_attn.q_proj", BiasRule::Always),
-            ("self_attn.k_proj", BiasRule::Always),
-            ("self_attn.v_proj", BiasRule::Always),
-            ("self_attn.o_proj", BiasRule::Never),
-            ("mlp.gate_proj", BiasRule::Never),
-            ("mlp.up_proj", BiasRule::Never),
-            ("mlp.down_proj", BiasRule::Never),
+        linears: &[
+            (LinearSlot::Query, "self_attn.q_proj", BiasRule::Always),
+            (LinearSlot::Key, "self_attn.k_proj", BiasRule::Always),
+            (LinearSlot::Value, "self_attn.v_proj", BiasRule::Always),
+            (LinearSlot::Output, "self_attn.o_proj", BiasRule::Never),
+            (LinearSlot::Gate, "mlp.gate_proj", BiasRule::Never),
+            (LinearSlot::Up, "mlp.up_proj", BiasRule::Never),
+            (LinearSlot::Down, "mlp.down_proj", BiasRule::Never),
         ],
-        refused_flags: &["use_sliding_window"],
+        windows: WindowRule::UpperBlocks,
+        ..LLAMA
     },
+    DecoderFamily {
+        architecture: "Qwen3ForCausalLM",
+        model_type: "qwen3",
+        head_norms: Some(["self_attn.q_norm", "self_attn.k_norm"]),
+        linears: &[
+            (LinearSlot::Query, "self_attn.q_proj", LLAMA_ATTENTION_BIAS),
+            (LinearSlot::Key, "self_attn.k_proj", LLAMA_ATTENTION_BIAS),
+            (LinearSlot::Value, "self_attn.v_proj", LLAMA_ATTENTION_BIAS),
+            (LinearSlot::Output, "self_attn.o_proj", LLAMA_ATTENTION_BIAS),
+            (LinearSlot::Gate, "mlp.gate_proj", BiasRule::Never),
+            (LinearSlot::Up, "mlp.up_proj", BiasRule::Never),
+            (LinearSlot::Down, "mlp.down_proj", BiasRule::Never),
+        ],
+        windows: WindowRule::UpperBlocks,
+        ..LLAMA
+    },
+];
+
+/// The names of Llama, without any bias.
+const SEVEN_WITHOUT_BIAS: &[(LinearSlot, &str, BiasRule)] = &[
+    (LinearSlot::Query, "self_attn.q_proj", BiasRule::Never),
+    (LinearSlot::Key, "self_attn.k_proj", BiasRule::Never),
+    (LinearSlot::Value, "self_attn.v_proj", BiasRule::Never),
+    (LinearSlot::Output, "self_attn.o_proj", BiasRule::Never),
+    (LinearSlot::Gate, "mlp.gate_proj", BiasRule::Never),
+    (LinearSlot::Up, "mlp.up_proj", BiasRule::Never),
+    (LinearSlot::Down, "mlp.down_proj", BiasRule::Never),
 ];

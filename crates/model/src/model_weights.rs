@@ -2,17 +2,26 @@ use kintsugi_checkpoint::Checkpoint;
 use kintsugi_runtime::{Error, ErrorCode, Result};
 use kintsugi_weights::{Adapter, DenseMatrix, LinearWeight, LowRank, WeightMatrix};
 
-use crate::{DecoderSpec, LinearSlot, Tokenizer};
+use crate::{DecoderSpec, LinearSpec, Tokenizer};
+
+/// The weight of a norm.
+#[derive(Clone, Debug, PartialEq)]
+pub enum NormWeight {
+    /// `weight · x / rms(x)`.
+    Rms(Vec<f32>),
+}
 
 /// The weights of one decoder block as they were read.
 #[derive(Clone, Debug)]
 pub struct BlockWeights {
-    /// In the order of [`LinearSlot::ALL`].
-    pub linears: [LinearWeight; 7],
+    /// In the order of [`DecoderSpec::linears`].
+    pub linears: Vec<LinearWeight>,
     /// `[hiddenSize]`
-    pub attention_norm: Vec<f32>,
+    pub attention_norm: NormWeight,
     /// `[hiddenSize]`
-    pub mlp_norm: Vec<f32>,
+    pub mlp_norm: NormWeight,
+    /// Of each query head and each key head, `[headDim]`.
+    pub head_norms: Option<[NormWeight; 2]>,
 }
 
 /// The weights outside the blocks.
@@ -23,7 +32,7 @@ pub struct ModelWeights {
     /// `None` when the head is the embedding.
     pub head: Option<LinearWeight>,
     /// `[hiddenSize]`
-    pub final_norm: Vec<f32>,
+    pub final_norm: NormWeight,
 }
 
 impl BlockWeights {
@@ -32,16 +41,18 @@ impl BlockWeights {
     /// # Errors
     /// `ERR_CHECKPOINT_TENSOR_MISSING`, `ERR_CHECKPOINT_SHAPE`, and what reading reports.
     pub fn read(checkpoint: &Checkpoint, spec: &DecoderSpec, block: usize) -> Result<Self> {
-        let mut linears = Vec::with_capacity(7);
-        for slot in LinearSlot::ALL {
-            linears.push(read_linear(checkpoint, spec, block, slot)?);
-        }
-        let Ok(linears) = <[LinearWeight; 7]>::try_from(linears) else { unreachable!("seven slots were read") };
+        let linears = spec.linears.iter().map(|linear| read_linear(checkpoint, spec, block, linear));
         let prefix = spec.block_name(block);
+        let norm = |name: &str, width| read_norm(checkpoint, &format!("{prefix}.{name}"), width);
+        let head_norms = match spec.family.head_norms {
+            Some([query, key]) => Some([norm(query, spec.head_dim)?, norm(key, spec.head_dim)?]),
+            None => None,
+        };
         Ok(BlockWeights {
-            linears,
-            attention_norm: read_norm(checkpoint, spec, &format!("{prefix}.{}", spec.family.attention_norm))?,
-            mlp_norm: read_norm(checkpoint, spec, &format!("{prefix}.{}", spec.family.mlp_norm))?,
+            linears: linears.collect::<Result<_>>()?,
+            attention_norm: norm(spec.family.attention_norm, spec.hidden_size)?,
+            mlp_norm: norm(spec.family.mlp_norm, spec.hidden_size)?,
+            head_norms,
         })
     }
 }
@@ -67,7 +78,7 @@ impl ModelWeights {
             check_shape(&head_name, expected, (head.matrix.rows(), head.matrix.columns()))?;
             Some(head)
         };
-        let final_norm = read_norm(checkpoint, spec, spec.family.final_norm)?;
+        let final_norm = read_norm(checkpoint, spec.family.final_norm, spec.hidden_size)?;
         Ok(ModelWeights { embedding, head, final_norm })
     }
 
@@ -105,10 +116,10 @@ pub fn attach_compensation(
     weights: &mut BlockWeights,
     adapter: &Adapter,
 ) -> Result<()> {
-    for slot in LinearSlot::ALL {
-        let name = spec.linear_name(block, slot);
+    for (linear, weight) in spec.linears.iter().zip(&mut weights.linears) {
+        let name = spec.linear_name(block, linear);
         let Some(entry) = adapter.linears.get(&name) else { continue };
-        check_factors(&name, spec.linear_shape(slot), &entry.factors)?;
+        check_factors(&name, (linear.rows, linear.columns), &entry.factors)?;
         let factors = if entry.scaling == 1.0 {
             entry.factors.clone()
         } else {
@@ -116,7 +127,7 @@ pub fn attach_compensation(
             let b = f.b().iter().map(|value| value * entry.scaling).collect();
             LowRank::new(f.out_features(), f.in_features(), f.rank(), b, f.a().to_vec(), f.factor_type())
         };
-        weights.linears[slot.index()].low_rank = Some(factors);
+        weight.low_rank = Some(factors);
     }
     Ok(())
 }
@@ -138,11 +149,11 @@ pub(crate) fn check_factors(name: &str, shape: (usize, usize), factors: &LowRank
     .hint("Use an adapter that was made for this base model"))
 }
 
-fn read_linear(checkpoint: &Checkpoint, spec: &DecoderSpec, block: usize, slot: LinearSlot) -> Result<LinearWeight> {
-    let name = spec.linear_name(block, slot);
+fn read_linear(checkpoint: &Checkpoint, spec: &DecoderSpec, block: usize, linear: &LinearSpec) -> Result<LinearWeight> {
+    let name = spec.linear_name(block, linear);
     let mut weight = checkpoint.linear(&name)?;
-    check_shape(&name, spec.linear_shape(slot), (weight.matrix.rows(), weight.matrix.columns()))?;
-    match (&weight.bias, spec.biases[slot.index()]) {
+    check_shape(&name, (linear.rows, linear.columns), (weight.matrix.rows(), weight.matrix.columns()))?;
+    match (&weight.bias, linear.bias) {
         (None, true) => {
             return Err(Error::new(ErrorCode::CheckpointTensorMissing, "the Linear needs a bias, which is missing")
                 .subject(format!("{name}.bias"))
@@ -160,11 +171,11 @@ fn read_linear(checkpoint: &Checkpoint, spec: &DecoderSpec, block: usize, slot: 
     Ok(weight)
 }
 
-fn read_norm(checkpoint: &Checkpoint, spec: &DecoderSpec, name: &str) -> Result<Vec<f32>> {
+fn read_norm(checkpoint: &Checkpoint, name: &str, width: usize) -> Result<NormWeight> {
     let name = format!("{name}.weight");
     let values = checkpoint.vector(&name)?;
-    check_shape(&name, (spec.hidden_size, 1), (values.len(), 1))?;
-    Ok(values)
+    check_shape(&name, (width, 1), (values.len(), 1))?;
+    Ok(NormWeight::Rms(values))
 }
 
 fn check_shape(name: &str, expected: (usize, usize), found: (usize, usize)) -> Result<()> {

@@ -1,7 +1,7 @@
 use std::time::Instant;
 
 use kintsugi_checkpoint::{Checkpoint, CheckpointWriter, QuantizationConfig};
-use kintsugi_model::{Backend, BlockWeights, DecoderSpec, LinearSlot, ModelWeights, read_tokenizer};
+use kintsugi_model::{Backend, BlockWeights, DecoderSpec, ModelWeights, read_tokenizer};
 use kintsugi_runtime::{CancelToken, Error, ErrorCode, Progress, Result, peak_memory_bytes, replace_file};
 use kintsugi_weights::{Adapter, AdapterEntry, WeightMatrix};
 
@@ -60,10 +60,10 @@ pub fn compress<B: Backend>(recipe: &Recipe, backend: &B, cancel: &CancelToken, 
         read_seconds += seconds;
         let compressed = compressor.compress(block, &weights, cancel)?;
         write_seconds += timed(|| write_block(&mut writer, &checkpoint, &spec, block, &compressed))?.1;
-        for (slot, weight) in LinearSlot::ALL.into_iter().zip(&compressed.weights.linears) {
+        for (linear, weight) in spec.linears.iter().zip(&compressed.weights.linears) {
             if let Some(low_rank) = &weight.low_rank {
                 let entry = AdapterEntry { factors: low_rank.clone(), scaling: 1.0 };
-                factors.linears.insert(spec.linear_name(block, slot), entry);
+                factors.linears.insert(spec.linear_name(block, linear), entry);
             }
         }
         linears.extend(compressed.linears);
@@ -126,9 +126,9 @@ fn write_block(
     block: usize,
     compressed: &CompressedBlock,
 ) -> Result<()> {
-    let mut written = Vec::with_capacity(LinearSlot::ALL.len());
-    for (slot, weight) in LinearSlot::ALL.into_iter().zip(&compressed.weights.linears) {
-        let name = spec.linear_name(block, slot);
+    let mut written = Vec::with_capacity(spec.linears.len());
+    for (linear, weight) in spec.linears.iter().zip(&compressed.weights.linears) {
+        let name = spec.linear_name(block, linear);
         if let WeightMatrix::Quantized(matrix) = &weight.matrix {
             writer.write_linear(&name, matrix)?;
         }
