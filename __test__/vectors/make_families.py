@@ -77,12 +77,68 @@ FAMILIES = {
         **SIZES, rms_norm_eps=1e-6, use_sliding_window=True, sliding_window=9, max_window_layers=1
     ),
     "qwen3": transformers.Qwen3Config(**SIZES, head_dim=12, rms_norm_eps=1e-6, attention_bias=True),
+    "phi3": transformers.Phi3Config(
+        **SIZES,
+        original_max_position_embeddings=16,
+        sliding_window=11,
+        partial_rotary_factor=0.5,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 100.0,
+            "short_factor": [1.0, 1.5],
+            "long_factor": [1.2, 4.0],
+        },
+        pad_token_id=None,
+    ),
+    "gemma2": transformers.Gemma2Config(
+        **SIZES,
+        head_dim=12,
+        sliding_window=7,
+        query_pre_attn_scalar=5,
+        attn_logit_softcapping=3.0,
+        final_logit_softcapping=30.0,
+    ),
+    "gemma3": transformers.Gemma3TextConfig(
+        **SIZES,
+        head_dim=12,
+        sliding_window=7,
+        query_pre_attn_scalar=20,
+        layer_types=["sliding_attention", "full_attention"],
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
+            "full_attention": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 4.0},
+        },
+    ),
+    "gemma3-old": transformers.Gemma3TextConfig(
+        **SIZES,
+        head_dim=12,
+        sliding_window=7,
+        query_pre_attn_scalar=20,
+        layer_types=["sliding_attention", "full_attention"],
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
+            "full_attention": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 4.0},
+        },
+    ),
+    "gpt2": transformers.GPT2Config(
+        vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=2, n_head=4, n_inner=48
+    ),
+    "gpt-neox": transformers.GPTNeoXConfig(
+        **{key: size for key, size in SIZES.items() if key != "num_key_value_heads"},
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5},
+    ),
+    "gpt-neox-sequential": transformers.GPTNeoXConfig(
+        **{key: size for key, size in SIZES.items() if key != "num_key_value_heads"},
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5},
+        use_parallel_residual=False,
+        attention_bias=False,
+    ),
 }
 
 # Vectors over the short prompt; all others run over the long one.
 SHORT = ["llama", "llama-biased", "qwen2", "qwen2-tied", "llama-longrope-short"]
 # Configurations that are stored as older versions of transformers wrote them.
-OLD_SPELLING = ["llama-yarn", "qwen2-window"]
+OLD_SPELLING = ["llama-yarn", "qwen2-window", "gemma3-old", "gpt-neox-sequential"]
 
 
 def tokenizer():
@@ -106,10 +162,17 @@ def randomize(model):
 
 
 def spell_as_before(path):
-    """Rotary parameters in `rope_theta` and `rope_scaling` with `type`, and no `layer_types`."""
+    """Rotary parameters in fields of their own and in `rope_scaling` with `type`, and no `layer_types`."""
     config = json.loads(path.read_text())
     rope = config.pop("rope_parameters")
-    config["rope_theta"] = rope.pop("rope_theta")
+    if "full_attention" in rope:
+        config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        config["sliding_window_pattern"] = 2
+        rope = rope["full_attention"]
+    neox = config["model_type"] == "gpt_neox"
+    config["rotary_emb_base" if neox else "rope_theta"] = rope.pop("rope_theta")
+    if "partial_rotary_factor" in rope:
+        config["rotary_pct" if neox else "partial_rotary_factor"] = rope.pop("partial_rotary_factor")
     kind = rope.pop("rope_type")
     config["rope_scaling"] = None if kind == "default" else {"type": kind} | rope
     config.pop("layer_types", None)

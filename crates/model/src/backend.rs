@@ -20,6 +20,19 @@ pub struct AttentionShape {
     pub scores: Scores,
 }
 
+/// Columns of a tensor: `count` runs of `width` that start `stride` after each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ColumnRuns {
+    /// First column of the first run.
+    pub start: usize,
+    /// Columns from the start of a run to that of the next.
+    pub stride: usize,
+    /// Columns of a run.
+    pub width: usize,
+    /// Number of runs.
+    pub count: usize,
+}
+
 /// Where a decoder computes: opaque tensors and Linears, and the operations of a block over caller-owned buffers.
 ///
 /// A decoder family is written once over this trait. Tensors are `[rows, width]`.
@@ -73,6 +86,8 @@ pub trait Backend: Send + Sync + 'static {
         x: &Self::Tensor,
         y: &mut Self::Tensor,
     ) -> Result<()>;
+    /// `out` = some columns of `x`, run after run.
+    fn take_columns(&self, x: &Self::Tensor, runs: ColumnRuns, out: &mut Self::Tensor) -> Result<()>;
     /// `out` = the norm of each row of `x`.
     fn norm(&self, x: &Self::Tensor, norm: &Self::Norm, epsilon: f32, out: &mut Self::Tensor) -> Result<()>;
     /// The norm of each part of `x` that is as wide as the norm, in place: of rows or of heads.
@@ -90,6 +105,8 @@ pub trait Backend: Send + Sync + 'static {
         cache: &mut Self::KvCache,
         out: &mut Self::Tensor,
     ) -> Result<()>;
+    /// `out = activation(x)`.
+    fn activate(&self, activation: Activation, x: &Self::Tensor, out: &mut Self::Tensor) -> Result<()>;
     /// `out = activation(gate) · up`.
     fn activate_multiply(
         &self,
@@ -98,6 +115,8 @@ pub trait Backend: Send + Sync + 'static {
         up: &Self::Tensor,
         out: &mut Self::Tensor,
     ) -> Result<()>;
+    /// `x = cap · tanh(x / cap)`.
+    fn soft_cap(&self, cap: f32, x: &mut Self::Tensor) -> Result<()>;
     /// `x += y`.
     fn add_assign(&self, x: &mut Self::Tensor, y: &Self::Tensor) -> Result<()>;
 }

@@ -1,7 +1,10 @@
 use kintsugi_kernels::Activation;
 use kintsugi_runtime::{Error, ErrorCode, Result};
 
-use crate::{AttentionShape, Backend, Batch, BlockWeights, DecoderSpec, LinearSlot, RotaryTables, TapPoint, Workspace};
+use crate::{
+    AttentionShape, Backend, Batch, BlockWeights, ColumnRuns, DecoderSpec, FusedHeads, LinearSlot, NormWeight,
+    RotaryTables, TapPoint, Workspace,
+};
 
 /// Sees the input of the Linears at each tap point of a block.
 pub type Taps<'a, B> = &'a mut dyn FnMut(TapPoint, &<B as Backend>::Tensor) -> Result<()>;
@@ -14,8 +17,12 @@ pub struct Block<B: Backend> {
     attention_norm: B::Norm,
     mlp_norm: B::Norm,
     head_norms: Option<[B::Norm; 2]>,
+    branch_norms: Option<[B::Norm; 2]>,
+    parallel: bool,
+    fused_heads: FusedHeads,
     shape: AttentionShape,
     activation: Activation,
+    mlp_width: usize,
     epsilon: f32,
     /// Updates that requests may ask for, by adapter and Linear.
     adapters: Vec<Vec<Option<B::LowRank>>>,
@@ -28,18 +35,22 @@ impl<B: Backend> Block<B> {
     /// What the backend reports when a weight cannot be packed.
     pub fn prepare(backend: &B, spec: &DecoderSpec, index: usize, weights: &BlockWeights) -> Result<Self> {
         let linears = weights.linears.iter().map(|weight| backend.prepare(weight));
-        let head_norms = match &weights.head_norms {
-            Some([query, key]) => Some([backend.prepare_norm(query)?, backend.prepare_norm(key)?]),
-            None => None,
+        let two = |norms: &Option<[NormWeight; 2]>| match norms {
+            Some([first, second]) => Ok(Some([backend.prepare_norm(first)?, backend.prepare_norm(second)?])),
+            None => Ok(None),
         };
         Ok(Block {
             linears: linears.collect::<Result<_>>()?,
             slots: spec.linears.iter().map(|linear| linear.slot).collect(),
             attention_norm: backend.prepare_norm(&weights.attention_norm)?,
             mlp_norm: backend.prepare_norm(&weights.mlp_norm)?,
-            head_norms,
+            head_norms: two(&weights.head_norms)?,
+            branch_norms: two(&weights.branch_norms)?,
+            parallel: spec.parallel,
+            fused_heads: spec.family.fused_heads,
             shape: spec.attention_shape(index),
             activation: spec.activation,
+            mlp_width: spec.intermediate_size,
             epsilon: spec.norm_epsilon,
             adapters: Vec::new(),
         })
@@ -87,28 +98,85 @@ impl<B: Backend> Block<B> {
 
         backend.norm(hidden, &self.attention_norm, self.epsilon, &mut w.normed)?;
         taps(TapPoint::AttentionInput, &w.normed)?;
-        self.linear(backend, LinearSlot::Query, batch, &w.normed, &mut w.q)?;
-        self.linear(backend, LinearSlot::Key, batch, &w.normed, &mut w.k)?;
-        self.linear(backend, LinearSlot::Value, batch, &w.normed, &mut w.v)?;
+        self.project(backend, batch, w)?;
         if let Some([query_norm, key_norm]) = &self.head_norms {
             backend.norm_assign(&mut w.q, query_norm, self.epsilon)?;
             backend.norm_assign(&mut w.k, key_norm, self.epsilon)?;
         }
-        backend.rotate(&rotary.table, self.shape.head_dim, &mut w.q)?;
-        backend.rotate(&rotary.table, self.shape.head_dim, &mut w.k)?;
+        if let Some(table) = rotary.of(self.shape.scores.window.is_some()) {
+            backend.rotate(table, self.shape.head_dim, &mut w.q)?;
+            backend.rotate(table, self.shape.head_dim, &mut w.k)?;
+        }
         backend.attention(self.shape, batch, &w.q, &w.k, &w.v, cache, &mut w.attention)?;
         taps(TapPoint::AttentionOutput, &w.attention)?;
         self.linear(backend, LinearSlot::Output, batch, &w.attention, &mut w.projected)?;
-        backend.add_assign(hidden, &w.projected)?;
-
+        if let Some([attention_norm, _]) = &self.branch_norms {
+            backend.norm_assign(&mut w.projected, attention_norm, self.epsilon)?;
+        }
+        if !self.parallel {
+            backend.add_assign(hidden, &w.projected)?;
+        }
         backend.norm(hidden, &self.mlp_norm, self.epsilon, &mut w.normed)?;
+        if self.parallel {
+            backend.add_assign(hidden, &w.projected)?;
+        }
+
         taps(TapPoint::MlpInput, &w.normed)?;
-        self.linear(backend, LinearSlot::Gate, batch, &w.normed, &mut w.gate)?;
-        self.linear(backend, LinearSlot::Up, batch, &w.normed, &mut w.up)?;
-        backend.activate_multiply(self.activation, &w.gate, &w.up, &mut w.activation)?;
+        self.activate(backend, batch, w)?;
         taps(TapPoint::MlpActivation, &w.activation)?;
         self.linear(backend, LinearSlot::Down, batch, &w.activation, &mut w.projected)?;
+        if let Some([_, mlp_norm]) = &self.branch_norms {
+            backend.norm_assign(&mut w.projected, mlp_norm, self.epsilon)?;
+        }
         backend.add_assign(hidden, &w.projected)
+    }
+
+    /// Queries, keys and values of the normed input.
+    fn project(&self, backend: &B, batch: &Batch, w: &mut Workspace<B>) -> Result<()> {
+        let Some(qkv) = &mut w.qkv else {
+            self.linear(backend, LinearSlot::Query, batch, &w.normed, &mut w.q)?;
+            self.linear(backend, LinearSlot::Key, batch, &w.normed, &mut w.k)?;
+            return self.linear(backend, LinearSlot::Value, batch, &w.normed, &mut w.v);
+        };
+        self.linear(backend, LinearSlot::QueryKeyValue, batch, &w.normed, qkv)?;
+        let AttentionShape { heads, kv_heads, head_dim, .. } = self.shape;
+        let [q, k, v] = match self.fused_heads {
+            FusedHeads::Apart => {
+                let (query, kv) = (heads * head_dim, kv_heads * head_dim);
+                [(0, query), (query, kv), (query + kv, kv)].map(|(start, width)| ColumnRuns {
+                    start,
+                    stride: width,
+                    width,
+                    count: 1,
+                })
+            }
+            FusedHeads::Together => [0, 1, 2].map(|part| ColumnRuns {
+                start: part * head_dim,
+                stride: 3 * head_dim,
+                width: head_dim,
+                count: heads,
+            }),
+        };
+        backend.take_columns(qkv, q, &mut w.q)?;
+        backend.take_columns(qkv, k, &mut w.k)?;
+        backend.take_columns(qkv, v, &mut w.v)
+    }
+
+    /// The activation of the MLP on the normed input.
+    fn activate(&self, backend: &B, batch: &Batch, w: &mut Workspace<B>) -> Result<()> {
+        if let Some(gate_up) = &mut w.gate_up {
+            self.linear(backend, LinearSlot::GateUp, batch, &w.normed, gate_up)?;
+            let gate = ColumnRuns { start: 0, stride: self.mlp_width, width: self.mlp_width, count: 1 };
+            backend.take_columns(gate_up, gate, &mut w.gate)?;
+            backend.take_columns(gate_up, ColumnRuns { start: self.mlp_width, ..gate }, &mut w.up)?;
+            return backend.activate_multiply(self.activation, &w.gate, &w.up, &mut w.activation);
+        }
+        self.linear(backend, LinearSlot::Up, batch, &w.normed, &mut w.up)?;
+        if !self.slots.contains(&LinearSlot::Gate) {
+            return backend.activate(self.activation, &w.up, &mut w.activation);
+        }
+        self.linear(backend, LinearSlot::Gate, batch, &w.normed, &mut w.gate)?;
+        backend.activate_multiply(self.activation, &w.gate, &w.up, &mut w.activation)
     }
 
     fn linear(&self, backend: &B, slot: LinearSlot, batch: &Batch, x: &B::Tensor, y: &mut B::Tensor) -> Result<()> {

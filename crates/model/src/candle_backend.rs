@@ -6,7 +6,7 @@ use kintsugi_kernels::{Activation, PAGE_POSITIONS, RotaryTable, Scores};
 use kintsugi_runtime::{Error, ErrorCode, Result};
 use kintsugi_weights::{LinearWeight, LowRank};
 
-use crate::{AttentionShape, Backend, Batch, NormWeight};
+use crate::{AttentionShape, Backend, Batch, ColumnRuns, NormWeight};
 
 /// candle-core on the CPU in f32: the plain float reference that every other backend is checked against.
 #[derive(Debug, Clone, Copy, Default)]
@@ -43,6 +43,8 @@ pub struct CandleRotary {
 pub enum CandleNorm {
     /// `[width]`
     Rms(Tensor),
+    /// Weight and bias, `[width]` each.
+    Layer(Tensor, Tensor),
 }
 
 /// Keys and values by page, `[PAGE_POSITIONS, kvHeads · headDim]` each.
@@ -79,13 +81,17 @@ impl CandleLowRank {
 
 impl CandleNorm {
     fn width(&self) -> usize {
-        let CandleNorm::Rms(weight) = self;
+        let (CandleNorm::Rms(weight) | CandleNorm::Layer(weight, _)) = self;
         weight.elem_count()
     }
 
     fn apply(&self, x: &Tensor, epsilon: f32) -> candle_core::Result<Tensor> {
         match self {
             CandleNorm::Rms(weight) => rms_norm(x, weight, epsilon),
+            CandleNorm::Layer(weight, bias) => {
+                let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
+                rms_norm(&centred, weight, epsilon)?.broadcast_add(bias)
+            }
         }
     }
 }
@@ -215,6 +221,7 @@ impl Backend for CandleBackend {
     fn prepare_norm(&self, weight: &NormWeight) -> Result<CandleNorm> {
         match weight {
             NormWeight::Rms(weight) => Ok(CandleNorm::Rms(vector(weight)?)),
+            NormWeight::Layer { weight, bias } => Ok(CandleNorm::Layer(vector(weight)?, vector(bias)?)),
         }
     }
 
@@ -295,6 +302,15 @@ impl Backend for CandleBackend {
         Ok(())
     }
 
+    fn take_columns(&self, x: &CandleTensor, runs: ColumnRuns, out: &mut CandleTensor) -> Result<()> {
+        let compute = || {
+            let parts = (0..runs.count).map(|run| x.tensor.narrow(1, runs.start + run * runs.stride, runs.width));
+            Tensor::cat(&parts.collect::<candle_core::Result<Vec<_>>>()?, 1)?.contiguous()
+        };
+        out.tensor = compute().map_err(failed)?;
+        Ok(())
+    }
+
     fn norm(&self, x: &CandleTensor, norm: &CandleNorm, epsilon: f32, out: &mut CandleTensor) -> Result<()> {
         out.tensor = norm.apply(&x.tensor, epsilon).map_err(failed)?;
         Ok(())
@@ -348,6 +364,11 @@ impl Backend for CandleBackend {
         Ok(())
     }
 
+    fn activate(&self, activation: Activation, x: &CandleTensor, out: &mut CandleTensor) -> Result<()> {
+        out.tensor = activate(activation, &x.tensor).map_err(failed)?;
+        Ok(())
+    }
+
     fn activate_multiply(
         &self,
         activation: Activation,
@@ -356,6 +377,13 @@ impl Backend for CandleBackend {
         out: &mut CandleTensor,
     ) -> Result<()> {
         out.tensor = activate(activation, &gate.tensor).and_then(|active| active * &up.tensor).map_err(failed)?;
+        Ok(())
+    }
+
+    fn soft_cap(&self, cap: f32, x: &mut CandleTensor) -> Result<()> {
+        let cap = f64::from(cap);
+        let compute = || (&x.tensor / cap)?.tanh()? * cap;
+        x.tensor = compute().map_err(failed)?;
         Ok(())
     }
 

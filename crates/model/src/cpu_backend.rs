@@ -7,7 +7,7 @@ use kintsugi_kernels::{
 use kintsugi_runtime::{Result, ThreadPool};
 use kintsugi_weights::{LinearWeight, LowRank};
 
-use crate::{AttentionShape, Backend, Batch, NormWeight};
+use crate::{AttentionShape, Backend, Batch, ColumnRuns, NormWeight};
 
 /// Our own kernels on the shared thread pool: the default backend.
 #[derive(Debug, Clone, Copy)]
@@ -134,10 +134,23 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
+    fn take_columns(&self, x: &CpuTensor, runs: ColumnRuns, out: &mut CpuTensor) -> Result<()> {
+        let rows = x.values.chunks_exact(x.width).zip(out.values.chunks_exact_mut(out.width));
+        for (x, out) in rows {
+            for (run, out) in out.chunks_exact_mut(runs.width).enumerate() {
+                out.copy_from_slice(&x[runs.start + run * runs.stride..][..runs.width]);
+            }
+        }
+        Ok(())
+    }
+
     fn norm(&self, x: &CpuTensor, norm: &NormWeight, epsilon: f32, out: &mut CpuTensor) -> Result<()> {
         match norm {
             NormWeight::Rms(weight) => {
                 self.kernels.rms_norm(&x.values, weight, epsilon, &mut out.values, self.pool);
+            }
+            NormWeight::Layer { weight, bias } => {
+                self.kernels.layer_norm(&x.values, weight, bias, epsilon, &mut out.values, self.pool);
             }
         }
         Ok(())
@@ -146,6 +159,10 @@ impl Backend for CpuBackend {
     fn norm_assign(&self, x: &mut CpuTensor, norm: &NormWeight, epsilon: f32) -> Result<()> {
         match norm {
             NormWeight::Rms(weight) => self.kernels.rms_norm_assign(&mut x.values, weight, epsilon, self.pool),
+            NormWeight::Layer { weight, bias } => {
+                let input = x.values.clone();
+                self.kernels.layer_norm(&input, weight, bias, epsilon, &mut x.values, self.pool);
+            }
         }
         Ok(())
     }
@@ -172,6 +189,11 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
+    fn activate(&self, activation: Activation, x: &CpuTensor, out: &mut CpuTensor) -> Result<()> {
+        self.kernels.activate(activation, &x.values, &mut out.values, self.pool);
+        Ok(())
+    }
+
     fn activate_multiply(
         &self,
         activation: Activation,
@@ -180,6 +202,11 @@ impl Backend for CpuBackend {
         out: &mut CpuTensor,
     ) -> Result<()> {
         self.kernels.activate_multiply(activation, &gate.values, &up.values, &mut out.values, self.pool);
+        Ok(())
+    }
+
+    fn soft_cap(&self, cap: f32, x: &mut CpuTensor) -> Result<()> {
+        self.kernels.soft_cap(cap, &mut x.values, self.pool);
         Ok(())
     }
 

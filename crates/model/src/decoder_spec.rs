@@ -4,7 +4,10 @@ use serde_json::{Map, Value};
 
 use crate::config_fields::{Fields, invalid, unsupported};
 use crate::rotary_spec::RotaryDefaults;
-use crate::{AttentionShape, BiasRule, DecoderFamily, FAMILIES, LinearSlot, RotarySpec, WindowRule};
+use crate::{
+    AttentionShape, BiasRule, DecoderFamily, FAMILIES, LinearSlot, NormKind, PositionRule, ResidualRule, RotarySpec,
+    WindowRule,
+};
 
 /// One Linear that every block of a decoder has.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -44,12 +47,24 @@ pub struct DecoderSpec {
     pub context_length: usize,
     /// Epsilon of the norms.
     pub norm_epsilon: f32,
-    /// Rotary position embedding.
-    pub rotary: RotarySpec,
+    /// Rotary position embedding; `None` where positions are learned.
+    pub rotary: Option<RotarySpec>,
+    /// That of the blocks with a window, where it is another.
+    pub window_rotary: Option<RotarySpec>,
     /// Positions that each block attends to; `None` for all before.
     pub windows: Vec<Option<usize>>,
     /// Activation of the MLP.
     pub activation: Activation,
+    /// Whether attention and MLP both start from the input of their block.
+    pub parallel: bool,
+    /// What scores are multiplied with.
+    pub score_scale: f32,
+    /// Scores become `cap · tanh(score / cap)`.
+    pub score_cap: Option<f32>,
+    /// Logits likewise.
+    pub logit_cap: Option<f32>,
+    /// What embeddings are multiplied with.
+    pub embedding_scale: f32,
     /// Whether the head is the embedding.
     pub tied_head: bool,
     /// The Linears of a block, in the order of their computation.
@@ -67,15 +82,19 @@ impl DecoderSpec {
     pub fn from_config(config: &Map<String, Value>) -> Result<Self> {
         let family = family(config)?;
         let fields = Fields(config);
-        let hidden_size = fields.size("hidden_size")?;
-        let intermediate_size = fields.size("intermediate_size")?;
-        let layers = fields.size("num_hidden_layers")?;
-        let heads = fields.size("num_attention_heads")?;
+        let sizes = family.sizes;
+        let hidden_size = fields.size(sizes.hidden)?;
+        let intermediate_size = match sizes.intermediate {
+            (name, true) => fields.optional_size(name)?.unwrap_or(4 * hidden_size),
+            (name, false) => fields.size(name)?,
+        };
+        let layers = fields.size(sizes.layers)?;
+        let heads = fields.size(sizes.heads)?;
         let kv_heads = fields.optional_size("num_key_value_heads")?.unwrap_or(heads);
         let head_dim = match fields.optional_size("head_dim")? {
             Some(head_dim) => head_dim,
             None if hidden_size.is_multiple_of(heads) => hidden_size / heads,
-            None => return Err(invalid("hidden_size", format!("{hidden_size} is not a multiple of {heads} heads"))),
+            None => return Err(invalid(sizes.hidden, format!("{hidden_size} is not a multiple of {heads} heads"))),
         };
         if !heads.is_multiple_of(kv_heads) {
             return Err(invalid("num_key_value_heads", format!("{heads} heads cannot share {kv_heads} key heads")));
@@ -86,7 +105,17 @@ impl DecoderSpec {
             }
         }
         let (activation, default_activation) = family.activation;
-        let rotary = rotary(family, fields, head_dim)?;
+        let context = fields.optional_size(sizes.context)?.unwrap_or(2048);
+        let Rotaries { rotary, window_rotary, context_length } = rotary(family, fields, head_dim, context)?;
+        let cap = |place: usize| match family.cap_fields {
+            Some(names) => fields.positive(names[place]).map(|cap| cap.map(|cap| cap as f32)),
+            None => Ok(None),
+        };
+        let score_width = match family.score_field {
+            Some(name) => fields.positive(name)?.unwrap_or(head_dim as f64),
+            None => head_dim as f64,
+        };
+        let scaled_scores = fields.flag("scale_attn_weights").unwrap_or(true);
         let mut spec = DecoderSpec {
             family,
             hidden_size,
@@ -96,12 +125,21 @@ impl DecoderSpec {
             kv_heads,
             head_dim,
             vocabulary_size: fields.size("vocab_size")?,
-            context_length: rotary.extended_context,
-            norm_epsilon: fields.positive("rms_norm_eps")?.unwrap_or(1e-6) as f32,
+            context_length,
+            norm_epsilon: fields.positive(sizes.epsilon)?.unwrap_or(1e-6) as f32,
             rotary,
+            window_rotary,
             windows: windows(family, fields, layers)?,
             activation: fields.activation(activation)?.unwrap_or(default_activation),
-            tied_head: fields.flag("tie_word_embeddings").unwrap_or(false),
+            parallel: match family.residual {
+                ResidualRule::Sequential => false,
+                ResidualRule::ParallelUnless(flag) => fields.flag(flag).unwrap_or(true),
+            },
+            score_scale: if scaled_scores { 1.0 / score_width.sqrt() as f32 } else { 1.0 },
+            score_cap: cap(0)?,
+            logit_cap: cap(1)?,
+            embedding_scale: if family.scaled_embedding { (hidden_size as f64).sqrt() as f32 } else { 1.0 },
+            tied_head: fields.flag("tie_word_embeddings").unwrap_or(family.tied_head),
             linears: Vec::new(),
             end_tokens: end_tokens(config.get("eos_token_id")),
         };
@@ -111,6 +149,7 @@ impl DecoderSpec {
                 BiasRule::Never => false,
                 BiasRule::Always => true,
                 BiasRule::Config(flag) => fields.flag(flag).unwrap_or(false),
+                BiasRule::Unless(flag) => fields.flag(flag).unwrap_or(true),
             };
             LinearSpec { slot, name, rows, columns, bias }
         };
@@ -135,8 +174,8 @@ impl DecoderSpec {
             kv_heads: self.kv_heads,
             head_dim: self.head_dim,
             scores: Scores {
-                scale: 1.0 / (self.head_dim as f32).sqrt(),
-                cap: None,
+                scale: self.score_scale,
+                cap: self.score_cap,
                 window: self.windows.get(block).copied().flatten(),
             },
         }
@@ -162,10 +201,13 @@ impl DecoderSpec {
     pub fn parameters(&self) -> u64 {
         let embedding = (self.vocabulary_size * self.hidden_size) as u64;
         let head_norms = if self.family.head_norms.is_some() { 2 * self.head_dim } else { 0 };
-        let norms = self.layers * (2 * self.hidden_size + head_norms) + self.hidden_size;
+        let wide_norms = if self.family.branch_norms.is_some() { 4 } else { 2 };
+        let parts = if self.family.norm == NormKind::Layer { 2 } else { 1 };
+        let norms = self.layers * (wide_norms * self.hidden_size * parts + head_norms) + self.hidden_size * parts;
+        let positions = if self.rotary.is_none() { self.context_length * self.hidden_size } else { 0 };
         let biases: usize = self.linears.iter().filter(|linear| linear.bias).map(|linear| linear.rows).sum();
         let heads = if self.tied_head { 1 } else { 2 };
-        embedding * heads + (norms + biases * self.layers) as u64 + self.linear_parameters()
+        embedding * heads + (positions + norms + biases * self.layers) as u64 + self.linear_parameters()
     }
 
     /// Outputs and inputs of a Linear.
@@ -183,24 +225,46 @@ impl DecoderSpec {
     }
 }
 
-/// Reads rotary embedding. Newer configurations keep everything in `rope_parameters`, older ones a base and an
-/// optional `rope_scaling`.
-fn rotary(family: &DecoderFamily, fields: Fields<'_>, head_dim: usize) -> Result<RotarySpec> {
+struct Rotaries {
+    rotary: Option<RotarySpec>,
+    window_rotary: Option<RotarySpec>,
+    context_length: usize,
+}
+
+/// Reads rotary embedding. Newer configurations keep everything in `rope_parameters`, by kind of block where those
+/// differ, older ones a base and an optional `rope_scaling`.
+fn rotary(family: &DecoderFamily, fields: Fields<'_>, head_dim: usize, context: usize) -> Result<Rotaries> {
+    let PositionRule::Rotary { base_field, base, share_field, share, window_base } = family.positions else {
+        return Ok(Rotaries { rotary: None, window_rotary: None, context_length: context });
+    };
     let defaults = RotaryDefaults {
-        theta: fields.positive("rope_theta")?.unwrap_or(family.rope_theta),
-        rotated_share: fields.positive("partial_rotary_factor")?.unwrap_or(1.0),
+        theta: fields.positive(base_field)?.unwrap_or(base),
+        rotated_share: fields.positive(share_field)?.unwrap_or(share),
         head_dim,
-        context: fields.optional_size("max_position_embeddings")?.unwrap_or(2048),
+        context,
         original_context: fields.optional_size("original_max_position_embeddings")?,
     };
-    RotarySpec::read(fields.object("rope_parameters").or_else(|| fields.object("rope_scaling")), &defaults)
+    let parameters = fields.object("rope_parameters").or_else(|| fields.object("rope_scaling"));
+    let Some((window_field, window_base)) = window_base else {
+        let rotary = RotarySpec::read(parameters, &defaults)?;
+        return Ok(Rotaries { context_length: rotary.extended_context, rotary: Some(rotary), window_rotary: None });
+    };
+    let of_kind = |kind: &str| parameters.and_then(|parameters| parameters.object(kind));
+    let full = of_kind("full_attention").or(parameters.filter(|_| of_kind("sliding_attention").is_none()));
+    let window_defaults = RotaryDefaults { theta: fields.positive(window_field)?.unwrap_or(window_base), ..defaults };
+    Ok(Rotaries {
+        rotary: Some(RotarySpec::read(full, &defaults)?),
+        window_rotary: Some(RotarySpec::read(of_kind("sliding_attention"), &window_defaults)?),
+        // Here `config.json` states the context that scaling leads to.
+        context_length: context,
+    })
 }
 
 /// The window of each block.
 fn windows(family: &DecoderFamily, fields: Fields<'_>, layers: usize) -> Result<Vec<Option<usize>>> {
     let used = match family.windows {
         WindowRule::Never => false,
-        WindowRule::Everywhere => true,
+        WindowRule::Everywhere | WindowRule::AllButEvery(_) => true,
         WindowRule::UpperBlocks => fields.flag("use_sliding_window").unwrap_or(false),
     };
     let window = if used { fields.optional_size("sliding_window")? } else { None };
@@ -212,6 +276,13 @@ fn windows(family: &DecoderFamily, fields: Fields<'_>, layers: usize) -> Result<
             None => {
                 let first = fields.optional_size("max_window_layers")?.unwrap_or(0);
                 (0..layers).map(|block| block >= first).collect()
+            }
+        },
+        WindowRule::AllButEvery(period) => match layer_types(fields, layers)? {
+            Some(slides) => slides,
+            None => {
+                let period = fields.optional_size("sliding_window_pattern")?.unwrap_or(period);
+                (1..=layers).map(|block| !block.is_multiple_of(period)).collect()
             }
         },
     };
@@ -332,7 +403,7 @@ mod tests {
 
     #[test]
     fn both_spellings_of_the_rotary_parameters_are_read() {
-        let rotary = |key: &str, value| DecoderSpec::from_config(&config(&[(key, value)])).unwrap().rotary;
+        let rotary = |key: &str, value| DecoderSpec::from_config(&config(&[(key, value)])).unwrap().rotary.unwrap();
         let old = rotary("rope_theta", serde_json::json!(500000.0));
         let new = rotary("rope_parameters", serde_json::json!({"rope_type": "default", "rope_theta": 500000.0}));
         assert_eq!(old, new);

@@ -10,6 +10,7 @@ mod config_fields;
 mod cpu_backend;
 mod decoder_family;
 mod decoder_spec;
+mod embedding;
 mod generation;
 mod linear_slot;
 mod loaded_model;
@@ -24,18 +25,21 @@ mod stop_strings;
 mod tokenizer;
 mod workspace;
 
-pub use backend::{AttentionShape, Backend};
+pub use backend::{AttentionShape, Backend, ColumnRuns};
 pub use batch::{Batch, Segment};
 pub use block::{Block, Taps};
 pub use candle_backend::CandleBackend;
 pub use cpu_backend::CpuBackend;
-pub use decoder_family::{BiasRule, DecoderFamily, FAMILIES, NormKind, WindowRule};
+pub use decoder_family::{
+    BiasRule, DecoderFamily, FAMILIES, FusedHeads, NormKind, PositionRule, ResidualRule, SizeFields, WindowRule,
+};
 pub use decoder_spec::{DecoderSpec, LinearSpec};
+pub use embedding::Embedding;
 pub use generation::{FinishReason, GenerateOptions, Generation, GenerationSummary, Piece};
 pub use kintsugi_kernels::{Activation, Precision, Scores};
 pub use linear_slot::{LinearSlot, TapPoint};
 pub use loaded_model::{BACKENDS, LoadOptions, LoadedModel, PieceSource};
-pub use model::{Model, embed};
+pub use model::Model;
 pub use model_weights::{BlockWeights, ModelWeights, NormWeight, attach_compensation, read_tokenizer};
 pub use perplexity::{Perplexity, token_windows};
 pub use rotary_spec::RotarySpec;

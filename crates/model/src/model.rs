@@ -1,10 +1,10 @@
 use kintsugi_checkpoint::Checkpoint;
 use kintsugi_runtime::{CancelToken, Error, ErrorCode, Progress, Result};
-use kintsugi_weights::{Adapter, DenseMatrix};
+use kintsugi_weights::Adapter;
 
 use crate::model_weights::check_factors;
 use crate::{
-    Backend, Batch, Block, BlockWeights, DecoderSpec, ModelWeights, RotaryTables, Session, Tokenizer,
+    Backend, Batch, Block, BlockWeights, DecoderSpec, Embedding, ModelWeights, RotaryTables, Session, Tokenizer,
     attach_compensation, read_tokenizer,
 };
 
@@ -13,7 +13,7 @@ pub struct Model<B: Backend> {
     spec: DecoderSpec,
     backend: B,
     tokenizer: Tokenizer,
-    embedding: DenseMatrix,
+    embedding: Embedding,
     blocks: Vec<Block<B>>,
     final_norm: B::Norm,
     head: B::Linear,
@@ -164,8 +164,7 @@ impl<B: Backend> Model<B> {
     /// Bytes of the packed weights, embedding included.
     pub fn memory_bytes(&self) -> usize {
         let blocks: usize = self.blocks.iter().map(|block| block.memory_bytes(&self.backend)).sum();
-        let embedding = self.embedding.rows() * self.embedding.columns() * self.embedding.element_type().bits() / 8;
-        blocks + embedding + self.backend.linear_bytes(&self.head)
+        blocks + self.embedding.memory_bytes() + self.backend.linear_bytes(&self.head)
     }
 
     /// Runs the rows of `batch`, one token per row, through all blocks; the result stays in `session`.
@@ -173,7 +172,7 @@ impl<B: Backend> Model<B> {
     /// # Errors
     /// `ERR_INTERNAL` for a token outside the vocabulary; `ERR_CANCELLED`, checked before every block.
     pub fn forward(&self, session: &mut Session<B>, tokens: &[u32], batch: &Batch, cancel: &CancelToken) -> Result<()> {
-        let embedded = embed(&self.embedding, tokens)?;
+        let embedded = self.embedding.embed(tokens, batch.positions())?;
         self.backend.upload(&embedded, &mut session.hidden)?;
         let rotary = RotaryTables::new(&self.backend, &self.spec, batch)?;
         for (block, cache) in self.blocks.iter().zip(&mut session.caches) {
@@ -210,22 +209,9 @@ impl<B: Backend> Model<B> {
         self.backend.set_rows(&mut session.logits, count)?;
         self.backend.norm(&session.selected, &self.final_norm, self.spec.norm_epsilon, &mut session.normed)?;
         self.backend.linear(&self.head, &session.normed, &mut session.logits)?;
+        if let Some(cap) = self.spec.logit_cap {
+            self.backend.soft_cap(cap, &mut session.logits)?;
+        }
         self.backend.download(&session.logits)
     }
-}
-
-/// Rows of the embedding for `tokens`, `[tokens.len(), hiddenSize]`.
-///
-/// # Errors
-/// `ERR_INTERNAL` for a token outside the vocabulary.
-pub fn embed(embedding: &DenseMatrix, tokens: &[u32]) -> Result<Vec<f32>> {
-    let width = embedding.columns();
-    let mut out = vec![0.0; tokens.len() * width];
-    for (&token, row) in tokens.iter().zip(out.chunks_exact_mut(width)) {
-        if token as usize >= embedding.rows() {
-            return Err(Error::new(ErrorCode::Internal, format!("token {token} is outside the vocabulary")));
-        }
-        embedding.row_to_f32(token as usize, row);
-    }
-    Ok(out)
 }

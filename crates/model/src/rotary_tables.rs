@@ -5,7 +5,9 @@ use crate::{Backend, Batch, DecoderSpec, RotarySpec};
 
 /// The cosines and sines of the rows of one batch, which all blocks share.
 pub struct RotaryTables<B: Backend> {
-    pub(crate) table: B::Rotary,
+    /// `None` where positions are learned.
+    table: Option<B::Rotary>,
+    window_table: Option<B::Rotary>,
 }
 
 impl<B: Backend> RotaryTables<B> {
@@ -14,7 +16,15 @@ impl<B: Backend> RotaryTables<B> {
     /// # Errors
     /// What the backend reports.
     pub fn new(backend: &B, spec: &DecoderSpec, batch: &Batch) -> Result<Self> {
-        Ok(RotaryTables { table: backend.prepare_rotary(table(&spec.rotary, batch))? })
+        let prepare = |rotary: &Option<RotarySpec>| -> Result<Option<B::Rotary>> {
+            rotary.as_ref().map(|rotary| backend.prepare_rotary(table(rotary, batch))).transpose()
+        };
+        Ok(RotaryTables { table: prepare(&spec.rotary)?, window_table: prepare(&spec.window_rotary)? })
+    }
+
+    /// The table of a block, by whether it attends to a window.
+    pub(crate) fn of(&self, window: bool) -> Option<&B::Rotary> {
+        self.window_table.as_ref().filter(|_| window).or(self.table.as_ref())
     }
 }
 

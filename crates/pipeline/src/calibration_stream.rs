@@ -2,9 +2,8 @@ use std::collections::BTreeMap;
 
 use kintsugi_calibration::{Calibration, CalibrationBuilder};
 use kintsugi_kernels::PAGE_POSITIONS;
-use kintsugi_model::{Backend, Batch, Block, DecoderSpec, RotaryTables, TapPoint, Workspace, embed};
+use kintsugi_model::{Backend, Batch, Block, DecoderSpec, Embedding, RotaryTables, TapPoint, Workspace};
 use kintsugi_runtime::{CancelToken, Result, ThreadPool};
-use kintsugi_weights::DenseMatrix;
 
 use crate::CalibrationText;
 
@@ -30,9 +29,10 @@ impl<B: Backend> CalibrationStream<B> {
     ///
     /// # Errors
     /// What the backend reports when it cannot allocate.
-    pub fn new(backend: &B, spec: &DecoderSpec, embedding: &DenseMatrix, text: &CalibrationText) -> Result<Self> {
+    pub fn new(backend: &B, spec: &DecoderSpec, embedding: &Embedding, text: &CalibrationText) -> Result<Self> {
+        let positions: Vec<u32> = (0..text.tokens().len()).map(|i| (i % text.length()) as u32).collect();
         Ok(CalibrationStream {
-            hidden: embed(embedding, text.tokens())?,
+            hidden: embedding.embed(text.tokens(), &positions)?,
             width: spec.hidden_size,
             length: text.length(),
             spec: spec.clone(),
