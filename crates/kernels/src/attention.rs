@@ -1,11 +1,23 @@
 use std::ops::Range;
 
+use crate::activation::cap_lanes;
 use crate::kv_pages::{AttentionSegment, KvPages, PAGE_POSITIONS};
 use crate::shared_rows::SharedRows;
 use crate::vector::{LANES, Level, Vector, exp};
 
 /// Rows of a segment that one task takes.
 pub(crate) const ROWS_PER_TASK: usize = 16;
+
+/// How attention weighs positions.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Scores {
+    /// What products of queries and keys are multiplied with.
+    pub scale: f32,
+    /// Scores become `cap · tanh(score / cap)`.
+    pub cap: Option<f32>,
+    /// Positions that a row sees, its own included; `None` for all up to it.
+    pub window: Option<usize>,
+}
 
 /// Some rows of a segment with the query heads that share one key-value head.
 pub(crate) struct AttentionTask<'a> {
@@ -16,8 +28,7 @@ pub(crate) struct AttentionTask<'a> {
     pub(crate) kv_head: usize,
     /// Query heads of a row.
     pub(crate) heads: usize,
-    /// What scores are multiplied with.
-    pub(crate) scale: f32,
+    pub(crate) scores: Scores,
     /// `[rows, heads · headDim]` of the whole batch.
     pub(crate) q: &'a [f32],
     /// The same shape. No other task may touch the rows and heads of this one.
@@ -29,8 +40,10 @@ pub(crate) struct AttentionTask<'a> {
 struct Query {
     row: usize,
     head: usize,
-    /// Positions that it sees.
-    positions: usize,
+    /// The first position that it sees.
+    first: usize,
+    /// The position after the last that it sees: its own.
+    end: usize,
 }
 
 /// Causal attention of a task by an online softmax over the pages in their order (arXiv 2205.14135).
@@ -42,8 +55,9 @@ pub(crate) fn attend<L: Level, const QUERIES: usize>(level: L, task: &AttentionT
     let group = task.heads / task.pages.kv_heads();
     let query = |index: usize| {
         let row = task.rows.start + index / group;
-        let positions = task.segment.first_position + (row - task.segment.rows.start) + 1;
-        Query { row, head: task.kv_head * group + index % group, positions }
+        let end = task.segment.first_position + (row - task.segment.rows.start) + 1;
+        let first = task.scores.window.map_or(0, |window| end.saturating_sub(window));
+        Query { row, head: task.kv_head * group + index % group, first, end }
     };
     let mut sums = vec![[0.0; LANES]; QUERIES * task.pages.value_stride() / LANES];
     let count = task.rows.len() * group;
@@ -81,20 +95,24 @@ fn attend_queries<L: Level, const QUERIES: usize>(
     for i in 0..QUERIES {
         q[i] = &task.q[(queries[i].row * task.heads + queries[i].head) * head_dim..][..head_dim];
     }
-    let positions = queries.iter().map(|query| query.positions).max().unwrap_or(0);
-    for (index, &page) in task.segment.pages[..positions.div_ceil(PAGE_POSITIONS)].iter().enumerate() {
-        let mut seen = [0; QUERIES];
+    let end = queries.iter().map(|query| query.end).max().unwrap_or(0);
+    let first_page = queries.iter().map(|query| query.first).min().unwrap_or(0) / PAGE_POSITIONS;
+    for index in first_page..end.div_ceil(PAGE_POSITIONS) {
+        let page = task.segment.pages[index];
+        let slot = |position: usize| position.saturating_sub(index * PAGE_POSITIONS).min(PAGE_POSITIONS);
+        let mut seen = [(0, 0); QUERIES];
         for i in 0..QUERIES {
-            seen[i] = queries[i].positions.saturating_sub(index * PAGE_POSITIONS).min(PAGE_POSITIONS);
+            seen[i] = (slot(queries[i].first), slot(queries[i].end));
         }
         let mut weights = [[[f32::NEG_INFINITY; LANES]; 2]; QUERIES];
-        scores(level, task.pages.keys(page, task.kv_head), q, task.scale, &mut weights);
+        scores(level, task.pages.keys(page, task.kv_head), q, task.scores, &mut weights);
         for i in 0..QUERIES {
-            if seen[i] == 0 {
+            if seen[i].0 >= seen[i].1 {
                 continue;
             }
             let weights = &mut weights[i];
-            weights.as_flattened_mut()[seen[i]..].fill(f32::NEG_INFINITY);
+            weights.as_flattened_mut()[..seen[i].0].fill(f32::NEG_INFINITY);
+            weights.as_flattened_mut()[seen[i].1..].fill(f32::NEG_INFINITY);
             let (low, high) = (level.load(&weights[0]), level.load(&weights[1]));
             let new_largest = low.max(high).maximum().max(largest[i]);
             let low = exp(level, low.sub(level.splat(new_largest)));
@@ -122,13 +140,13 @@ fn attend_queries<L: Level, const QUERIES: usize>(
     }
 }
 
-/// `scale · q · K` for the 64 positions of a page.
+/// The scores of the 64 positions of a page.
 #[inline(always)]
 fn scores<L: Level, const QUERIES: usize>(
     level: L,
     keys: &[f32],
     q: [&[f32]; QUERIES],
-    scale: f32,
+    how: Scores,
     scores: &mut [[[f32; LANES]; 2]; QUERIES],
 ) {
     for half in 0..2 {
@@ -140,7 +158,12 @@ fn scores<L: Level, const QUERIES: usize>(
             }
         }
         for i in 0..QUERIES {
-            sums[i].mul(level.splat(scale)).store(&mut scores[i][half]);
+            let scaled = sums[i].mul(level.splat(how.scale));
+            match how.cap {
+                None => scaled,
+                Some(cap) => cap_lanes(level, scaled, cap),
+            }
+            .store(&mut scores[i][half]);
         }
     }
 }
@@ -152,25 +175,31 @@ fn weigh<L: Level, const QUERIES: usize>(
     level: L,
     values: &[f32],
     weights: &[[[f32; LANES]; 2]; QUERIES],
-    seen: [usize; QUERIES],
+    seen: [(usize, usize); QUERIES],
     sums: &mut [[f32; LANES]],
 ) {
     let vectors = sums.len() / QUERIES;
     let values = values.as_chunks::<LANES>().0;
-    let seen_by_all = seen.iter().copied().min().unwrap_or(0);
+    // Every query adds its positions in their order: those before the common ones, the common ones, those after.
+    let start = seen.iter().map(|seen| seen.0).max().unwrap_or(0);
+    let end = seen.iter().map(|seen| seen.1).min().unwrap_or(0).max(start);
     for vector in 0..vectors {
         let mut totals = [level.splat(0.0); QUERIES];
         for i in 0..QUERIES {
             totals[i] = level.load(&sums[i * vectors + vector]);
+            for position in seen[i].0..seen[i].1.min(start) {
+                let values = level.load(&values[position * vectors + vector]);
+                totals[i] = values.mul_add(level.splat(weights[i].as_flattened()[position]), totals[i]);
+            }
         }
-        for position in 0..seen_by_all {
+        for position in start..end {
             let values = level.load(&values[position * vectors + vector]);
             for i in 0..QUERIES {
                 totals[i] = values.mul_add(level.splat(weights[i].as_flattened()[position]), totals[i]);
             }
         }
         for i in 0..QUERIES {
-            for position in seen_by_all..seen[i] {
+            for position in seen[i].0.max(end)..seen[i].1 {
                 let values = level.load(&values[position * vectors + vector]);
                 totals[i] = values.mul_add(level.splat(weights[i].as_flattened()[position]), totals[i]);
             }

@@ -1,5 +1,7 @@
 use crate::accumulate::Accumulate;
+use crate::activation::{Activate, ActivateMultiply, Activation};
 use crate::attention::AttentionTask;
+use crate::norm::LayerNorm;
 use crate::packed_matrix::{Arithmetic, ColumnLayout, PanelEncoding};
 use crate::strip::StripProducts;
 
@@ -22,8 +24,14 @@ pub(crate) struct KernelTable {
     /// The same as bf16, two columns to a word.
     pub(crate) pack_bf16: unsafe fn(&ColumnLayout, &[f32], &mut [u32], &mut [f32]),
     pub(crate) rms_norm: unsafe fn(&[f32], &[f32], f32, &mut [f32]),
-    pub(crate) rotate: unsafe fn(&[f32], &[f32], &mut [f32]),
-    pub(crate) silu_multiply: unsafe fn(&[f32], &[f32], &mut [f32]),
+    pub(crate) rms_norm_assign: unsafe fn(&mut [f32], &[f32], f32),
+    pub(crate) layer_norm: LayerNorm,
+    pub(crate) rotate: unsafe fn(&[f32], &[f32], usize, &mut [f32]),
+    /// An activation of each element.
+    pub(crate) activate: fn(Activation) -> Activate,
+    /// An activation of the first times the second.
+    pub(crate) activate_multiply: fn(Activation) -> ActivateMultiply,
+    pub(crate) soft_cap: unsafe fn(f32, &mut [f32]),
     pub(crate) add_assign: unsafe fn(&mut [f32], &[f32]),
     pub(crate) attend: unsafe fn(&AttentionTask<'_>),
 }
@@ -52,8 +60,12 @@ macro_rules! kernel_table {
             pack_f32,
             pack_bf16,
             rms_norm,
+            rms_norm_assign,
+            layer_norm,
             rotate,
-            silu_multiply,
+            activate,
+            activate_multiply,
+            soft_cap,
             add_assign,
             attend,
         };
@@ -121,19 +133,65 @@ macro_rules! kernel_table {
         unsafe fn rms_norm(x: &[f32], weight: &[f32], epsilon: f32, out: &mut [f32]) {
             // SAFETY: the caller has the level.
             let level = unsafe { <$level as $crate::vector::Level>::assume() };
-            $crate::rms_norm::rms_norm(level, x, weight, epsilon, out);
+            $crate::norm::rms_norm(level, x, weight, epsilon, out);
         }
 
         $(#[target_feature(enable = $features)])?
-        unsafe fn rotate(cosines: &[f32], sines: &[f32], heads: &mut [f32]) {
-            $crate::rotary_table::rotate(cosines, sines, heads);
-        }
-
-        $(#[target_feature(enable = $features)])?
-        unsafe fn silu_multiply(gate: &[f32], up: &[f32], out: &mut [f32]) {
+        unsafe fn rms_norm_assign(x: &mut [f32], weight: &[f32], epsilon: f32) {
             // SAFETY: the caller has the level.
             let level = unsafe { <$level as $crate::vector::Level>::assume() };
-            $crate::silu::silu_multiply(level, gate, up, out);
+            $crate::norm::rms_norm_assign(level, x, weight, epsilon);
+        }
+
+        $(#[target_feature(enable = $features)])?
+        unsafe fn layer_norm(x: &[f32], weight: &[f32], bias: &[f32], epsilon: f32, out: &mut [f32]) {
+            // SAFETY: the caller has the level.
+            let level = unsafe { <$level as $crate::vector::Level>::assume() };
+            $crate::norm::layer_norm(level, x, weight, bias, epsilon, out);
+        }
+
+        $(#[target_feature(enable = $features)])?
+        unsafe fn rotate(cosines: &[f32], sines: &[f32], head_dim: usize, heads: &mut [f32]) {
+            $crate::rotary_table::rotate(cosines, sines, head_dim, heads);
+        }
+
+        fn activate(activation: $crate::activation::Activation) -> $crate::activation::Activate {
+            use $crate::activation::{Activation, Gelu, GeluTanh, Lanewise, Silu};
+            $(#[target_feature(enable = $features)])?
+            unsafe fn each<F: Lanewise>(x: &[f32], out: &mut [f32]) {
+                // SAFETY: the caller has the level.
+                let level = unsafe { <$level as $crate::vector::Level>::assume() };
+                $crate::activation::activate::<$level, F>(level, x, out);
+            }
+            match activation {
+                Activation::Silu => each::<Silu>,
+                Activation::Gelu => each::<Gelu>,
+                Activation::GeluTanh => each::<GeluTanh>,
+            }
+        }
+
+        fn activate_multiply(
+            activation: $crate::activation::Activation,
+        ) -> $crate::activation::ActivateMultiply {
+            use $crate::activation::{Activation, Gelu, GeluTanh, Lanewise, Silu};
+            $(#[target_feature(enable = $features)])?
+            unsafe fn each<F: Lanewise>(gate: &[f32], up: &[f32], out: &mut [f32]) {
+                // SAFETY: the caller has the level.
+                let level = unsafe { <$level as $crate::vector::Level>::assume() };
+                $crate::activation::multiply::<$level, F>(level, gate, up, out);
+            }
+            match activation {
+                Activation::Silu => each::<Silu>,
+                Activation::Gelu => each::<Gelu>,
+                Activation::GeluTanh => each::<GeluTanh>,
+            }
+        }
+
+        $(#[target_feature(enable = $features)])?
+        unsafe fn soft_cap(cap: f32, x: &mut [f32]) {
+            // SAFETY: the caller has the level.
+            let level = unsafe { <$level as $crate::vector::Level>::assume() };
+            $crate::activation::soft_cap(level, cap, x);
         }
 
         $(#[target_feature(enable = $features)])?

@@ -1,7 +1,8 @@
 use kintsugi_runtime::{CpuFeatures, CpuLevel, Error, ErrorCode, Result, ThreadPool};
 use kintsugi_weights::{ElementType, LinearWeight, LowRank};
 
-use crate::attention::{AttentionTask, ROWS_PER_TASK};
+use crate::activation::Activation;
+use crate::attention::{AttentionTask, ROWS_PER_TASK, Scores};
 use crate::kernel_table::KernelTable;
 use crate::kv_pages::{AttentionSegment, KvPages, PAGE_POSITIONS};
 use crate::pack::{pack_factors, pack_linear};
@@ -162,36 +163,104 @@ impl Kernels {
         });
     }
 
-    /// Turns the heads of each row of `x`, `[rows, heads · headDim]`, to its position.
+    /// [`rms_norm`](Self::rms_norm) in place.
     ///
     /// # Panics
-    /// When `x` does not have one row per position, or a position is not in the table.
-    pub fn rotate(&self, table: &RotaryTable, positions: &[u32], heads: usize, x: &mut [f32], pool: &ThreadPool) {
-        let width = heads * table.head_dim();
-        assert_eq!(x.len(), positions.len() * width, "x has one row of {width} per position");
-        if let Some(position) = positions.iter().find(|&&position| position as usize >= table.positions()) {
-            panic!("position {position} is not in a rotary table of {}", table.positions());
+    /// When `x` is not whole rows.
+    pub fn rms_norm_assign(&self, x: &mut [f32], weight: &[f32], epsilon: f32, pool: &ThreadPool) {
+        let width = weight.len();
+        assert!(width > 0 && x.len().is_multiple_of(width), "{} values are not rows of {width}", x.len());
+        pool.for_each_chunk(x, (TASK_ELEMENTS / width).max(1) * width, |_, x| {
+            // SAFETY: this CPU has the level of the table.
+            unsafe { (self.table.rms_norm_assign)(x, weight, epsilon) }
+        });
+    }
+
+    /// `out = weight · (x − mean(x)) / √(variance(x) + epsilon) + bias` for each row of `weight.len()`.
+    ///
+    /// # Panics
+    /// When `x` is not whole rows, or `out` or `bias` has another length.
+    pub fn layer_norm(
+        &self,
+        x: &[f32],
+        weight: &[f32],
+        bias: &[f32],
+        epsilon: f32,
+        out: &mut [f32],
+        pool: &ThreadPool,
+    ) {
+        let width = weight.len();
+        assert!(width > 0 && x.len().is_multiple_of(width), "{} values are not rows of {width}", x.len());
+        assert!(x.len() == out.len() && bias.len() == width, "layer_norm writes as many values as it reads");
+        let chunk = (TASK_ELEMENTS / width).max(1) * width;
+        pool.for_each_chunk(out, chunk, |task, out| {
+            let x = &x[task * chunk..][..out.len()];
+            // SAFETY: this CPU has the level of the table.
+            unsafe { (self.table.layer_norm)(x, weight, bias, epsilon, out) }
+        });
+    }
+
+    /// Turns the heads of each row of `x`, `[rows, heads · head_dim]`, by the row of the table.
+    ///
+    /// # Panics
+    /// When `x` does not have whole heads and one row per row of the table, or more dimensions turn than a head has.
+    pub fn rotate(&self, table: &RotaryTable, head_dim: usize, x: &mut [f32], pool: &ThreadPool) {
+        if table.rows() == 0 {
+            assert!(x.is_empty() || table.half() == 0, "the rotary table has no rows");
+            return;
         }
+        let width = x.len() / table.rows();
+        assert!(width * table.rows() == x.len() && width.is_multiple_of(head_dim), "x has whole heads in every row");
+        assert!(2 * table.half() <= head_dim, "a head of {head_dim} has no {} pairs", table.half());
         let rows = (TASK_ELEMENTS / width.max(1)).max(1);
         pool.for_each_chunk(x, rows * width, |task, x| {
-            for (x, &position) in x.chunks_exact_mut(width).zip(&positions[task * rows..]) {
-                let (cosines, sines) = table.row(position as usize);
+            for (row, x) in x.chunks_exact_mut(width).enumerate() {
+                let (cosines, sines) = table.row(task * rows + row);
                 // SAFETY: this CPU has the level of the table.
-                unsafe { (self.table.rotate)(cosines, sines, x) }
+                unsafe { (self.table.rotate)(cosines, sines, head_dim, x) }
             }
         });
     }
 
-    /// `out = silu(gate) · up`, element by element.
+    /// `out = activation(x)`, element by element.
     ///
     /// # Panics
     /// When the lengths differ.
-    pub fn silu_multiply(&self, gate: &[f32], up: &[f32], out: &mut [f32], pool: &ThreadPool) {
-        assert!(gate.len() == up.len() && up.len() == out.len(), "silu_multiply works on equal lengths");
+    pub fn activate(&self, activation: Activation, x: &[f32], out: &mut [f32], pool: &ThreadPool) {
+        assert_eq!(x.len(), out.len(), "activate works on equal lengths");
+        let activate = (self.table.activate)(activation);
+        pool.for_each_chunk(out, TASK_ELEMENTS, |task, out| {
+            // SAFETY: this CPU has the level of the table.
+            unsafe { activate(&x[task * TASK_ELEMENTS..][..out.len()], out) }
+        });
+    }
+
+    /// `out = activation(gate) · up`, element by element.
+    ///
+    /// # Panics
+    /// When the lengths differ.
+    pub fn activate_multiply(
+        &self,
+        activation: Activation,
+        gate: &[f32],
+        up: &[f32],
+        out: &mut [f32],
+        pool: &ThreadPool,
+    ) {
+        assert!(gate.len() == up.len() && up.len() == out.len(), "activate_multiply works on equal lengths");
+        let multiply = (self.table.activate_multiply)(activation);
         pool.for_each_chunk(out, TASK_ELEMENTS, |task, out| {
             let range = task * TASK_ELEMENTS..task * TASK_ELEMENTS + out.len();
             // SAFETY: this CPU has the level of the table.
-            unsafe { (self.table.silu_multiply)(&gate[range.clone()], &up[range], out) }
+            unsafe { multiply(&gate[range.clone()], &up[range], out) }
+        });
+    }
+
+    /// `x = cap · tanh(x / cap)`, element by element.
+    pub fn soft_cap(&self, cap: f32, x: &mut [f32], pool: &ThreadPool) {
+        pool.for_each_chunk(x, TASK_ELEMENTS, |_, x| {
+            // SAFETY: this CPU has the level of the table.
+            unsafe { (self.table.soft_cap)(cap, x) }
         });
     }
 
@@ -221,8 +290,8 @@ impl Kernels {
         }
     }
 
-    /// Causal attention: query head `h` of a row attends, with scores `scale · q · k`, to the positions of its
-    /// segment up to its own, with key-value head `h / (heads / kvHeads)`. `q` and `out` are `[rows, heads · headDim]`;
+    /// Causal attention: query head `h` of a row attends, with the scores that `scores` describes, to the positions of
+    /// its segment up to its own, with key-value head `h / (heads / kvHeads)`. `q` and `out` are `[rows, heads · headDim]`;
     /// the keys and values of the rows must have been written. Rows of no segment are left as they are.
     ///
     /// # Panics
@@ -235,7 +304,7 @@ impl Kernels {
         heads: usize,
         pages: &KvPages,
         segments: &[AttentionSegment<'_>],
-        scale: f32,
+        scores: Scores,
         out: &mut [f32],
         pool: &ThreadPool,
     ) {
@@ -254,7 +323,8 @@ impl Kernels {
         let mut tasks = Vec::new();
         let mut multiplications = 0;
         for segment in segments {
-            multiplications += segment.rows.len() * segment.positions() * width * 2;
+            let seen = segment.positions().min(scores.window.map_or(usize::MAX, |window| window + segment.rows.len()));
+            multiplications += segment.rows.len() * seen * width * 2;
             for start in segment.rows.clone().step_by(ROWS_PER_TASK) {
                 let rows = start..segment.rows.end.min(start + ROWS_PER_TASK);
                 tasks.extend((0..pages.kv_heads()).map(|kv_head| AttentionTask {
@@ -263,7 +333,7 @@ impl Kernels {
                     rows: rows.clone(),
                     kv_head,
                     heads,
-                    scale,
+                    scores,
                     q,
                     out: &out,
                 }));

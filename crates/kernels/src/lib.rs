@@ -6,6 +6,7 @@
 #![allow(unsafe_code, reason = "instructions of a CPU level exist only as unsafe functions")]
 
 mod accumulate;
+mod activation;
 mod aligned_bytes;
 mod attention;
 #[cfg(target_arch = "x86_64")]
@@ -16,20 +17,21 @@ mod codec;
 mod kernel_table;
 mod kernels;
 mod kv_pages;
+mod norm;
 mod pack;
 mod packed_input;
 mod packed_low_rank;
 mod packed_matrix;
 mod product;
-mod rms_norm;
 mod rotary_table;
 mod scalar;
 mod self_check;
 mod shared_rows;
-mod silu;
 mod strip;
 mod vector;
 
+pub use activation::Activation;
+pub use attention::Scores;
 pub use kernels::{Kernels, Precision};
 pub use kv_pages::{AttentionSegment, KvPages, PAGE_POSITIONS};
 pub use packed_low_rank::PackedLowRank;

@@ -99,30 +99,58 @@ fn fold(mut lanes: [f32; LANES], combine: impl Fn(f32, f32) -> f32) -> f32 {
     lanes[0]
 }
 
+/// Adding it rounds to an integer, which then stands in the lowest bits.
+const ROUND: f32 = 12_582_912.0;
+
+/// `x = n·ln 2 + r` with |r| ≤ ln 2 / 2: `n + ROUND` and r.
+#[inline(always)]
+fn reduce<L: Level>(level: L, x: L::Vector) -> (L::Vector, L::Vector) {
+    /// ln 2 = 355/512 − 2.12194440e-4; n times the first part is exact.
+    const LN_2_HIGH: f32 = 355.0 / 512.0;
+    const LN_2_LOW: f32 = -2.121_944_4e-4;
+    let rounded = x.mul_add(level.splat(std::f32::consts::LOG2_E), level.splat(ROUND));
+    let n = rounded.sub(level.splat(ROUND));
+    let r = n.mul_add(level.splat(-LN_2_HIGH), x);
+    (rounded, n.mul_add(level.splat(-LN_2_LOW), r))
+}
+
+/// A polynomial, the coefficient of the highest power first.
+#[inline(always)]
+fn polynomial<L: Level, const COUNT: usize>(level: L, coefficients: [f32; COUNT], x: L::Vector) -> L::Vector {
+    let mut value = level.splat(coefficients[0]);
+    for coefficient in &coefficients[1..] {
+        value = value.mul_add(x, level.splat(*coefficient));
+    }
+    value
+}
+
 /// `e^x` of each lane within 2 units in the last place: 0 below −104, infinite above 88.73, NaN where x is NaN.
 ///
 /// `x = n·ln 2 + r` with |r| ≤ ln 2 / 2, the Taylor polynomial of degree 7 for `e^r` (remainder 5e-9), and `2^n` in
 /// two factors, so that subnormal and infinite results come out right.
 #[inline(always)]
 pub(crate) fn exp<L: Level>(level: L, x: L::Vector) -> L::Vector {
-    /// Adding it rounds to an integer, which then stands in the lowest bits.
-    const ROUND: f32 = 12_582_912.0;
-    /// ln 2 = 355/512 − 2.12194440e-4; n times the first part is exact.
-    const LN_2_HIGH: f32 = 355.0 / 512.0;
-    const LN_2_LOW: f32 = -2.121_944_4e-4;
     const TAYLOR: [f32; 8] = [1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0];
 
-    let round = level.splat(ROUND);
     // The constant stands first: NaN in x stays NaN.
     let x = level.splat(89.0).min(level.splat(-104.0).max(x));
-    let n = x.mul_add(level.splat(std::f32::consts::LOG2_E), round).sub(round);
-    let r = n.mul_add(level.splat(-LN_2_HIGH), x);
-    let r = n.mul_add(level.splat(-LN_2_LOW), r);
-    let mut value = level.splat(TAYLOR[0]);
-    for coefficient in &TAYLOR[1..] {
-        value = value.mul_add(r, level.splat(*coefficient));
-    }
+    let (rounded, r) = reduce(level, x);
+    let value = polynomial(level, TAYLOR, r);
+    let round = level.splat(ROUND);
+    let n = rounded.sub(round);
     let half = n.mul_add(level.splat(0.5), round);
     let rest = n.sub(half.sub(round)).add(round);
     value.mul(half.power_of_two()).mul(rest.power_of_two())
+}
+
+/// `e^x − 1` of each lane with |x| ≤ 80, exact to a few units in the last place near zero too; NaN where x is NaN.
+///
+/// `2^n · (e^r − 1) + (2^n − 1)`, where the Taylor polynomial of `e^r − 1` has no constant term to cancel.
+#[inline(always)]
+pub(crate) fn exp_minus_one<L: Level>(level: L, x: L::Vector) -> L::Vector {
+    const TAYLOR: [f32; 7] = [1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0];
+
+    let (rounded, r) = reduce(level, x);
+    let power = rounded.power_of_two();
+    polynomial(level, TAYLOR, r).mul(r).mul_add(power, power.sub(level.splat(1.0)))
 }

@@ -1,6 +1,6 @@
 //! Paged causal attention against f64, at every level.
 
-use kintsugi_kernels::{AttentionSegment, Kernels, KvPages, PAGE_POSITIONS};
+use kintsugi_kernels::{AttentionSegment, Kernels, KvPages, PAGE_POSITIONS, Scores};
 use kintsugi_runtime::{CpuLevel, ThreadPool};
 use kintsugi_testkit::Random;
 
@@ -13,6 +13,8 @@ struct Sequence {
     q: Vec<f32>,
     k: Vec<f32>,
     v: Vec<f32>,
+    cap: Option<f32>,
+    window: Option<usize>,
 }
 
 impl Sequence {
@@ -20,11 +22,21 @@ impl Sequence {
         let mut random = Random::new(seed);
         let mut values = |count: usize| -> Vec<f32> { (0..count).map(|_| random.normal() as f32).collect() };
         let (q, kv) = (positions * heads * head_dim, positions * kv_heads * head_dim);
-        Sequence { heads, kv_heads, head_dim, positions, q: values(q), k: values(kv), v: values(kv) }
+        Sequence {
+            heads,
+            kv_heads,
+            head_dim,
+            positions,
+            q: values(q),
+            k: values(kv),
+            v: values(kv),
+            cap: None,
+            window: None,
+        }
     }
 
-    fn scale(&self) -> f32 {
-        1.0 / (self.head_dim as f32).sqrt()
+    fn scores(&self) -> Scores {
+        Scores { scale: 1.0 / (self.head_dim as f32).sqrt(), cap: self.cap, window: self.window }
     }
 
     fn pages_needed(&self) -> usize {
@@ -39,18 +51,22 @@ impl Sequence {
                 let kv_head = head / (self.heads / self.kv_heads);
                 let q = &self.q[(row * self.heads + head) * self.head_dim..][..self.head_dim];
                 let at = |position: usize| (position * self.kv_heads + kv_head) * self.head_dim;
-                let scores: Vec<f64> = (0..=row)
+                let first = (row + 1).saturating_sub(self.window.unwrap_or(usize::MAX));
+                let scores: Vec<f64> = (first..=row)
                     .map(|position| {
                         let k = &self.k[at(position)..][..self.head_dim];
                         let dot: f64 = q.iter().zip(k).map(|(&q, &k)| f64::from(q) * f64::from(k)).sum();
-                        dot * f64::from(self.scale())
+                        let score = dot * f64::from(self.scores().scale);
+                        self.cap.map(f64::from).map_or(score, |cap| cap * (score / cap).tanh())
                     })
                     .collect();
                 let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
                 let weights: Vec<f64> = scores.iter().map(|score| (score - largest).exp()).collect();
                 let total: f64 = weights.iter().sum();
                 for dimension in 0..self.head_dim {
-                    let sum = |(position, weight): (usize, &f64)| weight * f64::from(self.v[at(position) + dimension]);
+                    let sum = |(position, weight): (usize, &f64)| {
+                        weight * f64::from(self.v[at(first + position) + dimension])
+                    };
                     out.push(weights.iter().enumerate().map(sum).sum::<f64>() / total);
                 }
             }
@@ -71,7 +87,7 @@ impl Sequence {
             let q = first * self.heads * self.head_dim..(first + count) * self.heads * self.head_dim;
             kernels.write_kv(&mut pages, &segments, &self.k[kv.clone()], &self.v[kv]);
             let out = &mut out[q.clone()];
-            kernels.attention(&self.q[q], self.heads, &pages, &segments, self.scale(), out, pool);
+            kernels.attention(&self.q[q], self.heads, &pages, &segments, self.scores(), out, pool);
         }
         out
     }
@@ -118,6 +134,41 @@ fn a_row_is_the_same_bit_for_bit_in_prefill_and_decode_and_on_any_number_of_thre
 }
 
 #[test]
+fn windows_and_caps_are_those_of_f64_and_do_not_depend_on_how_rows_are_cut() {
+    let pool = ThreadPool::with_threads(2);
+    for (window, cap) in [(1, None), (2, Some(2.0)), (63, None), (64, None), (65, Some(0.5)), (100, None), (500, None)]
+    {
+        let mut sequence = Sequence::new(11, 6, 2, 24, 200);
+        sequence.window = Some(window);
+        sequence.cap = cap;
+        let expected = sequence.reference();
+        for kernels in levels() {
+            let whole = sequence.attend(&kernels, &pool, 200);
+            assert_close(&whole, &expected, &format!("{} window {window}", kernels.level().name()));
+            for step in [1, 7, 64] {
+                assert!(sequence.attend(&kernels, &pool, step) == whole, "{} {step} rows", kernels.level().name());
+            }
+        }
+    }
+}
+
+#[test]
+fn what_left_the_window_is_not_touched() {
+    let pool = ThreadPool::with_threads(1);
+    let width = 2 * 16;
+    for kernels in levels() {
+        let mut clean = Sequence::new(3, 2, 2, 16, 200);
+        clean.window = Some(20);
+        let expected = clean.attend(&kernels, &pool, 200);
+        clean.v[70 * width..71 * width].fill(f32::NAN);
+        let out = clean.attend(&kernels, &pool, 200);
+        assert!(out[..70 * width] == expected[..70 * width]);
+        assert!(out[70 * width..90 * width].iter().all(|value| value.is_nan()));
+        assert!(out[90 * width..] == expected[90 * width..], "{}", kernels.level().name());
+    }
+}
+
+#[test]
 fn segments_of_a_batch_do_not_see_each_other() {
     let pool = ThreadPool::with_threads(3);
     let (a, b) = (Sequence::new(1, 4, 2, 32, 70), Sequence::new(2, 4, 2, 32, 20));
@@ -132,7 +183,7 @@ fn segments_of_a_batch_do_not_see_each_other() {
         let (q, k, v) = (join(&a.q, &b.q), join(&a.k, &b.k), join(&a.v, &b.v));
         kernels.write_kv(&mut pages, &segments, &k, &v);
         let mut out = vec![f32::NAN; q.len()];
-        kernels.attention(&q, 4, &pages, &segments, a.scale(), &mut out, &pool);
+        kernels.attention(&q, 4, &pages, &segments, a.scores(), &mut out, &pool);
         let (from_b, from_a) = out.split_at(b.q.len());
         assert!(from_a == a.attend(&kernels, &pool, 70), "{}", kernels.level().name());
         assert!(from_b == b.attend(&kernels, &pool, 20), "{}", kernels.level().name());
@@ -199,7 +250,15 @@ fn overlapping_segments_are_a_defect_of_the_caller() {
     pages.reserve(1);
     let segment = AttentionSegment { rows: 0..1, first_position: 0, pages: &[0] };
     let segments = [segment.clone(), segment];
-    kernels.attention(&[0.0; 2], 1, &pages, &segments, 1.0, &mut [0.0; 2], &ThreadPool::with_threads(1));
+    kernels.attention(
+        &[0.0; 2],
+        1,
+        &pages,
+        &segments,
+        Scores { scale: 1.0, cap: None, window: None },
+        &mut [0.0; 2],
+        &ThreadPool::with_threads(1),
+    );
 }
 
 #[test]

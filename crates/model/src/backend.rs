@@ -1,10 +1,11 @@
 use std::borrow::Cow;
 use std::ops::Range;
 
+use kintsugi_kernels::{Activation, RotaryTable, Scores};
 use kintsugi_runtime::Result;
 use kintsugi_weights::{LinearWeight, LowRank};
 
-use crate::Batch;
+use crate::{Batch, NormWeight};
 
 /// Shape of the attention of a block.
 #[derive(Clone, Copy, Debug)]
@@ -15,6 +16,21 @@ pub struct AttentionShape {
     pub kv_heads: usize,
     /// Width of a head.
     pub head_dim: usize,
+    /// How positions are weighed.
+    pub scores: Scores,
+}
+
+/// Columns of a tensor: `count` runs of `width` that start `stride` after each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ColumnRuns {
+    /// First column of the first run.
+    pub start: usize,
+    /// Columns from the start of a run to that of the next.
+    pub stride: usize,
+    /// Columns of a run.
+    pub width: usize,
+    /// Number of runs.
+    pub count: usize,
 }
 
 /// Where a decoder computes: opaque tensors and Linears, and the operations of a block over caller-owned buffers.
@@ -29,7 +45,7 @@ pub trait Backend: Send + Sync + 'static {
     type LowRank: Send + Sync;
     /// The weight of a norm.
     type Norm: Send + Sync;
-    /// Rotary sines and cosines.
+    /// Rotary sines and cosines of the rows of a batch.
     type Rotary: Send + Sync;
     /// Keys and values of one block, in pages.
     type KvCache: Send;
@@ -41,10 +57,10 @@ pub trait Backend: Send + Sync + 'static {
     fn prepare(&self, weight: &LinearWeight) -> Result<Self::Linear>;
     /// Packs an update `y += scaling · B (A x)`.
     fn prepare_low_rank(&self, factors: &LowRank, scaling: f32) -> Result<Self::LowRank>;
-    /// Takes the weight of an RMS norm.
-    fn prepare_norm(&self, weight: &[f32]) -> Result<Self::Norm>;
-    /// Rotary table for `positions` positions.
-    fn prepare_rotary(&self, head_dim: usize, theta: f64, positions: usize) -> Result<Self::Rotary>;
+    /// Takes the weight of a norm.
+    fn prepare_norm(&self, weight: &NormWeight) -> Result<Self::Norm>;
+    /// Takes the cosines and sines of a batch.
+    fn prepare_rotary(&self, table: RotaryTable) -> Result<Self::Rotary>;
     /// Bytes that a prepared Linear occupies.
     fn linear_bytes(&self, linear: &Self::Linear) -> usize;
 
@@ -70,10 +86,14 @@ pub trait Backend: Send + Sync + 'static {
         x: &Self::Tensor,
         y: &mut Self::Tensor,
     ) -> Result<()>;
-    /// Row-wise `x / rms(x) · weight`.
-    fn rms_norm(&self, x: &Self::Tensor, norm: &Self::Norm, epsilon: f32, out: &mut Self::Tensor) -> Result<()>;
-    /// Rotary embedding in place; the halves of a head are the real and imaginary parts.
-    fn rotate(&self, rotary: &Self::Rotary, positions: &[u32], heads: usize, x: &mut Self::Tensor) -> Result<()>;
+    /// `out` = some columns of `x`, run after run.
+    fn take_columns(&self, x: &Self::Tensor, runs: ColumnRuns, out: &mut Self::Tensor) -> Result<()>;
+    /// `out` = the norm of each row of `x`.
+    fn norm(&self, x: &Self::Tensor, norm: &Self::Norm, epsilon: f32, out: &mut Self::Tensor) -> Result<()>;
+    /// The norm of each part of `x` that is as wide as the norm, in place: of rows or of heads.
+    fn norm_assign(&self, x: &mut Self::Tensor, norm: &Self::Norm, epsilon: f32) -> Result<()>;
+    /// Rotary embedding in place; the halves of the part of a head that turns are the real and imaginary parts.
+    fn rotate(&self, rotary: &Self::Rotary, head_dim: usize, x: &mut Self::Tensor) -> Result<()>;
     /// Appends `k` and `v` to the cache, then causal attention of `q` over it.
     fn attention(
         &self,
@@ -85,8 +105,18 @@ pub trait Backend: Send + Sync + 'static {
         cache: &mut Self::KvCache,
         out: &mut Self::Tensor,
     ) -> Result<()>;
-    /// `out = silu(gate) · up`.
-    fn silu_multiply(&self, gate: &Self::Tensor, up: &Self::Tensor, out: &mut Self::Tensor) -> Result<()>;
+    /// `out = activation(x)`.
+    fn activate(&self, activation: Activation, x: &Self::Tensor, out: &mut Self::Tensor) -> Result<()>;
+    /// `out = activation(gate) · up`.
+    fn activate_multiply(
+        &self,
+        activation: Activation,
+        gate: &Self::Tensor,
+        up: &Self::Tensor,
+        out: &mut Self::Tensor,
+    ) -> Result<()>;
+    /// `x = cap · tanh(x / cap)`.
+    fn soft_cap(&self, cap: f32, x: &mut Self::Tensor) -> Result<()>;
     /// `x += y`.
     fn add_assign(&self, x: &mut Self::Tensor, y: &Self::Tensor) -> Result<()>;
 }

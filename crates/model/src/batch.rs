@@ -9,6 +9,9 @@ pub struct Segment {
     pub first_position: usize,
     /// KV pages of the sequence: position `p` lives in `pages[p / PAGE_POSITIONS]`.
     pub pages: Vec<u32>,
+    /// Positions that the sequence will reach in the end. Some rotary scalings turn by it, so all passes over a
+    /// sequence must state the same.
+    pub sequence_length: usize,
     /// Index of the adapter that this sequence runs with.
     pub adapter: Option<usize>,
 }
@@ -27,11 +30,23 @@ impl Batch {
         Self::default()
     }
 
-    /// Appends `rows` rows of one sequence.
+    /// Appends the last `rows` rows of a sequence, or all of it.
     pub fn push(&mut self, rows: usize, first_position: usize, pages: Vec<u32>, adapter: Option<usize>) {
+        self.push_part(rows, first_position, pages, adapter, first_position + rows);
+    }
+
+    /// Appends `rows` rows of a sequence that will reach `sequence_length` positions.
+    pub fn push_part(
+        &mut self,
+        rows: usize,
+        first_position: usize,
+        pages: Vec<u32>,
+        adapter: Option<usize>,
+        sequence_length: usize,
+    ) {
         let start = self.positions.len();
         self.positions.extend((first_position..first_position + rows).map(|position| position as u32));
-        self.segments.push(Segment { rows: start..start + rows, first_position, pages, adapter });
+        self.segments.push(Segment { rows: start..start + rows, first_position, pages, sequence_length, adapter });
     }
 
     /// Number of rows.

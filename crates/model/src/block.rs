@@ -1,49 +1,69 @@
-use kintsugi_runtime::Result;
+use kintsugi_kernels::Activation;
+use kintsugi_runtime::{Error, ErrorCode, Result};
 
-use crate::{AttentionShape, Backend, Batch, BlockWeights, DecoderSpec, LinearSlot, TapPoint, Workspace};
+use crate::{
+    AttentionShape, Backend, Batch, BlockWeights, ColumnRuns, DecoderSpec, FusedHeads, LinearSlot, NormWeight,
+    RotaryTables, TapPoint, Workspace,
+};
 
 /// Sees the input of the Linears at each tap point of a block.
 pub type Taps<'a, B> = &'a mut dyn FnMut(TapPoint, &<B as Backend>::Tensor) -> Result<()>;
 
 /// One decoder block, ready to run.
 pub struct Block<B: Backend> {
-    linears: [B::Linear; 7],
+    /// In the order of [`DecoderSpec::linears`].
+    linears: Vec<B::Linear>,
+    slots: Vec<LinearSlot>,
     attention_norm: B::Norm,
     mlp_norm: B::Norm,
+    head_norms: Option<[B::Norm; 2]>,
+    branch_norms: Option<[B::Norm; 2]>,
+    parallel: bool,
+    fused_heads: FusedHeads,
     shape: AttentionShape,
+    activation: Activation,
+    mlp_width: usize,
     epsilon: f32,
-    /// Updates that requests may ask for, by adapter and slot.
-    adapters: Vec<[Option<B::LowRank>; 7]>,
+    /// Updates that requests may ask for, by adapter and Linear.
+    adapters: Vec<Vec<Option<B::LowRank>>>,
 }
 
 impl<B: Backend> Block<B> {
-    /// Packs the weights of one block.
+    /// Packs the weights of block `index`.
     ///
     /// # Errors
     /// What the backend reports when a weight cannot be packed.
-    pub fn prepare(backend: &B, spec: &DecoderSpec, weights: &BlockWeights) -> Result<Self> {
-        let mut linears = Vec::with_capacity(7);
-        for weight in &weights.linears {
-            linears.push(backend.prepare(weight)?);
-        }
-        let Ok(linears) = <[B::Linear; 7]>::try_from(linears) else { unreachable!("seven weights were prepared") };
+    pub fn prepare(backend: &B, spec: &DecoderSpec, index: usize, weights: &BlockWeights) -> Result<Self> {
+        let linears = weights.linears.iter().map(|weight| backend.prepare(weight));
+        let two = |norms: &Option<[NormWeight; 2]>| match norms {
+            Some([first, second]) => Ok(Some([backend.prepare_norm(first)?, backend.prepare_norm(second)?])),
+            None => Ok(None),
+        };
         Ok(Block {
-            linears,
+            linears: linears.collect::<Result<_>>()?,
+            slots: spec.linears.iter().map(|linear| linear.slot).collect(),
             attention_norm: backend.prepare_norm(&weights.attention_norm)?,
             mlp_norm: backend.prepare_norm(&weights.mlp_norm)?,
-            shape: AttentionShape { heads: spec.heads, kv_heads: spec.kv_heads, head_dim: spec.head_dim },
+            head_norms: two(&weights.head_norms)?,
+            branch_norms: two(&weights.branch_norms)?,
+            parallel: spec.parallel,
+            fused_heads: spec.family.fused_heads,
+            shape: spec.attention_shape(index),
+            activation: spec.activation,
+            mlp_width: spec.intermediate_size,
             epsilon: spec.norm_epsilon,
             adapters: Vec::new(),
         })
     }
 
-    /// Exchanges one Linear, for example for its compressed form.
-    pub fn replace(&mut self, slot: LinearSlot, linear: B::Linear) {
-        self.linears[slot.index()] = linear;
+    /// Exchanges the Linear at a place in [`DecoderSpec::linears`], for example for its compressed form.
+    pub fn replace(&mut self, index: usize, linear: B::Linear) {
+        self.linears[index] = linear;
     }
 
-    /// Adds the updates of one more adapter; its index is the number of adapters before it.
-    pub fn push_adapter(&mut self, updates: [Option<B::LowRank>; 7]) {
+    /// Adds the updates of one more adapter, in the order of [`DecoderSpec::linears`]; its index is the number of
+    /// adapters before it.
+    pub fn push_adapter(&mut self, updates: Vec<Option<B::LowRank>>) {
         self.adapters.push(updates);
     }
 
@@ -66,7 +86,7 @@ impl<B: Backend> Block<B> {
     pub fn forward(
         &self,
         backend: &B,
-        rotary: &B::Rotary,
+        rotary: &RotaryTables<B>,
         batch: &Batch,
         hidden: &mut B::Tensor,
         cache: &mut B::KvCache,
@@ -76,32 +96,96 @@ impl<B: Backend> Block<B> {
         workspace.set_rows(backend, batch.rows())?;
         let w = workspace;
 
-        backend.rms_norm(hidden, &self.attention_norm, self.epsilon, &mut w.normed)?;
+        backend.norm(hidden, &self.attention_norm, self.epsilon, &mut w.normed)?;
         taps(TapPoint::AttentionInput, &w.normed)?;
-        self.linear(backend, LinearSlot::Query, batch, &w.normed, &mut w.q)?;
-        self.linear(backend, LinearSlot::Key, batch, &w.normed, &mut w.k)?;
-        self.linear(backend, LinearSlot::Value, batch, &w.normed, &mut w.v)?;
-        backend.rotate(rotary, batch.positions(), self.shape.heads, &mut w.q)?;
-        backend.rotate(rotary, batch.positions(), self.shape.kv_heads, &mut w.k)?;
+        self.project(backend, batch, w)?;
+        if let Some([query_norm, key_norm]) = &self.head_norms {
+            backend.norm_assign(&mut w.q, query_norm, self.epsilon)?;
+            backend.norm_assign(&mut w.k, key_norm, self.epsilon)?;
+        }
+        if let Some(table) = rotary.of(self.shape.scores.window.is_some()) {
+            backend.rotate(table, self.shape.head_dim, &mut w.q)?;
+            backend.rotate(table, self.shape.head_dim, &mut w.k)?;
+        }
         backend.attention(self.shape, batch, &w.q, &w.k, &w.v, cache, &mut w.attention)?;
         taps(TapPoint::AttentionOutput, &w.attention)?;
         self.linear(backend, LinearSlot::Output, batch, &w.attention, &mut w.projected)?;
-        backend.add_assign(hidden, &w.projected)?;
+        if let Some([attention_norm, _]) = &self.branch_norms {
+            backend.norm_assign(&mut w.projected, attention_norm, self.epsilon)?;
+        }
+        if !self.parallel {
+            backend.add_assign(hidden, &w.projected)?;
+        }
+        backend.norm(hidden, &self.mlp_norm, self.epsilon, &mut w.normed)?;
+        if self.parallel {
+            backend.add_assign(hidden, &w.projected)?;
+        }
 
-        backend.rms_norm(hidden, &self.mlp_norm, self.epsilon, &mut w.normed)?;
         taps(TapPoint::MlpInput, &w.normed)?;
-        self.linear(backend, LinearSlot::Gate, batch, &w.normed, &mut w.gate)?;
-        self.linear(backend, LinearSlot::Up, batch, &w.normed, &mut w.up)?;
-        backend.silu_multiply(&w.gate, &w.up, &mut w.activation)?;
+        self.activate(backend, batch, w)?;
         taps(TapPoint::MlpActivation, &w.activation)?;
         self.linear(backend, LinearSlot::Down, batch, &w.activation, &mut w.projected)?;
+        if let Some([_, mlp_norm]) = &self.branch_norms {
+            backend.norm_assign(&mut w.projected, mlp_norm, self.epsilon)?;
+        }
         backend.add_assign(hidden, &w.projected)
     }
 
+    /// Queries, keys and values of the normed input.
+    fn project(&self, backend: &B, batch: &Batch, w: &mut Workspace<B>) -> Result<()> {
+        let Some(qkv) = &mut w.qkv else {
+            self.linear(backend, LinearSlot::Query, batch, &w.normed, &mut w.q)?;
+            self.linear(backend, LinearSlot::Key, batch, &w.normed, &mut w.k)?;
+            return self.linear(backend, LinearSlot::Value, batch, &w.normed, &mut w.v);
+        };
+        self.linear(backend, LinearSlot::QueryKeyValue, batch, &w.normed, qkv)?;
+        let AttentionShape { heads, kv_heads, head_dim, .. } = self.shape;
+        let [q, k, v] = match self.fused_heads {
+            FusedHeads::Apart => {
+                let (query, kv) = (heads * head_dim, kv_heads * head_dim);
+                [(0, query), (query, kv), (query + kv, kv)].map(|(start, width)| ColumnRuns {
+                    start,
+                    stride: width,
+                    width,
+                    count: 1,
+                })
+            }
+            FusedHeads::Together => [0, 1, 2].map(|part| ColumnRuns {
+                start: part * head_dim,
+                stride: 3 * head_dim,
+                width: head_dim,
+                count: heads,
+            }),
+        };
+        backend.take_columns(qkv, q, &mut w.q)?;
+        backend.take_columns(qkv, k, &mut w.k)?;
+        backend.take_columns(qkv, v, &mut w.v)
+    }
+
+    /// The activation of the MLP on the normed input.
+    fn activate(&self, backend: &B, batch: &Batch, w: &mut Workspace<B>) -> Result<()> {
+        if let Some(gate_up) = &mut w.gate_up {
+            self.linear(backend, LinearSlot::GateUp, batch, &w.normed, gate_up)?;
+            let gate = ColumnRuns { start: 0, stride: self.mlp_width, width: self.mlp_width, count: 1 };
+            backend.take_columns(gate_up, gate, &mut w.gate)?;
+            backend.take_columns(gate_up, ColumnRuns { start: self.mlp_width, ..gate }, &mut w.up)?;
+            return backend.activate_multiply(self.activation, &w.gate, &w.up, &mut w.activation);
+        }
+        self.linear(backend, LinearSlot::Up, batch, &w.normed, &mut w.up)?;
+        if !self.slots.contains(&LinearSlot::Gate) {
+            return backend.activate(self.activation, &w.up, &mut w.activation);
+        }
+        self.linear(backend, LinearSlot::Gate, batch, &w.normed, &mut w.gate)?;
+        backend.activate_multiply(self.activation, &w.gate, &w.up, &mut w.activation)
+    }
+
     fn linear(&self, backend: &B, slot: LinearSlot, batch: &Batch, x: &B::Tensor, y: &mut B::Tensor) -> Result<()> {
-        backend.linear(&self.linears[slot.index()], x, y)?;
+        let Some(index) = self.slots.iter().position(|&known| known == slot) else {
+            return Err(Error::new(ErrorCode::Internal, format!("the block has no {slot:?}")));
+        };
+        backend.linear(&self.linears[index], x, y)?;
         for segment in batch.segments() {
-            let update = segment.adapter.and_then(|adapter| self.adapters[adapter][slot.index()].as_ref());
+            let update = segment.adapter.and_then(|adapter| self.adapters[adapter][index].as_ref());
             if let Some(update) = update {
                 backend.add_low_rank(update, segment.rows.clone(), x, y)?;
             }

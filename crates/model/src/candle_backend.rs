@@ -2,11 +2,11 @@ use std::borrow::Cow;
 use std::ops::Range;
 
 use candle_core::{D, DType, Device, Tensor};
-use kintsugi_kernels::PAGE_POSITIONS;
+use kintsugi_kernels::{Activation, PAGE_POSITIONS, RotaryTable, Scores};
 use kintsugi_runtime::{Error, ErrorCode, Result};
 use kintsugi_weights::{LinearWeight, LowRank};
 
-use crate::{AttentionShape, Backend, Batch};
+use crate::{AttentionShape, Backend, Batch, ColumnRuns, NormWeight};
 
 /// candle-core on the CPU in f32: the plain float reference that every other backend is checked against.
 #[derive(Debug, Clone, Copy, Default)]
@@ -31,11 +31,20 @@ pub struct CandleLowRank {
     b: Tensor,
 }
 
-/// Cosines and sines, `[positions, headDim / 2]`.
+/// Cosines and sines, `[rows, 1, pairs]`.
 #[derive(Debug)]
 pub struct CandleRotary {
     cosines: Tensor,
     sines: Tensor,
+}
+
+/// The weight of a norm as candle tensors.
+#[derive(Debug)]
+pub enum CandleNorm {
+    /// `[width]`
+    Rms(Tensor),
+    /// Weight and bias, `[width]` each.
+    Layer(Tensor, Tensor),
 }
 
 /// Keys and values by page, `[PAGE_POSITIONS, kvHeads · headDim]` each.
@@ -70,26 +79,70 @@ impl CandleLowRank {
     }
 }
 
+impl CandleNorm {
+    fn width(&self) -> usize {
+        let (CandleNorm::Rms(weight) | CandleNorm::Layer(weight, _)) = self;
+        weight.elem_count()
+    }
+
+    fn apply(&self, x: &Tensor, epsilon: f32) -> candle_core::Result<Tensor> {
+        match self {
+            CandleNorm::Rms(weight) => rms_norm(x, weight, epsilon),
+            CandleNorm::Layer(weight, bias) => {
+                let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
+                rms_norm(&centred, weight, epsilon)?.broadcast_add(bias)
+            }
+        }
+    }
+}
+
+fn vector(values: &[f32]) -> Result<Tensor> {
+    Tensor::from_slice(values, values.len(), &Device::Cpu).map_err(failed)
+}
+
 fn failed(error: candle_core::Error) -> Error {
     Error::new(ErrorCode::Internal, format!("candle: {error}")).subject("CandleBackend")
 }
 
 fn rotate_halves(x: &Tensor, cosines: &Tensor, sines: &Tensor) -> candle_core::Result<Tensor> {
-    let half = x.dim(D::Minus1)? / 2;
+    let (half, width) = (cosines.dim(D::Minus1)?, x.dim(D::Minus1)?);
     let (real, imaginary) = (x.narrow(D::Minus1, 0, half)?, x.narrow(D::Minus1, half, half)?);
     let turned_real = (real.broadcast_mul(cosines)? - imaginary.broadcast_mul(sines)?)?;
     let turned_imaginary = (imaginary.broadcast_mul(cosines)? + real.broadcast_mul(sines)?)?;
-    Tensor::cat(&[turned_real, turned_imaginary], D::Minus1)
+    let mut parts = vec![turned_real, turned_imaginary];
+    if width > 2 * half {
+        parts.push(x.narrow(D::Minus1, 2 * half, width - 2 * half)?);
+    }
+    Tensor::cat(&parts, D::Minus1)
+}
+
+fn rms_norm(x: &Tensor, weight: &Tensor, epsilon: f32) -> candle_core::Result<Tensor> {
+    let mean_square = x.sqr()?.mean_keepdim(D::Minus1)?;
+    x.broadcast_div(&(mean_square + f64::from(epsilon))?.sqrt()?)?.broadcast_mul(weight)
+}
+
+fn activate(activation: Activation, x: &Tensor) -> candle_core::Result<Tensor> {
+    match activation {
+        Activation::Silu => x.silu(),
+        Activation::Gelu => x.gelu_erf(),
+        Activation::GeluTanh => x.gelu(),
+    }
 }
 
 /// Causal attention of `rows` queries that start at `first`, over `total` keys; all `[heads, rows, headDim]`.
-fn attend(q: &Tensor, k: &Tensor, v: &Tensor, first: usize) -> candle_core::Result<Tensor> {
-    let (rows, total, head_dim) = (q.dim(1)?, k.dim(1)?, q.dim(2)?);
+fn attend(q: &Tensor, k: &Tensor, v: &Tensor, first: usize, how: Scores) -> candle_core::Result<Tensor> {
+    let (rows, total) = (q.dim(1)?, k.dim(1)?);
+    let window = how.window.unwrap_or(usize::MAX);
+    let sees = |row: usize, key: usize| key <= first + row && first + row - key < window;
     let mask: Vec<f32> = (0..rows)
-        .flat_map(|row| (0..total).map(move |key| if key <= first + row { 0.0 } else { f32::NEG_INFINITY }))
+        .flat_map(|row| (0..total).map(move |key| if sees(row, key) { 0.0 } else { f32::NEG_INFINITY }))
         .collect();
     let mask = Tensor::from_vec(mask, (1, rows, total), &Device::Cpu)?;
-    let scores = (q.matmul(&k.t()?)? * (1.0 / (head_dim as f64).sqrt()))?.broadcast_add(&mask)?;
+    let mut scores = (q.matmul(&k.t()?)? * f64::from(how.scale))?;
+    if let Some(cap) = how.cap.map(f64::from) {
+        scores = ((scores / cap)?.tanh()? * cap)?;
+    }
+    let scores = scores.broadcast_add(&mask)?;
     let exponentials = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?)?.exp()?;
     let weights = exponentials.broadcast_div(&exponentials.sum_keepdim(D::Minus1)?)?;
     weights.matmul(v)
@@ -138,7 +191,7 @@ impl Backend for CandleBackend {
     type Tensor = CandleTensor;
     type Linear = CandleLinear;
     type LowRank = CandleLowRank;
-    type Norm = Tensor;
+    type Norm = CandleNorm;
     type Rotary = CandleRotary;
     type KvCache = CandleKvCache;
 
@@ -165,20 +218,17 @@ impl Backend for CandleBackend {
         CandleLowRank::new(factors, scaling).map_err(failed)
     }
 
-    fn prepare_norm(&self, weight: &[f32]) -> Result<Tensor> {
-        Tensor::from_slice(weight, weight.len(), &Device::Cpu).map_err(failed)
+    fn prepare_norm(&self, weight: &NormWeight) -> Result<CandleNorm> {
+        match weight {
+            NormWeight::Rms(weight) => Ok(CandleNorm::Rms(vector(weight)?)),
+            NormWeight::Layer { weight, bias } => Ok(CandleNorm::Layer(vector(weight)?, vector(bias)?)),
+        }
     }
 
-    fn prepare_rotary(&self, head_dim: usize, theta: f64, positions: usize) -> Result<CandleRotary> {
-        let half = head_dim / 2;
-        let angles: Vec<f64> = (0..positions)
-            .flat_map(|p| (0..half).map(move |i| p as f64 * theta.powf(-2.0 * i as f64 / head_dim as f64)))
-            .collect();
-        let tensor = |function: fn(f64) -> f64| {
-            let values: Vec<f32> = angles.iter().map(|&angle| function(angle) as f32).collect();
-            Tensor::from_vec(values, (positions, half), &Device::Cpu).map_err(failed)
-        };
-        Ok(CandleRotary { cosines: tensor(f64::cos)?, sines: tensor(f64::sin)? })
+    fn prepare_rotary(&self, table: RotaryTable) -> Result<CandleRotary> {
+        let tensor =
+            |values: &[f32]| Tensor::from_slice(values, (table.rows(), 1, table.half()), &Device::Cpu).map_err(failed);
+        Ok(CandleRotary { cosines: tensor(table.cosines())?, sines: tensor(table.sines())? })
     }
 
     fn linear_bytes(&self, linear: &CandleLinear) -> usize {
@@ -252,23 +302,34 @@ impl Backend for CandleBackend {
         Ok(())
     }
 
-    fn rms_norm(&self, x: &CandleTensor, norm: &Tensor, epsilon: f32, out: &mut CandleTensor) -> Result<()> {
+    fn take_columns(&self, x: &CandleTensor, runs: ColumnRuns, out: &mut CandleTensor) -> Result<()> {
         let compute = || {
-            let mean_square = x.tensor.sqr()?.mean_keepdim(D::Minus1)?;
-            x.tensor.broadcast_div(&(mean_square + f64::from(epsilon))?.sqrt()?)?.broadcast_mul(norm)
+            let parts = (0..runs.count).map(|run| x.tensor.narrow(1, runs.start + run * runs.stride, runs.width));
+            Tensor::cat(&parts.collect::<candle_core::Result<Vec<_>>>()?, 1)?.contiguous()
         };
         out.tensor = compute().map_err(failed)?;
         Ok(())
     }
 
-    fn rotate(&self, rotary: &CandleRotary, positions: &[u32], heads: usize, x: &mut CandleTensor) -> Result<()> {
-        let rows = positions.len();
+    fn norm(&self, x: &CandleTensor, norm: &CandleNorm, epsilon: f32, out: &mut CandleTensor) -> Result<()> {
+        out.tensor = norm.apply(&x.tensor, epsilon).map_err(failed)?;
+        Ok(())
+    }
+
+    fn norm_assign(&self, x: &mut CandleTensor, norm: &CandleNorm, epsilon: f32) -> Result<()> {
         let compute = || {
-            let index = Tensor::from_slice(positions, rows, &Device::Cpu)?;
-            let cosines = rotary.cosines.index_select(&index, 0)?.unsqueeze(1)?;
-            let sines = rotary.sines.index_select(&index, 0)?.unsqueeze(1)?;
-            let split = x.tensor.reshape((rows, heads, x.width / heads))?;
-            rotate_halves(&split, &cosines, &sines)?.reshape((rows, x.width))
+            let rows = x.tensor.elem_count() / norm.width();
+            norm.apply(&x.tensor.reshape((rows, norm.width()))?, epsilon)?.reshape(x.tensor.shape())
+        };
+        x.tensor = compute().map_err(failed)?;
+        Ok(())
+    }
+
+    fn rotate(&self, rotary: &CandleRotary, head_dim: usize, x: &mut CandleTensor) -> Result<()> {
+        let rows = x.tensor.elem_count() / x.width;
+        let compute = || {
+            let split = x.tensor.reshape((rows, x.width / head_dim, head_dim))?;
+            rotate_halves(&split, &rotary.cosines, &rotary.sines)?.reshape((rows, x.width))
         };
         x.tensor = compute().map_err(failed)?;
         Ok(())
@@ -294,7 +355,7 @@ impl Backend for CandleBackend {
                 let values = cache.gather(&segment.pages, total, shape, |page| &page.values)?;
                 let queries = q.tensor.narrow(0, segment.rows.start, rows)?;
                 let queries = queries.reshape((rows, shape.heads, shape.head_dim))?.transpose(0, 1)?.contiguous()?;
-                let attended = attend(&queries, &keys, &values, segment.first_position)?;
+                let attended = attend(&queries, &keys, &values, segment.first_position, shape.scores)?;
                 parts.push(attended.transpose(0, 1)?.contiguous()?.reshape((rows, shape.heads * shape.head_dim))?);
             }
             Tensor::cat(&parts, 0)
@@ -303,8 +364,26 @@ impl Backend for CandleBackend {
         Ok(())
     }
 
-    fn silu_multiply(&self, gate: &CandleTensor, up: &CandleTensor, out: &mut CandleTensor) -> Result<()> {
-        out.tensor = gate.tensor.silu().and_then(|silu| silu * &up.tensor).map_err(failed)?;
+    fn activate(&self, activation: Activation, x: &CandleTensor, out: &mut CandleTensor) -> Result<()> {
+        out.tensor = activate(activation, &x.tensor).map_err(failed)?;
+        Ok(())
+    }
+
+    fn activate_multiply(
+        &self,
+        activation: Activation,
+        gate: &CandleTensor,
+        up: &CandleTensor,
+        out: &mut CandleTensor,
+    ) -> Result<()> {
+        out.tensor = activate(activation, &gate.tensor).and_then(|active| active * &up.tensor).map_err(failed)?;
+        Ok(())
+    }
+
+    fn soft_cap(&self, cap: f32, x: &mut CandleTensor) -> Result<()> {
+        let cap = f64::from(cap);
+        let compute = || (&x.tensor / cap)?.tanh()? * cap;
+        x.tensor = compute().map_err(failed)?;
         Ok(())
     }
 

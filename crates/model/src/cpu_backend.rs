@@ -1,11 +1,13 @@
 use std::borrow::Cow;
 use std::ops::Range;
 
-use kintsugi_kernels::{AttentionSegment, Kernels, KvPages, PackedLowRank, PackedMatrix, Precision, RotaryTable};
+use kintsugi_kernels::{
+    Activation, AttentionSegment, Kernels, KvPages, PackedLowRank, PackedMatrix, Precision, RotaryTable,
+};
 use kintsugi_runtime::{Result, ThreadPool};
 use kintsugi_weights::{LinearWeight, LowRank};
 
-use crate::{AttentionShape, Backend, Batch};
+use crate::{AttentionShape, Backend, Batch, ColumnRuns, NormWeight};
 
 /// Our own kernels on the shared thread pool: the default backend.
 #[derive(Debug, Clone, Copy)]
@@ -63,7 +65,7 @@ impl Backend for CpuBackend {
     type Tensor = CpuTensor;
     type Linear = PackedMatrix;
     type LowRank = PackedLowRank;
-    type Norm = Vec<f32>;
+    type Norm = NormWeight;
     type Rotary = RotaryTable;
     type KvCache = KvPages;
 
@@ -79,12 +81,12 @@ impl Backend for CpuBackend {
         self.kernels.pack_low_rank(factors, scaling, self.pool)
     }
 
-    fn prepare_norm(&self, weight: &[f32]) -> Result<Vec<f32>> {
-        Ok(weight.to_vec())
+    fn prepare_norm(&self, weight: &NormWeight) -> Result<NormWeight> {
+        Ok(weight.clone())
     }
 
-    fn prepare_rotary(&self, head_dim: usize, theta: f64, positions: usize) -> Result<RotaryTable> {
-        Ok(RotaryTable::new(head_dim, theta, positions))
+    fn prepare_rotary(&self, table: RotaryTable) -> Result<RotaryTable> {
+        Ok(table)
     }
 
     fn linear_bytes(&self, linear: &PackedMatrix) -> usize {
@@ -132,13 +134,41 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn rms_norm(&self, x: &CpuTensor, norm: &Vec<f32>, epsilon: f32, out: &mut CpuTensor) -> Result<()> {
-        self.kernels.rms_norm(&x.values, norm, epsilon, &mut out.values, self.pool);
+    fn take_columns(&self, x: &CpuTensor, runs: ColumnRuns, out: &mut CpuTensor) -> Result<()> {
+        let rows = x.values.chunks_exact(x.width).zip(out.values.chunks_exact_mut(out.width));
+        for (x, out) in rows {
+            for (run, out) in out.chunks_exact_mut(runs.width).enumerate() {
+                out.copy_from_slice(&x[runs.start + run * runs.stride..][..runs.width]);
+            }
+        }
         Ok(())
     }
 
-    fn rotate(&self, rotary: &RotaryTable, positions: &[u32], heads: usize, x: &mut CpuTensor) -> Result<()> {
-        self.kernels.rotate(rotary, positions, heads, &mut x.values, self.pool);
+    fn norm(&self, x: &CpuTensor, norm: &NormWeight, epsilon: f32, out: &mut CpuTensor) -> Result<()> {
+        match norm {
+            NormWeight::Rms(weight) => {
+                self.kernels.rms_norm(&x.values, weight, epsilon, &mut out.values, self.pool);
+            }
+            NormWeight::Layer { weight, bias } => {
+                self.kernels.layer_norm(&x.values, weight, bias, epsilon, &mut out.values, self.pool);
+            }
+        }
+        Ok(())
+    }
+
+    fn norm_assign(&self, x: &mut CpuTensor, norm: &NormWeight, epsilon: f32) -> Result<()> {
+        match norm {
+            NormWeight::Rms(weight) => self.kernels.rms_norm_assign(&mut x.values, weight, epsilon, self.pool),
+            NormWeight::Layer { weight, bias } => {
+                let input = x.values.clone();
+                self.kernels.layer_norm(&input, weight, bias, epsilon, &mut x.values, self.pool);
+            }
+        }
+        Ok(())
+    }
+
+    fn rotate(&self, rotary: &RotaryTable, head_dim: usize, x: &mut CpuTensor) -> Result<()> {
+        self.kernels.rotate(rotary, head_dim, &mut x.values, self.pool);
         Ok(())
     }
 
@@ -153,15 +183,30 @@ impl Backend for CpuBackend {
         out: &mut CpuTensor,
     ) -> Result<()> {
         let segments = segments(batch);
-        let scale = 1.0 / (shape.head_dim as f32).sqrt();
         cache.reserve(batch.pages_needed());
         self.kernels.write_kv(cache, &segments, &k.values, &v.values);
-        self.kernels.attention(&q.values, shape.heads, cache, &segments, scale, &mut out.values, self.pool);
+        self.kernels.attention(&q.values, shape.heads, cache, &segments, shape.scores, &mut out.values, self.pool);
         Ok(())
     }
 
-    fn silu_multiply(&self, gate: &CpuTensor, up: &CpuTensor, out: &mut CpuTensor) -> Result<()> {
-        self.kernels.silu_multiply(&gate.values, &up.values, &mut out.values, self.pool);
+    fn activate(&self, activation: Activation, x: &CpuTensor, out: &mut CpuTensor) -> Result<()> {
+        self.kernels.activate(activation, &x.values, &mut out.values, self.pool);
+        Ok(())
+    }
+
+    fn activate_multiply(
+        &self,
+        activation: Activation,
+        gate: &CpuTensor,
+        up: &CpuTensor,
+        out: &mut CpuTensor,
+    ) -> Result<()> {
+        self.kernels.activate_multiply(activation, &gate.values, &up.values, &mut out.values, self.pool);
+        Ok(())
+    }
+
+    fn soft_cap(&self, cap: f32, x: &mut CpuTensor) -> Result<()> {
+        self.kernels.soft_cap(cap, &mut x.values, self.pool);
         Ok(())
     }
 

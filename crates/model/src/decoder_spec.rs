@@ -1,15 +1,33 @@
+use kintsugi_kernels::{Activation, Scores};
 use kintsugi_runtime::{Error, ErrorCode, Result};
 use serde_json::{Map, Value};
 
-use crate::{BiasRule, DecoderFamily, FAMILIES, LinearSlot};
+use crate::config_fields::{Fields, invalid, unsupported};
+use crate::rotary_spec::RotaryDefaults;
+use crate::{
+    AttentionShape, BiasRule, DecoderFamily, FAMILIES, LinearSlot, NormKind, PositionRule, ResidualRule, RotarySpec,
+    WindowRule,
+};
 
-/// Largest size that a field of `config.json` may claim; far above any real model, far below an overflow.
-const LARGEST_SIZE: u64 = 1 << 24;
+/// One Linear that every block of a decoder has.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LinearSpec {
+    /// What it does.
+    pub slot: LinearSlot,
+    /// Name inside the block.
+    pub name: &'static str,
+    /// Outputs.
+    pub rows: usize,
+    /// Inputs.
+    pub columns: usize,
+    /// Whether it has a bias.
+    pub bias: bool,
+}
 
 /// A decoder as its `config.json` describes it.
 #[derive(Clone, Debug)]
 pub struct DecoderSpec {
-    /// Names and biases.
+    /// Names and kinds.
     pub family: &'static DecoderFamily,
     /// Width of the residual stream.
     pub hidden_size: usize,
@@ -27,14 +45,30 @@ pub struct DecoderSpec {
     pub vocabulary_size: usize,
     /// Longest context that the model was made for.
     pub context_length: usize,
-    /// Epsilon of the RMS norms.
+    /// Epsilon of the norms.
     pub norm_epsilon: f32,
-    /// Base of the rotary frequencies.
-    pub rope_theta: f64,
+    /// Rotary position embedding; `None` where positions are learned.
+    pub rotary: Option<RotarySpec>,
+    /// That of the blocks with a window, where it is another.
+    pub window_rotary: Option<RotarySpec>,
+    /// Positions that each block attends to; `None` for all before.
+    pub windows: Vec<Option<usize>>,
+    /// Activation of the MLP.
+    pub activation: Activation,
+    /// Whether attention and MLP both start from the input of their block.
+    pub parallel: bool,
+    /// What scores are multiplied with.
+    pub score_scale: f32,
+    /// Scores become `cap · tanh(score / cap)`.
+    pub score_cap: Option<f32>,
+    /// Logits likewise.
+    pub logit_cap: Option<f32>,
+    /// What embeddings are multiplied with.
+    pub embedding_scale: f32,
     /// Whether the head is the embedding.
     pub tied_head: bool,
-    /// Whether each Linear has a bias, in the order of [`LinearSlot::ALL`].
-    pub biases: [bool; 7],
+    /// The Linears of a block, in the order of their computation.
+    pub linears: Vec<LinearSpec>,
     /// Tokens that end a generation.
     pub end_tokens: Vec<u32>,
 }
@@ -48,49 +82,79 @@ impl DecoderSpec {
     pub fn from_config(config: &Map<String, Value>) -> Result<Self> {
         let family = family(config)?;
         let fields = Fields(config);
-        let hidden_size = fields.size("hidden_size")?;
-        let heads = fields.size("num_attention_heads")?;
+        let sizes = family.sizes;
+        let hidden_size = fields.size(sizes.hidden)?;
+        let intermediate_size = match sizes.intermediate {
+            (name, true) => fields.optional_size(name)?.unwrap_or(4 * hidden_size),
+            (name, false) => fields.size(name)?,
+        };
+        let layers = fields.size(sizes.layers)?;
+        let heads = fields.size(sizes.heads)?;
         let kv_heads = fields.optional_size("num_key_value_heads")?.unwrap_or(heads);
         let head_dim = match fields.optional_size("head_dim")? {
             Some(head_dim) => head_dim,
             None if hidden_size.is_multiple_of(heads) => hidden_size / heads,
-            None => return Err(invalid("hidden_size", format!("{hidden_size} is not a multiple of {heads} heads"))),
+            None => return Err(invalid(sizes.hidden, format!("{hidden_size} is not a multiple of {heads} heads"))),
         };
         if !heads.is_multiple_of(kv_heads) {
             return Err(invalid("num_key_value_heads", format!("{heads} heads cannot share {kv_heads} key heads")));
         }
-        if !head_dim.is_multiple_of(2) {
-            return Err(invalid("head_dim", format!("rotary embedding needs an even head size, not {head_dim}")));
-        }
-        if let Some(activation) = fields.text("hidden_act").filter(|&name| name != "silu" && name != "swish") {
-            return Err(unsupported("hidden_act", format!("the activation '{activation}'")));
-        }
         for &flag in family.refused_flags {
-            if fields.flag(flag) {
+            if fields.flag(flag) == Some(true) {
                 return Err(unsupported(flag, format!("'{flag}'")));
             }
         }
-        let biases = LinearSlot::ALL.map(|slot| match family.linears[slot.index()].1 {
-            BiasRule::Never => false,
-            BiasRule::Always => true,
-            BiasRule::Config(flag) => fields.flag(flag),
-        });
-        Ok(DecoderSpec {
+        let (activation, default_activation) = family.activation;
+        let context = fields.optional_size(sizes.context)?.unwrap_or(2048);
+        let Rotaries { rotary, window_rotary, context_length } = rotary(family, fields, head_dim, context)?;
+        let cap = |place: usize| match family.cap_fields {
+            Some(names) => fields.positive(names[place]).map(|cap| cap.map(|cap| cap as f32)),
+            None => Ok(None),
+        };
+        let score_width = match family.score_field {
+            Some(name) => fields.positive(name)?.unwrap_or(head_dim as f64),
+            None => head_dim as f64,
+        };
+        let scaled_scores = fields.flag("scale_attn_weights").unwrap_or(true);
+        let mut spec = DecoderSpec {
             family,
             hidden_size,
-            intermediate_size: fields.size("intermediate_size")?,
-            layers: fields.size("num_hidden_layers")?,
+            intermediate_size,
+            layers,
             heads,
             kv_heads,
             head_dim,
             vocabulary_size: fields.size("vocab_size")?,
-            context_length: fields.optional_size("max_position_embeddings")?.unwrap_or(2048),
-            norm_epsilon: fields.positive("rms_norm_eps")?.unwrap_or(1e-6) as f32,
-            rope_theta: rope_theta(&fields)?,
-            tied_head: fields.flag("tie_word_embeddings"),
-            biases,
+            context_length,
+            norm_epsilon: fields.positive(sizes.epsilon)?.unwrap_or(1e-6) as f32,
+            rotary,
+            window_rotary,
+            windows: windows(family, fields, layers)?,
+            activation: fields.activation(activation)?.unwrap_or(default_activation),
+            parallel: match family.residual {
+                ResidualRule::Sequential => false,
+                ResidualRule::ParallelUnless(flag) => fields.flag(flag).unwrap_or(true),
+            },
+            score_scale: if scaled_scores { 1.0 / score_width.sqrt() as f32 } else { 1.0 },
+            score_cap: cap(0)?,
+            logit_cap: cap(1)?,
+            embedding_scale: if family.scaled_embedding { (hidden_size as f64).sqrt() as f32 } else { 1.0 },
+            tied_head: fields.flag("tie_word_embeddings").unwrap_or(family.tied_head),
+            linears: Vec::new(),
             end_tokens: end_tokens(config.get("eos_token_id")),
-        })
+        };
+        let linear = |&(slot, name, bias): &(LinearSlot, &'static str, BiasRule)| {
+            let (rows, columns) = spec.shape_of(slot);
+            let bias = match bias {
+                BiasRule::Never => false,
+                BiasRule::Always => true,
+                BiasRule::Config(flag) => fields.flag(flag).unwrap_or(false),
+                BiasRule::Unless(flag) => fields.flag(flag).unwrap_or(true),
+            };
+            LinearSpec { slot, name, rows, columns, bias }
+        };
+        spec.linears = family.linears.iter().map(linear).collect();
+        Ok(spec)
     }
 
     /// Width of all query heads together.
@@ -103,14 +167,17 @@ impl DecoderSpec {
         self.kv_heads * self.head_dim
     }
 
-    /// Outputs and inputs of a Linear.
-    pub fn linear_shape(&self, slot: LinearSlot) -> (usize, usize) {
-        match slot {
-            LinearSlot::Query => (self.query_width(), self.hidden_size),
-            LinearSlot::Key | LinearSlot::Value => (self.kv_width(), self.hidden_size),
-            LinearSlot::Output => (self.hidden_size, self.query_width()),
-            LinearSlot::Gate | LinearSlot::Up => (self.intermediate_size, self.hidden_size),
-            LinearSlot::Down => (self.hidden_size, self.intermediate_size),
+    /// Attention of a block.
+    pub fn attention_shape(&self, block: usize) -> AttentionShape {
+        AttentionShape {
+            heads: self.heads,
+            kv_heads: self.kv_heads,
+            head_dim: self.head_dim,
+            scores: Scores {
+                scale: self.score_scale,
+                cap: self.score_cap,
+                window: self.windows.get(block).copied().flatten(),
+            },
         }
     }
 
@@ -120,21 +187,121 @@ impl DecoderSpec {
     }
 
     /// Name of a Linear in the checkpoint.
-    pub fn linear_name(&self, block: usize, slot: LinearSlot) -> String {
-        format!("{}.{block}.{}", self.family.blocks, self.family.linears[slot.index()].0)
+    pub fn linear_name(&self, block: usize, linear: &LinearSpec) -> String {
+        format!("{}.{block}.{}", self.family.blocks, linear.name)
     }
 
     /// Weights in the Linears of all blocks: those that compression works on.
     pub fn linear_parameters(&self) -> u64 {
-        let block: u64 = LinearSlot::ALL
-            .iter()
-            .map(|&slot| {
-                let (rows, columns) = self.linear_shape(slot);
-                rows as u64 * columns as u64
-            })
-            .sum();
+        let block: u64 = self.linears.iter().map(|linear| linear.rows as u64 * linear.columns as u64).sum();
         block * self.layers as u64
     }
+
+    /// Weights of the whole model.
+    pub fn parameters(&self) -> u64 {
+        let embedding = (self.vocabulary_size * self.hidden_size) as u64;
+        let head_norms = if self.family.head_norms.is_some() { 2 * self.head_dim } else { 0 };
+        let wide_norms = if self.family.branch_norms.is_some() { 4 } else { 2 };
+        let parts = if self.family.norm == NormKind::Layer { 2 } else { 1 };
+        let norms = self.layers * (wide_norms * self.hidden_size * parts + head_norms) + self.hidden_size * parts;
+        let positions = if self.rotary.is_none() { self.context_length * self.hidden_size } else { 0 };
+        let biases: usize = self.linears.iter().filter(|linear| linear.bias).map(|linear| linear.rows).sum();
+        let heads = if self.tied_head { 1 } else { 2 };
+        embedding * heads + (positions + norms + biases * self.layers) as u64 + self.linear_parameters()
+    }
+
+    /// Outputs and inputs of a Linear.
+    fn shape_of(&self, slot: LinearSlot) -> (usize, usize) {
+        let (hidden, query, kv, mlp) = (self.hidden_size, self.query_width(), self.kv_width(), self.intermediate_size);
+        match slot {
+            LinearSlot::Query => (query, hidden),
+            LinearSlot::Key | LinearSlot::Value => (kv, hidden),
+            LinearSlot::QueryKeyValue => (query + 2 * kv, hidden),
+            LinearSlot::Output => (hidden, query),
+            LinearSlot::Gate | LinearSlot::Up => (mlp, hidden),
+            LinearSlot::GateUp => (2 * mlp, hidden),
+            LinearSlot::Down => (hidden, mlp),
+        }
+    }
+}
+
+struct Rotaries {
+    rotary: Option<RotarySpec>,
+    window_rotary: Option<RotarySpec>,
+    context_length: usize,
+}
+
+/// Reads rotary embedding. Newer configurations keep everything in `rope_parameters`, by kind of block where those
+/// differ, older ones a base and an optional `rope_scaling`.
+fn rotary(family: &DecoderFamily, fields: Fields<'_>, head_dim: usize, context: usize) -> Result<Rotaries> {
+    let PositionRule::Rotary { base_field, base, share_field, share, window_base } = family.positions else {
+        return Ok(Rotaries { rotary: None, window_rotary: None, context_length: context });
+    };
+    let defaults = RotaryDefaults {
+        theta: fields.positive(base_field)?.unwrap_or(base),
+        rotated_share: fields.positive(share_field)?.unwrap_or(share),
+        head_dim,
+        context,
+        original_context: fields.optional_size("original_max_position_embeddings")?,
+    };
+    let parameters = fields.object("rope_parameters").or_else(|| fields.object("rope_scaling"));
+    let Some((window_field, window_base)) = window_base else {
+        let rotary = RotarySpec::read(parameters, &defaults)?;
+        return Ok(Rotaries { context_length: rotary.extended_context, rotary: Some(rotary), window_rotary: None });
+    };
+    let of_kind = |kind: &str| parameters.and_then(|parameters| parameters.object(kind));
+    let full = of_kind("full_attention").or(parameters.filter(|_| of_kind("sliding_attention").is_none()));
+    let window_defaults = RotaryDefaults { theta: fields.positive(window_field)?.unwrap_or(window_base), ..defaults };
+    Ok(Rotaries {
+        rotary: Some(RotarySpec::read(full, &defaults)?),
+        window_rotary: Some(RotarySpec::read(of_kind("sliding_attention"), &window_defaults)?),
+        // Here `config.json` states the context that scaling leads to.
+        context_length: context,
+    })
+}
+
+/// The window of each block.
+fn windows(family: &DecoderFamily, fields: Fields<'_>, layers: usize) -> Result<Vec<Option<usize>>> {
+    let used = match family.windows {
+        WindowRule::Never => false,
+        WindowRule::Everywhere | WindowRule::AllButEvery(_) => true,
+        WindowRule::UpperBlocks => fields.flag("use_sliding_window").unwrap_or(false),
+    };
+    let window = if used { fields.optional_size("sliding_window")? } else { None };
+    let Some(window) = window else { return Ok(vec![None; layers]) };
+    let slides: Vec<bool> = match family.windows {
+        WindowRule::Never | WindowRule::Everywhere => vec![true; layers],
+        WindowRule::UpperBlocks => match layer_types(fields, layers)? {
+            Some(slides) => slides,
+            None => {
+                let first = fields.optional_size("max_window_layers")?.unwrap_or(0);
+                (0..layers).map(|block| block >= first).collect()
+            }
+        },
+        WindowRule::AllButEvery(period) => match layer_types(fields, layers)? {
+            Some(slides) => slides,
+            None => {
+                let period = fields.optional_size("sliding_window_pattern")?.unwrap_or(period);
+                (1..=layers).map(|block| !block.is_multiple_of(period)).collect()
+            }
+        },
+    };
+    Ok(slides.into_iter().map(|slides| slides.then_some(window)).collect())
+}
+
+/// Which blocks `layer_types` gives a window to.
+fn layer_types(fields: Fields<'_>, layers: usize) -> Result<Option<Vec<bool>>> {
+    let Some(value) = fields.value("layer_types") else { return Ok(None) };
+    let kinds: Vec<&Value> = value.as_array().into_iter().flatten().collect();
+    if kinds.len() != layers {
+        return Err(invalid("layer_types", format!("it is not a list of {layers} kinds")));
+    }
+    let slides = |kind: &&Value| match kind.as_str() {
+        Some("sliding_attention") => Ok(true),
+        Some("full_attention") => Ok(false),
+        _ => Err(unsupported("layer_types", format!("blocks of the kind {kind}"))),
+    };
+    kinds.iter().map(slides).collect::<Result<_>>().map(Some)
 }
 
 fn family(config: &Map<String, Value>) -> Result<&'static DecoderFamily> {
@@ -159,21 +326,6 @@ fn family(config: &Map<String, Value>) -> Result<&'static DecoderFamily> {
     })
 }
 
-fn rope_theta(fields: &Fields<'_>) -> Result<f64> {
-    // Newer configs keep everything in `rope_parameters`, older ones a base and an optional `rope_scaling`.
-    for key in ["rope_parameters", "rope_scaling"] {
-        let Some(object) = fields.0.get(key).and_then(Value::as_object) else { continue };
-        let kind = object.get("rope_type").or_else(|| object.get("type")).and_then(Value::as_str).unwrap_or("default");
-        if kind != "default" {
-            return Err(unsupported(key, format!("the rotary scaling '{kind}'")));
-        }
-        if let Some(theta) = Fields(object).positive("rope_theta")? {
-            return Ok(theta);
-        }
-    }
-    Ok(fields.positive("rope_theta")?.unwrap_or(10_000.0))
-}
-
 fn end_tokens(value: Option<&Value>) -> Vec<u32> {
     let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
     match value {
@@ -181,54 +333,6 @@ fn end_tokens(value: Option<&Value>) -> Vec<u32> {
         Some(value) => id(value).into_iter().collect(),
         None => Vec::new(),
     }
-}
-
-struct Fields<'a>(&'a Map<String, Value>);
-
-impl Fields<'_> {
-    fn optional_size(&self, name: &str) -> Result<Option<usize>> {
-        match self.0.get(name) {
-            None | Some(Value::Null) => Ok(None),
-            Some(value) => match value.as_u64() {
-                Some(size) if size > 0 && size <= LARGEST_SIZE => Ok(Some(size as usize)),
-                _ => Err(invalid(name, format!("{value} is not a size between 1 and {LARGEST_SIZE}"))),
-            },
-        }
-    }
-
-    fn size(&self, name: &str) -> Result<usize> {
-        self.optional_size(name)?.ok_or_else(|| invalid(name, "the field is missing".into()))
-    }
-
-    fn positive(&self, name: &str) -> Result<Option<f64>> {
-        match self.0.get(name) {
-            None | Some(Value::Null) => Ok(None),
-            Some(value) => match value.as_f64() {
-                Some(number) if number > 0.0 && number.is_finite() => Ok(Some(number)),
-                _ => Err(invalid(name, format!("{value} is not a positive number"))),
-            },
-        }
-    }
-
-    fn flag(&self, name: &str) -> bool {
-        self.0.get(name).and_then(Value::as_bool).unwrap_or(false)
-    }
-
-    fn text(&self, name: &str) -> Option<&str> {
-        self.0.get(name).and_then(Value::as_str)
-    }
-}
-
-fn invalid(field: &str, message: String) -> Error {
-    Error::new(ErrorCode::ConfigInvalid, format!("config.json: {field}: {message}"))
-        .subject(field)
-        .hint("Take config.json from the folder that the weights come from")
-}
-
-fn unsupported(field: &str, what: String) -> Error {
-    Error::new(ErrorCode::ConfigUnsupported, format!("config.json asks for {what}, which is not supported"))
-        .subject(field)
-        .hint("Use a checkpoint without it")
 }
 
 #[cfg(test)]
@@ -246,18 +350,22 @@ mod tests {
         config
     }
 
+    fn biases(spec: &DecoderSpec) -> Vec<bool> {
+        spec.linears.iter().map(|linear| linear.bias).collect()
+    }
+
     #[test]
     fn llama_and_qwen_differ_in_their_biases() {
         let llama = DecoderSpec::from_config(&config(&[])).unwrap();
         assert_eq!((llama.head_dim, llama.kv_width(), llama.query_width()), (8, 32, 64));
-        assert_eq!(llama.biases, [false; 7]);
-        assert_eq!(llama.linear_name(1, LinearSlot::Down), "model.layers.1.mlp.down_proj");
+        assert_eq!(biases(&llama), [false; 7]);
+        assert_eq!(llama.linear_name(1, &llama.linears[6]), "model.layers.1.mlp.down_proj");
         assert_eq!(llama.end_tokens, [2, 5]);
         let qwen = config(&[("architectures", serde_json::json!(["Qwen2ForCausalLM"]))]);
         let qwen = DecoderSpec::from_config(&qwen).unwrap();
-        assert_eq!(qwen.biases, [true, true, true, false, false, false, false]);
+        assert_eq!(biases(&qwen), [true, true, true, false, false, false, false]);
         let biased = DecoderSpec::from_config(&config(&[("attention_bias", Value::Bool(true))])).unwrap();
-        assert_eq!(biased.biases, [true, true, true, true, false, false, false]);
+        assert_eq!(biases(&biased), [true, true, true, true, false, false, false]);
     }
 
     #[test]
@@ -269,8 +377,17 @@ mod tests {
                 ErrorCode::ConfigArchitecture,
                 "MambaForCausalLM",
             ),
-            ("rope_scaling", serde_json::json!({"rope_type": "llama3"}), ErrorCode::ConfigUnsupported, "llama3"),
-            ("hidden_act", serde_json::json!("gelu"), ErrorCode::ConfigUnsupported, "gelu"),
+            ("rope_scaling", serde_json::json!({"rope_type": "mrope"}), ErrorCode::ConfigUnsupported, "mrope"),
+            ("rope_scaling", serde_json::json!({"type": "linear"}), ErrorCode::ConfigInvalid, "factor"),
+            ("rope_scaling", serde_json::json!({"type": "linear", "factor": -2}), ErrorCode::ConfigInvalid, "-2"),
+            (
+                "rope_scaling",
+                serde_json::json!({"type": "longrope", "short_factor": [1.0]}),
+                ErrorCode::ConfigInvalid,
+                "long_factor",
+            ),
+            ("partial_rotary_factor", serde_json::json!(0.4), ErrorCode::ConfigInvalid, "even"),
+            ("hidden_act", serde_json::json!("relu2"), ErrorCode::ConfigUnsupported, "relu2"),
             ("num_key_value_heads", serde_json::json!(3), ErrorCode::ConfigInvalid, "3 key heads"),
             ("hidden_size", serde_json::json!(-1), ErrorCode::ConfigInvalid, "-1"),
             ("vocab_size", serde_json::json!(1e300), ErrorCode::ConfigInvalid, "1e+300"),
@@ -285,10 +402,41 @@ mod tests {
     }
 
     #[test]
-    fn both_spellings_of_the_rotary_base_are_read() {
-        let old = config(&[("rope_theta", serde_json::json!(500000.0))]);
-        assert_eq!(DecoderSpec::from_config(&old).unwrap().rope_theta, 500_000.0);
-        let new = config(&[("rope_parameters", serde_json::json!({"rope_type": "default", "rope_theta": 1e6}))]);
-        assert_eq!(DecoderSpec::from_config(&new).unwrap().rope_theta, 1e6);
+    fn both_spellings_of_the_rotary_parameters_are_read() {
+        let rotary = |key: &str, value| DecoderSpec::from_config(&config(&[(key, value)])).unwrap().rotary.unwrap();
+        let old = rotary("rope_theta", serde_json::json!(500000.0));
+        let new = rotary("rope_parameters", serde_json::json!({"rope_type": "default", "rope_theta": 500000.0}));
+        assert_eq!(old, new);
+        assert_eq!(old.frequencies(10)[1], 500_000f64.powf(-0.25));
+        let old = rotary("rope_scaling", serde_json::json!({"type": "linear", "factor": 4.0}));
+        let new = rotary("rope_parameters", serde_json::json!({"rope_type": "linear", "factor": 4.0}));
+        assert_eq!(old, new);
+        assert_eq!(*old.frequencies(10), [0.25, 0.025, 0.0025, 0.00025]);
+        assert_eq!(old.extended_context, 4 * 2048);
+    }
+
+    #[test]
+    fn windows_are_given_to_the_blocks_that_the_configuration_says() {
+        let qwen = |changes: &[(&str, Value)]| {
+            let mut all = vec![
+                ("architectures", serde_json::json!(["Qwen2ForCausalLM"])),
+                ("sliding_window", serde_json::json!(9)),
+                ("max_window_layers", serde_json::json!(1)),
+            ];
+            all.extend_from_slice(changes);
+            DecoderSpec::from_config(&config(&all))
+        };
+        let on = ("use_sliding_window", Value::Bool(true));
+        assert_eq!(qwen(&[]).unwrap().windows, [None, None]);
+        assert_eq!(qwen(std::slice::from_ref(&on)).unwrap().windows, [None, Some(9)]);
+        let types = |kinds: [&str; 2]| ("layer_types", serde_json::json!(kinds));
+        let stated = qwen(&[on.clone(), types(["sliding_attention", "full_attention"])]).unwrap();
+        assert_eq!(stated.windows, [Some(9), None]);
+        let error = qwen(&[on.clone(), types(["linear_attention", "full_attention"])]).unwrap_err();
+        assert_eq!((error.code, error.subject.as_str()), (ErrorCode::ConfigUnsupported, "layer_types"));
+        let error = qwen(&[on, ("layer_types", serde_json::json!(["full_attention"]))]).unwrap_err();
+        assert_eq!(error.code, ErrorCode::ConfigInvalid);
+        let llama = config(&[("sliding_window", serde_json::json!(9))]);
+        assert_eq!(DecoderSpec::from_config(&llama).unwrap().windows, [None, None]);
     }
 }

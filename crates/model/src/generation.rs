@@ -74,6 +74,8 @@ pub struct Generation<B: Backend> {
     /// Prompt and generated tokens.
     history: Vec<u32>,
     prompt_tokens: usize,
+    /// Most positions that prompt and generated tokens can take.
+    sequence_length: usize,
     /// Tokens whose keys and values are in the cache.
     cached: usize,
     finish_reason: Option<FinishReason>,
@@ -113,6 +115,7 @@ impl<B: Backend> Generation<B> {
             adapter,
             pages: Vec::new(),
             prompt_tokens: history.len(),
+            sequence_length: history.len().saturating_add(options.max_tokens).min(context),
             cached: 0,
             finish_reason: None,
             seconds_prefill: 0.0,
@@ -185,7 +188,7 @@ impl<B: Backend> Generation<B> {
             let rows = (self.history.len() - self.cached).min(ROWS_PER_PREFILL);
             self.session.pages.extend(&mut self.pages, self.cached + rows);
             let mut batch = Batch::new();
-            batch.push(rows, self.cached, self.pages.clone(), self.adapter);
+            batch.push_part(rows, self.cached, self.pages.clone(), self.adapter, self.sequence_length);
             let tokens = &self.history[self.cached..self.cached + rows];
             self.model.forward(&mut self.session, tokens, &batch, cancel)?;
             self.cached += rows;

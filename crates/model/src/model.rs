@@ -1,10 +1,10 @@
 use kintsugi_checkpoint::Checkpoint;
 use kintsugi_runtime::{CancelToken, Error, ErrorCode, Progress, Result};
-use kintsugi_weights::{Adapter, DenseMatrix};
+use kintsugi_weights::Adapter;
 
 use crate::model_weights::check_factors;
 use crate::{
-    Backend, Batch, Block, BlockWeights, DecoderSpec, LinearSlot, ModelWeights, Session, Tokenizer,
+    Backend, Batch, Block, BlockWeights, DecoderSpec, Embedding, ModelWeights, RotaryTables, Session, Tokenizer,
     attach_compensation, read_tokenizer,
 };
 
@@ -13,11 +13,10 @@ pub struct Model<B: Backend> {
     spec: DecoderSpec,
     backend: B,
     tokenizer: Tokenizer,
-    embedding: DenseMatrix,
+    embedding: Embedding,
     blocks: Vec<Block<B>>,
     final_norm: B::Norm,
     head: B::Linear,
-    rotary: B::Rotary,
     adapters: Vec<String>,
 }
 
@@ -61,7 +60,6 @@ impl<B: Backend> Model<B> {
         Ok(Model {
             final_norm: backend.prepare_norm(&weights.final_norm)?,
             head: backend.prepare(&weights.head())?,
-            rotary: backend.prepare_rotary(spec.head_dim, spec.rope_theta, spec.context_length)?,
             embedding: weights.embedding.clone(),
             blocks: Vec::with_capacity(spec.layers),
             adapters: Vec::new(),
@@ -76,7 +74,7 @@ impl<B: Backend> Model<B> {
     /// # Errors
     /// What the backend reports when a weight cannot be packed.
     pub fn push_block(&mut self, weights: &BlockWeights) -> Result<()> {
-        self.blocks.push(Block::prepare(&self.backend, &self.spec, weights)?);
+        self.blocks.push(Block::prepare(&self.backend, &self.spec, self.blocks.len(), weights)?);
         Ok(())
     }
 
@@ -88,23 +86,25 @@ impl<B: Backend> Model<B> {
         let mut used = 0;
         let mut updates = Vec::with_capacity(self.blocks.len());
         for block in 0..self.blocks.len() {
-            let mut of_block: [Option<B::LowRank>; 7] = Default::default();
-            for slot in LinearSlot::ALL {
-                let linear = self.spec.linear_name(block, slot);
-                if let Some(entry) = adapter.linears.get(&linear) {
-                    check_factors(&linear, self.spec.linear_shape(slot), &entry.factors)?;
-                    of_block[slot.index()] = Some(self.backend.prepare_low_rank(&entry.factors, entry.scaling)?);
-                    used += 1;
-                }
+            let mut of_block = Vec::with_capacity(self.spec.linears.len());
+            for linear in &self.spec.linears {
+                let name = self.spec.linear_name(block, linear);
+                let Some(entry) = adapter.linears.get(&name) else {
+                    of_block.push(None);
+                    continue;
+                };
+                check_factors(&name, (linear.rows, linear.columns), &entry.factors)?;
+                of_block.push(Some(self.backend.prepare_low_rank(&entry.factors, entry.scaling)?));
+                used += 1;
             }
             updates.push(of_block);
         }
         if used != adapter.linears.len() {
-            let known = |linear: &String| {
+            let known = |name: &String| {
                 (0..self.spec.layers)
-                    .any(|block| LinearSlot::ALL.iter().any(|&slot| self.spec.linear_name(block, slot) == *linear))
+                    .any(|block| self.spec.linears.iter().any(|linear| self.spec.linear_name(block, linear) == *name))
             };
-            let stranger = adapter.linears.keys().find(|linear| !known(linear)).cloned().unwrap_or_default();
+            let stranger = adapter.linears.keys().find(|name| !known(name)).cloned().unwrap_or_default();
             return Err(Error::new(
                 ErrorCode::AdapterInvalid,
                 format!("adapter '{name}' updates a Linear that the model does not have"),
@@ -164,8 +164,7 @@ impl<B: Backend> Model<B> {
     /// Bytes of the packed weights, embedding included.
     pub fn memory_bytes(&self) -> usize {
         let blocks: usize = self.blocks.iter().map(|block| block.memory_bytes(&self.backend)).sum();
-        let embedding = self.embedding.rows() * self.embedding.columns() * self.embedding.element_type().bits() / 8;
-        blocks + embedding + self.backend.linear_bytes(&self.head)
+        blocks + self.embedding.memory_bytes() + self.backend.linear_bytes(&self.head)
     }
 
     /// Runs the rows of `batch`, one token per row, through all blocks; the result stays in `session`.
@@ -173,13 +172,14 @@ impl<B: Backend> Model<B> {
     /// # Errors
     /// `ERR_INTERNAL` for a token outside the vocabulary; `ERR_CANCELLED`, checked before every block.
     pub fn forward(&self, session: &mut Session<B>, tokens: &[u32], batch: &Batch, cancel: &CancelToken) -> Result<()> {
-        let embedded = embed(&self.embedding, tokens)?;
+        let embedded = self.embedding.embed(tokens, batch.positions())?;
         self.backend.upload(&embedded, &mut session.hidden)?;
+        let rotary = RotaryTables::new(&self.backend, &self.spec, batch)?;
         for (block, cache) in self.blocks.iter().zip(&mut session.caches) {
             cancel.check()?;
             block.forward(
                 &self.backend,
-                &self.rotary,
+                &rotary,
                 batch,
                 &mut session.hidden,
                 cache,
@@ -207,24 +207,11 @@ impl<B: Backend> Model<B> {
         }
         self.backend.set_rows(&mut session.normed, count)?;
         self.backend.set_rows(&mut session.logits, count)?;
-        self.backend.rms_norm(&session.selected, &self.final_norm, self.spec.norm_epsilon, &mut session.normed)?;
+        self.backend.norm(&session.selected, &self.final_norm, self.spec.norm_epsilon, &mut session.normed)?;
         self.backend.linear(&self.head, &session.normed, &mut session.logits)?;
+        if let Some(cap) = self.spec.logit_cap {
+            self.backend.soft_cap(cap, &mut session.logits)?;
+        }
         self.backend.download(&session.logits)
     }
-}
-
-/// Rows of the embedding for `tokens`, `[tokens.len(), hiddenSize]`.
-///
-/// # Errors
-/// `ERR_INTERNAL` for a token outside the vocabulary.
-pub fn embed(embedding: &DenseMatrix, tokens: &[u32]) -> Result<Vec<f32>> {
-    let width = embedding.columns();
-    let mut out = vec![0.0; tokens.len() * width];
-    for (&token, row) in tokens.iter().zip(out.chunks_exact_mut(width)) {
-        if token as usize >= embedding.rows() {
-            return Err(Error::new(ErrorCode::Internal, format!("token {token} is outside the vocabulary")));
-        }
-        embedding.row_to_f32(token as usize, row);
-    }
-    Ok(out)
 }

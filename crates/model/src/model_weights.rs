@@ -1,29 +1,47 @@
 use kintsugi_checkpoint::Checkpoint;
 use kintsugi_runtime::{Error, ErrorCode, Result};
-use kintsugi_weights::{Adapter, DenseMatrix, LinearWeight, LowRank, WeightMatrix};
+use kintsugi_weights::{Adapter, LinearWeight, LowRank, WeightMatrix};
 
-use crate::{DecoderSpec, LinearSlot, Tokenizer};
+use crate::{DecoderSpec, Embedding, LinearSpec, NormKind, PositionRule, Tokenizer};
+
+/// The weight of a norm.
+#[derive(Clone, Debug, PartialEq)]
+pub enum NormWeight {
+    /// `weight · x / rms(x)`.
+    Rms(Vec<f32>),
+    /// `weight · (x − mean(x)) / deviation(x) + bias`.
+    Layer {
+        /// `[width]`
+        weight: Vec<f32>,
+        /// `[width]`
+        bias: Vec<f32>,
+    },
+}
 
 /// The weights of one decoder block as they were read.
 #[derive(Clone, Debug)]
 pub struct BlockWeights {
-    /// In the order of [`LinearSlot::ALL`].
-    pub linears: [LinearWeight; 7],
+    /// In the order of [`DecoderSpec::linears`].
+    pub linears: Vec<LinearWeight>,
     /// `[hiddenSize]`
-    pub attention_norm: Vec<f32>,
+    pub attention_norm: NormWeight,
     /// `[hiddenSize]`
-    pub mlp_norm: Vec<f32>,
+    pub mlp_norm: NormWeight,
+    /// Of each query head and each key head, `[headDim]`.
+    pub head_norms: Option<[NormWeight; 2]>,
+    /// Of what the attention and the MLP add, `[hiddenSize]`.
+    pub branch_norms: Option<[NormWeight; 2]>,
 }
 
 /// The weights outside the blocks.
 #[derive(Clone, Debug)]
 pub struct ModelWeights {
-    /// `[vocabularySize, hiddenSize]`
-    pub embedding: DenseMatrix,
+    /// Of tokens and positions.
+    pub embedding: Embedding,
     /// `None` when the head is the embedding.
     pub head: Option<LinearWeight>,
     /// `[hiddenSize]`
-    pub final_norm: Vec<f32>,
+    pub final_norm: NormWeight,
 }
 
 impl BlockWeights {
@@ -32,16 +50,19 @@ impl BlockWeights {
     /// # Errors
     /// `ERR_CHECKPOINT_TENSOR_MISSING`, `ERR_CHECKPOINT_SHAPE`, and what reading reports.
     pub fn read(checkpoint: &Checkpoint, spec: &DecoderSpec, block: usize) -> Result<Self> {
-        let mut linears = Vec::with_capacity(7);
-        for slot in LinearSlot::ALL {
-            linears.push(read_linear(checkpoint, spec, block, slot)?);
-        }
-        let Ok(linears) = <[LinearWeight; 7]>::try_from(linears) else { unreachable!("seven slots were read") };
+        let linears = spec.linears.iter().map(|linear| read_linear(checkpoint, spec, block, linear));
         let prefix = spec.block_name(block);
+        let norm = |name: &str, width| read_norm(checkpoint, spec, &format!("{prefix}.{name}"), width);
+        let two = |names: Option<[&str; 2]>, width| match names {
+            Some([first, second]) => Ok(Some([norm(first, width)?, norm(second, width)?])),
+            None => Ok(None),
+        };
         Ok(BlockWeights {
-            linears,
-            attention_norm: read_norm(checkpoint, spec, &format!("{prefix}.{}", spec.family.attention_norm))?,
-            mlp_norm: read_norm(checkpoint, spec, &format!("{prefix}.{}", spec.family.mlp_norm))?,
+            linears: linears.collect::<Result<_>>()?,
+            attention_norm: norm(spec.family.attention_norm, spec.hidden_size)?,
+            mlp_norm: norm(spec.family.mlp_norm, spec.hidden_size)?,
+            head_norms: two(spec.family.head_norms, spec.head_dim)?,
+            branch_norms: two(spec.family.branch_norms, spec.hidden_size)?,
         })
     }
 }
@@ -58,8 +79,19 @@ impl ModelWeights {
         // A tied matrix may be stored under either name.
         let stored =
             if spec.tied_head && checkpoint.tensor(&embedding_name).is_none() { &head_name } else { &embedding_name };
-        let embedding = checkpoint.dense(stored)?;
-        check_shape(stored, expected, (embedding.rows(), embedding.columns()))?;
+        let tokens = checkpoint.dense(stored)?;
+        check_shape(stored, expected, (tokens.rows(), tokens.columns()))?;
+        let positions = match spec.family.positions {
+            PositionRule::Learned(name) => {
+                let name = format!("{name}.weight");
+                let positions = checkpoint.dense(&name)?;
+                let shape = (positions.rows(), positions.columns());
+                check_shape(&name, (spec.context_length, spec.hidden_size), shape)?;
+                Some(positions)
+            }
+            PositionRule::Rotary { .. } => None,
+        };
+        let embedding = Embedding { tokens, positions, scale: spec.embedding_scale };
         let head = if spec.tied_head {
             None
         } else {
@@ -67,13 +99,13 @@ impl ModelWeights {
             check_shape(&head_name, expected, (head.matrix.rows(), head.matrix.columns()))?;
             Some(head)
         };
-        let final_norm = read_norm(checkpoint, spec, spec.family.final_norm)?;
+        let final_norm = read_norm(checkpoint, spec, spec.family.final_norm, spec.hidden_size)?;
         Ok(ModelWeights { embedding, head, final_norm })
     }
 
     /// The head as a Linear.
     pub fn head(&self) -> LinearWeight {
-        let tied = || LinearWeight::plain(WeightMatrix::Dense(self.embedding.clone()));
+        let tied = || LinearWeight::plain(WeightMatrix::Dense(self.embedding.tokens.clone()));
         self.head.clone().unwrap_or_else(tied)
     }
 }
@@ -105,10 +137,10 @@ pub fn attach_compensation(
     weights: &mut BlockWeights,
     adapter: &Adapter,
 ) -> Result<()> {
-    for slot in LinearSlot::ALL {
-        let name = spec.linear_name(block, slot);
+    for (linear, weight) in spec.linears.iter().zip(&mut weights.linears) {
+        let name = spec.linear_name(block, linear);
         let Some(entry) = adapter.linears.get(&name) else { continue };
-        check_factors(&name, spec.linear_shape(slot), &entry.factors)?;
+        check_factors(&name, (linear.rows, linear.columns), &entry.factors)?;
         let factors = if entry.scaling == 1.0 {
             entry.factors.clone()
         } else {
@@ -116,7 +148,7 @@ pub fn attach_compensation(
             let b = f.b().iter().map(|value| value * entry.scaling).collect();
             LowRank::new(f.out_features(), f.in_features(), f.rank(), b, f.a().to_vec(), f.factor_type())
         };
-        weights.linears[slot.index()].low_rank = Some(factors);
+        weight.low_rank = Some(factors);
     }
     Ok(())
 }
@@ -138,11 +170,11 @@ pub(crate) fn check_factors(name: &str, shape: (usize, usize), factors: &LowRank
     .hint("Use an adapter that was made for this base model"))
 }
 
-fn read_linear(checkpoint: &Checkpoint, spec: &DecoderSpec, block: usize, slot: LinearSlot) -> Result<LinearWeight> {
-    let name = spec.linear_name(block, slot);
-    let mut weight = checkpoint.linear(&name)?;
-    check_shape(&name, spec.linear_shape(slot), (weight.matrix.rows(), weight.matrix.columns()))?;
-    match (&weight.bias, spec.biases[slot.index()]) {
+fn read_linear(checkpoint: &Checkpoint, spec: &DecoderSpec, block: usize, linear: &LinearSpec) -> Result<LinearWeight> {
+    let name = spec.linear_name(block, linear);
+    let mut weight = stored_linear(checkpoint, spec, &name)?;
+    check_shape(&name, (linear.rows, linear.columns), (weight.matrix.rows(), weight.matrix.columns()))?;
+    match (&weight.bias, linear.bias) {
         (None, true) => {
             return Err(Error::new(ErrorCode::CheckpointTensorMissing, "the Linear needs a bias, which is missing")
                 .subject(format!("{name}.bias"))
@@ -160,11 +192,36 @@ fn read_linear(checkpoint: &Checkpoint, spec: &DecoderSpec, block: usize, slot: 
     Ok(weight)
 }
 
-fn read_norm(checkpoint: &Checkpoint, spec: &DecoderSpec, name: &str) -> Result<Vec<f32>> {
-    let name = format!("{name}.weight");
-    let values = checkpoint.vector(&name)?;
-    check_shape(&name, (spec.hidden_size, 1), (values.len(), 1))?;
-    Ok(values)
+/// The Linear as `[out, in]`. Compressed ones are never stored otherwise.
+fn stored_linear(checkpoint: &Checkpoint, spec: &DecoderSpec, name: &str) -> Result<LinearWeight> {
+    let plain = format!("{name}.weight");
+    if !spec.family.transposed || checkpoint.tensor(&plain).is_none() {
+        return checkpoint.linear(name);
+    }
+    let matrix = checkpoint.dense(&plain)?.transposed();
+    let bias_name = format!("{name}.bias");
+    let bias = match checkpoint.tensor(&bias_name) {
+        Some(_) => Some(checkpoint.vector(&bias_name)?),
+        None => None,
+    };
+    if let Some(bias) = &bias {
+        check_shape(&bias_name, (matrix.rows(), 1), (bias.len(), 1))?;
+    }
+    Ok(LinearWeight { matrix: WeightMatrix::Dense(matrix), bias, low_rank: None })
+}
+
+fn read_norm(checkpoint: &Checkpoint, spec: &DecoderSpec, name: &str, width: usize) -> Result<NormWeight> {
+    let vector = |part: &str| {
+        let name = format!("{name}.{part}");
+        let values = checkpoint.vector(&name)?;
+        check_shape(&name, (width, 1), (values.len(), 1))?;
+        Ok(values)
+    };
+    Ok(match spec.family.norm {
+        NormKind::Rms => NormWeight::Rms(vector("weight")?),
+        NormKind::RmsPlusOne => NormWeight::Rms(vector("weight")?.into_iter().map(|weight| 1.0 + weight).collect()),
+        NormKind::Layer => NormWeight::Layer { weight: vector("weight")?, bias: vector("bias")? },
+    })
 }
 
 fn check_shape(name: &str, expected: (usize, usize), found: (usize, usize)) -> Result<()> {

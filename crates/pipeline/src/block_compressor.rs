@@ -3,7 +3,7 @@ use std::time::Instant;
 use kintsugi_calibration::Calibration;
 use kintsugi_compensate::{EoraOptions, ResidualError, eora, residual_error};
 use kintsugi_compress::{LinearMethod, QuantizeOptions};
-use kintsugi_model::{Backend, Block, BlockWeights, DecoderSpec, LinearSlot, TapPoint};
+use kintsugi_model::{Backend, Block, BlockWeights, DecoderSpec, LinearSpec, TapPoint};
 use kintsugi_runtime::{CancelToken, Error, ErrorCode, Result, ThreadPool};
 use kintsugi_weights::{DenseMatrix, ElementType, LinearWeight, LowRank, QuantizedMatrix, WeightMatrix};
 
@@ -24,7 +24,7 @@ pub struct BlockCompressor<'a, B: Backend> {
 pub struct CompressedBlock {
     /// Quantized, with the factors of the compensation.
     pub weights: BlockWeights,
-    /// What was done to each Linear, in the order of [`LinearSlot::ALL`].
+    /// What was done to each Linear, in the order of [`DecoderSpec::linears`].
     pub linears: Vec<LinearReport>,
 }
 
@@ -54,9 +54,9 @@ impl<'a, B: Backend> BlockCompressor<'a, B> {
     /// What the solvers report, with the Linear as subject; `ERR_CANCELLED`.
     pub fn compress(&mut self, index: usize, original: &BlockWeights, cancel: &CancelToken) -> Result<CompressedBlock> {
         let mut weights = original.clone();
-        let mut linears: Vec<Option<LinearReport>> = vec![None; LinearSlot::ALL.len()];
+        let mut linears: Vec<Option<LinearReport>> = vec![None; self.spec.linears.len()];
         let mut runnable = match &self.stream {
-            Some(_) => Some(Block::prepare(self.backend, self.spec, original)?),
+            Some(_) => Some(Block::prepare(self.backend, self.spec, index, original)?),
             None => None,
         };
         for points in self.stages() {
@@ -66,18 +66,20 @@ impl<'a, B: Backend> BlockCompressor<'a, B> {
                 _ => Default::default(),
             };
             self.phases.calibrate += started.elapsed().as_secs_f64();
-            for slot in LinearSlot::ALL.into_iter().filter(|slot| points.contains(&slot.tap())) {
+            let spec = self.spec;
+            let at_points = |linear: &&LinearSpec| points.contains(&linear.slot.tap());
+            for (place, linear) in spec.linears.iter().enumerate().filter(|(_, linear)| at_points(linear)) {
                 cancel.check()?;
-                let name = self.spec.linear_name(index, slot);
-                let statistics = statistics.get(&slot.tap());
+                let name = spec.linear_name(index, linear);
+                let statistics = statistics.get(&linear.slot.tap());
                 let (weight, report) = self
-                    .compress_linear(&name, &original.linears[slot.index()], statistics)
+                    .compress_linear(&name, &original.linears[place], statistics)
                     .map_err(|error| with_subject(error, &name))?;
                 if let Some(block) = &mut runnable {
-                    block.replace(slot, self.backend.prepare(&weight)?);
+                    block.replace(place, self.backend.prepare(&weight)?);
                 }
-                weights.linears[slot.index()] = weight;
-                linears[slot.index()] = Some(report);
+                weights.linears[place] = weight;
+                linears[place] = Some(report);
             }
         }
         if let (Some(stream), Some(block)) = (&mut self.stream, &runnable) {

@@ -2,9 +2,8 @@ use std::collections::BTreeMap;
 
 use kintsugi_calibration::{Calibration, CalibrationBuilder};
 use kintsugi_kernels::PAGE_POSITIONS;
-use kintsugi_model::{Backend, Batch, Block, DecoderSpec, TapPoint, Workspace, embed};
+use kintsugi_model::{Backend, Batch, Block, DecoderSpec, Embedding, RotaryTables, TapPoint, Workspace};
 use kintsugi_runtime::{CancelToken, Result, ThreadPool};
-use kintsugi_weights::DenseMatrix;
 
 use crate::CalibrationText;
 
@@ -20,7 +19,7 @@ pub struct CalibrationStream<B: Backend> {
     hidden: Vec<f32>,
     width: usize,
     length: usize,
-    rotary: B::Rotary,
+    spec: DecoderSpec,
     workspace: Workspace<B>,
     pass: B::Tensor,
 }
@@ -30,12 +29,13 @@ impl<B: Backend> CalibrationStream<B> {
     ///
     /// # Errors
     /// What the backend reports when it cannot allocate.
-    pub fn new(backend: &B, spec: &DecoderSpec, embedding: &DenseMatrix, text: &CalibrationText) -> Result<Self> {
+    pub fn new(backend: &B, spec: &DecoderSpec, embedding: &Embedding, text: &CalibrationText) -> Result<Self> {
+        let positions: Vec<u32> = (0..text.tokens().len()).map(|i| (i % text.length()) as u32).collect();
         Ok(CalibrationStream {
-            hidden: embed(embedding, text.tokens())?,
+            hidden: embedding.embed(text.tokens(), &positions)?,
             width: spec.hidden_size,
             length: text.length(),
-            rotary: backend.prepare_rotary(spec.head_dim, spec.rope_theta, text.length())?,
+            spec: spec.clone(),
             workspace: Workspace::new(backend, spec)?,
             pass: backend.tensor(0, spec.hidden_size)?,
         })
@@ -98,10 +98,11 @@ impl<B: Backend> CalibrationStream<B> {
                 let first = (sequence * pages_per_sequence) as u32;
                 batch.push(self.length, 0, (first..first + pages_per_sequence as u32).collect(), None);
             }
+            let rotary = RotaryTables::new(backend, &self.spec, &batch)?;
             backend.upload(part, &mut self.pass)?;
             block.forward(
                 backend,
-                &self.rotary,
+                &rotary,
                 &batch,
                 &mut self.pass,
                 &mut cache,

@@ -2,7 +2,7 @@ use std::collections::HashSet;
 use std::time::Instant;
 
 use kintsugi_checkpoint::{Checkpoint, CheckpointWriter, PackQuantized, QuantizationConfig};
-use kintsugi_model::{Backend, BlockWeights, DecoderSpec, LinearSlot, ModelWeights, read_tokenizer};
+use kintsugi_model::{Backend, BlockWeights, DecoderSpec, ModelWeights, read_tokenizer};
 use kintsugi_runtime::{CancelToken, Error, ErrorCode, Progress, Result, peak_memory_bytes, replace_file};
 use kintsugi_weights::{Adapter, AdapterEntry, WeightMatrix};
 
@@ -61,10 +61,10 @@ pub fn compress<B: Backend>(recipe: &Recipe, backend: &B, cancel: &CancelToken, 
         read_seconds += seconds;
         let compressed = compressor.compress(block, &weights, cancel)?;
         write_seconds += timed(|| write_block(&mut writer, &checkpoint, &spec, block, &compressed))?.1;
-        for (slot, weight) in LinearSlot::ALL.into_iter().zip(&compressed.weights.linears) {
+        for (linear, weight) in spec.linears.iter().zip(&compressed.weights.linears) {
             if let Some(low_rank) = &weight.low_rank {
                 let entry = AdapterEntry { factors: low_rank.clone(), scaling: 1.0 };
-                factors.linears.insert(spec.linear_name(block, slot), entry);
+                factors.linears.insert(spec.linear_name(block, linear), entry);
             }
         }
         linears.extend(compressed.linears);
@@ -128,8 +128,8 @@ fn write_block(
     compressed: &CompressedBlock,
 ) -> Result<()> {
     let mut replaced = HashSet::new();
-    for (slot, weight) in LinearSlot::ALL.into_iter().zip(&compressed.weights.linears) {
-        let name = spec.linear_name(block, slot);
+    for (linear, weight) in spec.linears.iter().zip(&compressed.weights.linears) {
+        let name = spec.linear_name(block, linear);
         if let WeightMatrix::Quantized(matrix) = &weight.matrix {
             writer.write_linear(&name, matrix)?;
         }

@@ -2,7 +2,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use kintsugi_checkpoint::Checkpoint;
-use kintsugi_model::{DecoderSpec, LinearSlot, read_tokenizer};
+use kintsugi_model::{DecoderSpec, read_tokenizer};
 use kintsugi_runtime::{Error, ErrorCode, Result};
 use serde::Serialize;
 
@@ -143,11 +143,11 @@ pub fn inspect(path: &Path) -> Result<Inspection> {
             .and_then(|names| names.get(0))
             .and_then(|name| name.as_str())
             .map(str::to_owned),
-        parameters: spec.as_ref().map(parameters),
+        parameters: spec.as_ref().map(DecoderSpec::parameters),
         tensors,
         bytes,
         dtypes,
-        linears: spec.as_ref().map(|spec| spec.layers * LinearSlot::ALL.len()),
+        linears: spec.as_ref().map(|spec| spec.layers * spec.linears.len()),
         quantization,
         bits_per_weight: spec
             .as_ref()
@@ -176,8 +176,9 @@ pub fn inspect(path: &Path) -> Result<Inspection> {
 
 /// Bytes of the codes, scales, zero points and dense weights of the Linears of the blocks.
 fn linear_bytes(checkpoint: &Checkpoint, spec: &DecoderSpec) -> u64 {
-    let names: Vec<String> =
-        (0..spec.layers).flat_map(|block| LinearSlot::ALL.map(|slot| spec.linear_name(block, slot))).collect();
+    let names: Vec<String> = (0..spec.layers)
+        .flat_map(|block| spec.linears.iter().map(move |linear| spec.linear_name(block, linear)))
+        .collect();
     let belongs = |tensor: &str| {
         tensor.rsplit_once('.').is_some_and(|(linear, part)| {
             !matches!(part, "bias" | "weight_shape") && names.iter().any(|name| name == linear)
@@ -186,21 +187,12 @@ fn linear_bytes(checkpoint: &Checkpoint, spec: &DecoderSpec) -> u64 {
     checkpoint.tensors().filter(|tensor| belongs(&tensor.name)).map(|tensor| tensor.bytes).sum()
 }
 
-fn parameters(spec: &DecoderSpec) -> u64 {
-    let embedding = (spec.vocabulary_size * spec.hidden_size) as u64;
-    let norms = ((2 * spec.layers + 1) * spec.hidden_size) as u64;
-    let biases: usize =
-        LinearSlot::ALL.iter().filter(|slot| spec.biases[slot.index()]).map(|&slot| spec.linear_shape(slot).0).sum();
-    let heads = if spec.tied_head { 1 } else { 2 };
-    embedding * heads + norms + (biases * spec.layers) as u64 + spec.linear_parameters()
-}
-
 /// Whether the tokenizer and every Linear are there, by their headers.
 fn runs(checkpoint: &Checkpoint, spec: &DecoderSpec) -> Result<()> {
     read_tokenizer(checkpoint, spec)?;
     for block in 0..spec.layers {
-        for slot in LinearSlot::ALL {
-            let name = spec.linear_name(block, slot);
+        for linear in &spec.linears {
+            let name = spec.linear_name(block, linear);
             if !checkpoint.has_linear(&name) {
                 return Err(Error::new(ErrorCode::CheckpointTensorMissing, format!("{name} has no weight"))
                     .subject(name)

@@ -1,5 +1,5 @@
 use kintsugi_checkpoint::Checkpoint;
-use kintsugi_model::{DecoderSpec, LinearSlot};
+use kintsugi_model::DecoderSpec;
 use kintsugi_runtime::{Error, ErrorCode, Result};
 use serde::Serialize;
 
@@ -64,8 +64,8 @@ impl Plan {
         let mut replaced = 0;
         let mut linears = Vec::new();
         for block in 0..spec.layers {
-            for slot in LinearSlot::ALL {
-                let name = spec.linear_name(block, slot);
+            for linear in &spec.linears {
+                let name = spec.linear_name(block, linear);
                 if !checkpoint.has_linear(&name) {
                     return Err(Error::new(
                         ErrorCode::CheckpointTensorMissing,
@@ -75,7 +75,7 @@ impl Plan {
                     .hint("Take config.json from the folder that the weights come from"));
                 }
                 replaced += checkpoint.parts_of(&name).map(|tensor| tensor.bytes).sum::<u64>();
-                linears.push(planned_linear(recipe, name, spec.linear_shape(slot)));
+                linears.push(planned_linear(recipe, name, (linear.rows, linear.columns)));
             }
         }
         let stored_bits: u64 = linears.iter().map(|linear| linear.stored_bits).sum();

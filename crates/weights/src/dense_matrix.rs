@@ -86,6 +86,21 @@ impl DenseMatrix {
         out
     }
 
+    /// Rows as columns.
+    #[must_use]
+    pub fn transposed(&self) -> DenseMatrix {
+        fn turn<T: Copy>(values: &[T], rows: usize, columns: usize) -> Vec<T> {
+            (0..columns).flat_map(|column| (0..rows).map(move |row| values[row * columns + column])).collect()
+        }
+        let (rows, columns) = (self.rows, self.columns);
+        let values = match &self.values {
+            DenseValues::F32(values) => DenseValues::F32(turn(values, rows, columns)),
+            DenseValues::F16(values) => DenseValues::F16(turn(values, rows, columns)),
+            DenseValues::Bf16(values) => DenseValues::Bf16(turn(values, rows, columns)),
+        };
+        DenseMatrix::new(columns, rows, values)
+    }
+
     /// Row and column of the first value that is NaN or infinite.
     pub fn first_not_finite(&self) -> Option<(usize, usize)> {
         let position = match &self.values {
