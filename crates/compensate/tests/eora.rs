@@ -122,7 +122,7 @@ fn no_input_is_made_worse_after_rounding_to_bf16() {
             tried += 1;
         }
     }
-    println!("{tried} inputs, worst ratio {worst}");
+    assert!(worst > 0.0);
     assert!(tried >= 10_000, "only {tried} inputs were tried");
 }
 
@@ -260,7 +260,7 @@ fn input_that_does_not_belong_together_or_is_broken_is_refused() {
     let mut values = instance.weight.to_f32();
     let narrow = DenseMatrix::from_f32(case.rows, case.columns - 1, values[case.rows..].to_vec());
     assert_eq!(code(&narrow, &calibration, bf16), Some(ErrorCode::ShapeMismatch));
-    let narrow = calibrate(&vec![1.0; 40], 40);
+    let narrow = calibrate(&[1.0; 40], 40);
     assert_eq!(code(&instance.weight, &narrow, bf16), Some(ErrorCode::ShapeMismatch));
     let large = values.iter().map(|value| value * 1e8).collect();
     let large = DenseMatrix::from_f32(case.rows, case.columns, large);

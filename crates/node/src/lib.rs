@@ -2,6 +2,7 @@
 #![allow(unsafe_code, reason = "what the `#[napi]` macros expand to")]
 #![allow(missing_docs, reason = "the macros generate public items; hand-written ones are documented")]
 #![allow(unreachable_pub, reason = "exported items are reached through Node-API, not through Rust paths")]
+#![cfg_attr(test, allow(dead_code, reason = "the `#[napi]` macros export nothing in tests"))]
 
 mod checkpoint;
 mod compress;
