@@ -45,6 +45,8 @@ export interface CompressOptions {
   precision?: Precision
   /** What runs the forward passes, default `cpu`. */
   backend?: Backend
+  /** Discard what an interrupted job left in `OUT.partial` instead of going on with it; default false. */
+  fresh?: boolean
   /** Check everything and return the plan; nothing runs, nothing is written. */
   dryRun?: boolean
   /** Aborting it cancels the job. */
@@ -181,6 +183,7 @@ const schema = {
   eora: optional(object({ rank: integer({ min: 1, max: 2 ** 16 }) })),
   precision: withDefault(oneOf(['f32', 'exact']), 'exact'),
   backend: withDefault(oneOf(['cpu', 'candle']), 'cpu'),
+  fresh: withDefault(boolean, false),
   dryRun: withDefault(boolean, false),
   signal: optional(abortSignal),
 }
@@ -188,7 +191,8 @@ const schema = {
 /**
  * Compresses the Linears of a checkpoint, block by block, and writes a Hugging Face folder in compressed-tensors
  * `pack-quantized` form with `report.json`, and with the compensation as PEFT folder `eora/`. Everything is written
- * under `OUT.partial` and renamed at the end; a job that is refused or cancelled leaves nothing behind.
+ * under `OUT.partial` and renamed at the end. A job that is cancelled or killed leaves that folder, and the same call
+ * goes on behind the last block that was finished; a job whose input is refused leaves nothing behind.
  */
 export function compress(source: string | Checkpoint, options: CompressOptions & { dryRun: true }): Job<Plan>
 export function compress(

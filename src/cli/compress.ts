@@ -21,6 +21,7 @@ interface CompressArguments extends ModelArguments {
   length: number
   subset: boolean
   eoraRank?: number
+  fresh: boolean
   dryRun: boolean
   json?: boolean
 }
@@ -47,6 +48,7 @@ export function registerCompress(program: Command): void {
     .option('--length <n>', 'tokens of a calibration sequence', numberArgument, 2048)
     .option('--subset', 'take the statistics of each group of Linears after those before it are compressed', false)
     .option('--eora-rank <n>', 'compensate with factors of this rank', numberArgument)
+    .option('--fresh', 'discard what an interrupted job left instead of going on with it', false)
     .option('--dry-run', 'check everything and print the plan; write nothing', false)
     .option('--json', 'print one JSON document')
   withModelOptions(command).action((checkpoint: string, given: CompressArguments) =>

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use kintsugi_runtime::{Error, ErrorCode, Result, StagedFolder};
 use kintsugi_weights::{Adapter, QuantizedMatrix};
 use safetensors::Dtype;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::float8_scaling::Float8Scaling;
@@ -42,7 +43,8 @@ const COPY_BUFFER: usize = 4 << 20;
 ///
 /// Tensors come in any order and leave memory at once: those of a unit (a decoder block) go to a part file, and
 /// [`CheckpointWriter::seal`] merges the parts by streaming copies; [`CheckpointWriter::commit`] gives the folder its
-/// name. Same calls, same bytes. Dropped before `commit` succeeded, the writer removes everything that it wrote.
+/// name. Same calls, same bytes. Dropped before `commit` succeeded, the writer removes everything that it wrote, unless
+/// [`CheckpointWriter::keep`] said that a later run will [`CheckpointWriter::resume`].
 #[derive(Debug)]
 pub struct CheckpointWriter {
     // Before `staged`, so that the file is closed when the folder is removed.
@@ -56,6 +58,29 @@ pub struct CheckpointWriter {
     /// Of the matrices written so far, each once.
     schemes: Vec<Scheme>,
     shard_bytes: u64,
+}
+
+/// What a finished unit put into its part file: all that a later run needs to go on behind it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct UnitRecord {
+    bytes: u64,
+    tensors: Vec<RecordedTensor>,
+    schemes: Vec<Scheme>,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct RecordedTensor {
+    #[serde(flatten)]
+    header: TensorHeader,
+    offset: u64,
+}
+
+impl UnitRecord {
+    /// Whether every tensor lies inside of the part.
+    fn is_sound(&self) -> bool {
+        let end = |tensor: &RecordedTensor| tensor.offset.checked_add(tensor.header.bytes);
+        self.tensors.iter().all(|tensor| end(tensor).is_some_and(|end| end <= self.bytes))
+    }
 }
 
 /// A tensor in a part file.
@@ -78,8 +103,43 @@ impl CheckpointWriter {
     /// # Errors
     /// `ERR_OUTPUT_NOT_EMPTY`, `ERR_OUTPUT_UNWRITABLE`.
     pub fn create(target: &Path, source: &Checkpoint) -> Result<Self> {
-        let staged = StagedFolder::create(target)?;
-        Ok(CheckpointWriter {
+        Ok(Self::over(StagedFolder::create(target)?, target, source))
+    }
+
+    /// Goes on where an earlier writer of `target` was when it had finished `units`. `None` when the folder it kept is
+    /// not there or lacks a part.
+    ///
+    /// # Errors
+    /// `ERR_OUTPUT_NOT_EMPTY`, `ERR_OUTPUT_UNWRITABLE`.
+    pub fn resume(target: &Path, source: &Checkpoint, units: &[UnitRecord]) -> Result<Option<Self>> {
+        let Some(staged) = StagedFolder::reopen(target)? else { return Ok(None) };
+        let mut writer = Self::over(staged, target, source);
+        for unit in units {
+            let part = writer.parts.len();
+            let path = writer.folder().join(part_name(part));
+            for RecordedTensor { header, offset } in &unit.tensors {
+                let staged = StagedTensor { header: header.clone(), part, offset: *offset };
+                writer.tensors.insert(header.name.clone(), staged);
+            }
+            for scheme in &unit.schemes {
+                if !writer.schemes.contains(scheme) {
+                    writer.schemes.push(*scheme);
+                }
+            }
+            writer.parts.push(path);
+        }
+        // A part that was merged is gone; what it held must then be in a finished file.
+        let merging = writer.finished_shards() > 0;
+        let lost = |(path, unit): (&PathBuf, &UnitRecord)| {
+            let there = fs::metadata(path).map_or(0, |metadata| metadata.len());
+            there < unit.bytes && !(merging && there == 0)
+        };
+        let sound = units.iter().all(UnitRecord::is_sound) && !writer.parts.iter().zip(units).any(lost);
+        Ok(sound.then_some(writer))
+    }
+
+    fn over(staged: StagedFolder, target: &Path, source: &Checkpoint) -> Self {
+        CheckpointWriter {
             part: None,
             staged,
             source: source.clone(),
@@ -89,7 +149,12 @@ impl CheckpointWriter {
             parts: Vec::new(),
             schemes: Vec::new(),
             shard_bytes: SHARD_BYTES,
-        })
+        }
+    }
+
+    /// Leaves what was written when this is dropped, for a later [`CheckpointWriter::resume`].
+    pub fn keep(&mut self) {
+        self.staged.keep();
     }
 
     /// Cuts the weights into files with at most `bytes` bytes of tensors each instead of 5 GB. A larger tensor gets a
@@ -105,6 +170,11 @@ impl CheckpointWriter {
     pub fn format(mut self, format: &'static dyn LinearFormat) -> Self {
         self.format = format;
         self
+    }
+
+    /// Removes what was written when this is dropped, kept before or not.
+    pub fn discard(&mut self) {
+        self.staged.discard();
     }
 
     /// The folder that will become the target, for files that the caller adds.
@@ -164,15 +234,23 @@ impl CheckpointWriter {
         Ok(stored.bytes)
     }
 
-    /// Closes the part file of a unit: what was written until now is out of memory and on its way to the disk.
+    /// Closes the part file of a unit: what was written until now is on the disk. Gives what it holds, `None` when
+    /// nothing was written.
     ///
     /// # Errors
     /// `ERR_OUTPUT_UNWRITABLE`.
-    pub fn end_unit(&mut self) -> Result<()> {
-        if let Some(mut part) = self.part.take() {
-            part.output.flush().map_err(|error| unwritable(&self.parts[self.parts.len() - 1], &error))?;
-        }
-        Ok(())
+    pub fn end_unit(&mut self) -> Result<Option<UnitRecord>> {
+        let Some(part) = self.part.take() else { return Ok(None) };
+        let index = self.parts.len() - 1;
+        let path = &self.parts[index];
+        let close = |output: BufWriter<File>| output.into_inner()?.sync_all();
+        close(part.output).map_err(|error| unwritable(path, &error))?;
+        let of_unit = self.tensors.values().filter(|tensor| tensor.part == index);
+        Ok(Some(UnitRecord {
+            bytes: part.bytes,
+            tensors: of_unit.map(|t| RecordedTensor { header: t.header.clone(), offset: t.offset }).collect(),
+            schemes: self.schemes.clone(),
+        }))
     }
 
     /// Writes the PEFT folder `eora/`. Gives its bytes; 0 and no folder when there are no factors.
@@ -180,7 +258,7 @@ impl CheckpointWriter {
     /// # Errors
     /// `ERR_ADAPTER_INVALID`, `ERR_OUTPUT_UNWRITABLE`.
     pub fn write_compensation(&mut self, adapter: &Adapter) -> Result<u64> {
-        if adapter.linears.is_empty() {
+        if adapter.linears.is_empty() || self.has_compensation() {
             return Ok(0);
         }
         let folder = self.folder().join(Checkpoint::COMPENSATION_FOLDER);
@@ -188,11 +266,16 @@ impl CheckpointWriter {
         folder_bytes(&folder)
     }
 
+    /// Whether the PEFT folder is written.
+    pub fn has_compensation(&self) -> bool {
+        self.folder().join(Checkpoint::COMPENSATION_FOLDER).is_dir()
+    }
+
     /// Merges the parts, writes `config.json` and the companions of the source, and checks that the folder opens
     /// again. Gives the bytes of the whole folder. Afterwards only files beside the checkpoint may be added, in
     /// [`CheckpointWriter::folder`].
     ///
-    /// The weights become `model.safetensors`, or shards with an index when they are larger than one file may be.
+    /// Interrupted, it may be called again on a resumed writer. The weights become `model.safetensors`, or shards with an index when they are larger than one file may be.
     /// Without a quantized Linear `config.json` says nothing about quantization.
     ///
     /// # Errors
@@ -230,7 +313,7 @@ impl CheckpointWriter {
             return Err(Error::new(ErrorCode::Internal, "the tensor was written twice").subject(name));
         }
         if self.part.is_none() {
-            let path = self.folder().join(format!("unit-{:05}.part", self.parts.len()));
+            let path = self.folder().join(part_name(self.parts.len()));
             let file = File::create(&path).map_err(|error| unwritable(&path, &error))?;
             self.parts.push(path);
             self.part = Some(OpenPart { output: BufWriter::with_capacity(COPY_BUFFER, file), bytes: 0 });
@@ -272,9 +355,13 @@ impl CheckpointWriter {
 
     fn merge_parts(&self) -> Result<()> {
         let shards = self.plan_shards();
+        let finished = self.finished_shards();
         let mut parts = Vec::new();
         for path in &self.parts {
-            parts.push(Some(PositionalFile::open(path).map_err(|error| unwritable(path, &error))?));
+            // Of a part that an earlier run used up nothing is read again.
+            let used_up = finished > 0 && !path.exists();
+            let open = || PositionalFile::open(path).map_err(|error| unwritable(path, &error));
+            parts.push(if used_up { None } else { Some(open()?) });
         }
         let mut left_in_part = vec![0usize; parts.len()];
         for tensor in self.tensors.values() {
@@ -284,21 +371,21 @@ impl CheckpointWriter {
         let mut index = ShardIndex { weight_map: BTreeMap::new() };
         let mut buffer = vec![0; COPY_BUFFER];
         for (position, shard) in shards.iter().enumerate() {
-            let file_name = if shards.len() == 1 {
-                TensorSet::SINGLE_FILE.to_string()
-            } else {
-                format!("model-{:05}-of-{:05}.safetensors", position + 1, shards.len())
-            };
-            let path = self.folder().join(&file_name);
-            let mut writer = SafetensorsWriter::create(&path, shard.iter().map(|tensor| &tensor.header))?;
+            let file_name = shard_name(position, shards.len());
             for tensor in shard {
                 index.weight_map.insert(tensor.header.name.clone(), file_name.clone());
-                if let Some(part) = &parts[tensor.part] {
-                    copy_range(part, tensor.offset, tensor.header.bytes, &mut buffer, &mut writer)?;
-                }
                 left_in_part[tensor.part] -= 1;
             }
-            writer.finish()?;
+            if position >= finished {
+                let path = self.folder().join(&file_name);
+                let mut writer = SafetensorsWriter::create(&path, shard.iter().map(|tensor| &tensor.header))?;
+                for tensor in shard {
+                    if let Some(part) = &parts[tensor.part] {
+                        copy_range(part, tensor.offset, tensor.header.bytes, &mut buffer, &mut writer)?;
+                    }
+                }
+                writer.finish()?;
+            }
             // Parts that are used up go at once: the disk need not hold everything twice.
             for (part, path) in self.parts.iter().enumerate() {
                 if left_in_part[part] == 0 && parts[part].take().is_some() {
@@ -311,6 +398,12 @@ impl CheckpointWriter {
             write_synced(&self.folder().join(ShardIndex::FILE_NAME), &index.to_bytes(total))?;
         }
         Ok(())
+    }
+
+    /// How many of the files that the parts are merged into are whole; they are made in order.
+    fn finished_shards(&self) -> usize {
+        let count = self.plan_shards().len();
+        (0..count).take_while(|&position| self.folder().join(shard_name(position, count)).exists()).count()
     }
 
     /// Tensors in name order, cut where a file is full; within a file in the order of the format.
@@ -359,6 +452,17 @@ impl CheckpointWriter {
             }
         }
         Ok(())
+    }
+}
+
+fn part_name(part: usize) -> String {
+    format!("unit-{part:05}.part")
+}
+
+fn shard_name(position: usize, count: usize) -> String {
+    match count {
+        1 => TensorSet::SINGLE_FILE.to_string(),
+        _ => format!("model-{:05}-of-{count:05}.safetensors", position + 1),
     }
 }
 

@@ -26,7 +26,7 @@ mod shard_index;
 mod tensor_set;
 
 pub use checkpoint::Checkpoint;
-pub use checkpoint_writer::CheckpointWriter;
+pub use checkpoint_writer::{CheckpointWriter, UnitRecord};
 pub use formats::{Awq, Gptq, IntQuantized, PackQuantized};
 pub use linear_format::{EncodedTensor, FORMATS, LinearFormat, MatrixForm, linear_format};
 pub use linear_tensors::LinearTensors;

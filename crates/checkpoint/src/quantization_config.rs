@@ -2,6 +2,7 @@ use std::fmt;
 
 use kintsugi_runtime::Result;
 use kintsugi_weights::{GroupSize, INTEGER_BITS, QuantizedMatrix};
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::config_fields::{invalid, object, string_or, unsupported};
@@ -83,7 +84,7 @@ impl QuantizationConfig {
 }
 
 /// How the weights of a configuration, or of one matrix, are stored.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Scheme {
     pub(crate) bits: u8,
     pub(crate) group_size: GroupSize,

@@ -1,5 +1,5 @@
 use std::collections::HashMap;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
@@ -8,6 +8,7 @@ use kintsugi_runtime::{Error, ErrorCode, Result};
 use kintsugi_weights::ElementType;
 use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo as HeaderEntry};
+use serde::{Deserialize, Serialize};
 
 const BUFFER_BYTES: usize = 1 << 20;
 
@@ -18,14 +19,16 @@ const BUFFER_BYTES: usize = 1 << 20;
 #[derive(Debug)]
 pub(crate) struct SafetensorsWriter {
     output: BufWriter<File>,
+    /// Where the file will be; until then it has another name.
     path: PathBuf,
+    temporary: PathBuf,
     /// Bytes of tensors that are still to come.
     left: u64,
     total: u64,
 }
 
 /// What the header says about a tensor.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct TensorHeader {
     pub(crate) name: String,
     pub(crate) dtype: Dtype,
@@ -59,15 +62,18 @@ impl SafetensorsWriter {
         let mut header = serde_json::to_vec(&header).map_err(|error| internal(error.to_string()))?;
         header.resize(header.len().next_multiple_of(8), b' ');
 
+        let mut name = path.file_name().unwrap_or_default().to_os_string();
+        name.push(".partial");
+        let temporary = path.with_file_name(name);
         let write = || {
-            let mut output = BufWriter::with_capacity(BUFFER_BYTES, File::create(path)?);
+            let mut output = BufWriter::with_capacity(BUFFER_BYTES, File::create(&temporary)?);
             output.write_all(&(header.len() as u64).to_le_bytes())?;
             output.write_all(&header)?;
             Ok(output)
         };
         let output = write().map_err(|error| unwritable(path, &error))?;
         let total = 8 + header.len() as u64 + end as u64;
-        Ok(SafetensorsWriter { output, path: path.to_path_buf(), left: end as u64, total })
+        Ok(SafetensorsWriter { output, path: path.to_path_buf(), temporary, left: end as u64, total })
     }
 
     /// Appends bytes of the tensors.
@@ -78,13 +84,16 @@ impl SafetensorsWriter {
         self.output.write_all(bytes).map_err(|error| unwritable(&self.path, &error))
     }
 
-    /// Brings everything to the disk. Gives the length of the file.
+    /// Brings everything to the disk and gives the file its name: a file of that name is whole. Gives its length.
     pub(crate) fn finish(self) -> Result<u64> {
         if self.left != 0 {
             return Err(Error::new(ErrorCode::Internal, format!("{} bytes of tensors were not written", self.left))
                 .subject(self.path.display()));
         }
-        let close = |output: BufWriter<File>| output.into_inner()?.sync_all();
+        let close = |output: BufWriter<File>| {
+            output.into_inner()?.sync_all()?;
+            fs::rename(&self.temporary, &self.path)
+        };
         close(self.output).map_err(|error| unwritable(&self.path, &error))?;
         Ok(self.total)
     }

@@ -52,6 +52,8 @@ pub trait Backend: Send + Sync + 'static {
 
     /// Lower-case name.
     fn name(&self) -> &'static str;
+    /// Name and everything that the bits of its results depend on.
+    fn identity(&self) -> String;
 
     /// Packs a Linear for this backend.
     fn prepare(&self, weight: &LinearWeight) -> Result<Self::Linear>;

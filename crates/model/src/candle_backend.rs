@@ -199,6 +199,10 @@ impl Backend for CandleBackend {
         "candle"
     }
 
+    fn identity(&self) -> String {
+        self.name().to_owned()
+    }
+
     fn prepare(&self, weight: &LinearWeight) -> Result<CandleLinear> {
         let make = || {
             let shape = (weight.matrix.rows(), weight.matrix.columns());

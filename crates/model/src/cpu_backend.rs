@@ -4,7 +4,7 @@ use std::ops::Range;
 use kintsugi_kernels::{
     Activation, AttentionSegment, Kernels, KvPages, PackedLowRank, PackedMatrix, Precision, RotaryTable,
 };
-use kintsugi_runtime::{Result, ThreadPool};
+use kintsugi_runtime::{CpuFeatures, Result, ThreadPool};
 use kintsugi_weights::{LinearWeight, LowRank};
 
 use crate::{AttentionShape, Backend, Batch, ColumnRuns, NormWeight};
@@ -71,6 +71,11 @@ impl Backend for CpuBackend {
 
     fn name(&self) -> &'static str {
         "cpu"
+    }
+
+    fn identity(&self) -> String {
+        let bf16 = CpuFeatures::detect().avx512_bf16;
+        format!("cpu {} {:?}{}", self.kernels.level().name(), self.precision, if bf16 { " bf16" } else { "" })
     }
 
     fn prepare(&self, weight: &LinearWeight) -> Result<PackedMatrix> {

@@ -36,6 +36,7 @@ pub struct BindingCompressOptions {
     pub precision: String,
     /// `cpu` or `candle`.
     pub backend: String,
+    pub fresh: bool,
     pub dry_run: bool,
 }
 
@@ -89,5 +90,6 @@ fn recipe(options: &BindingCompressOptions) -> Result<Recipe> {
             subset: options.subset,
         }),
         eora: (options.eora_rank > 0).then_some(EoraRecipe { rank: options.eora_rank as usize }),
+        fresh: options.fresh,
     })
 }

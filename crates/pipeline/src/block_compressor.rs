@@ -43,6 +43,11 @@ impl<'a, B: Backend> BlockCompressor<'a, B> {
         Ok(BlockCompressor { recipe, spec, backend, method, stream, phases: PhaseSeconds::default() })
     }
 
+    /// The calibration activations, at the input of the next block.
+    pub fn stream(&mut self) -> Option<&mut CalibrationStream<B>> {
+        self.stream.as_mut()
+    }
+
     /// Seconds spent so far.
     pub fn phases(&self) -> PhaseSeconds {
         self.phases

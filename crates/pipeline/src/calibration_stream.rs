@@ -46,6 +46,20 @@ impl<B: Backend> CalibrationStream<B> {
         self.hidden.len() / self.width
     }
 
+    /// `[tokens, hiddenSize]`: the input of the next block.
+    pub fn hidden(&self) -> &[f32] {
+        &self.hidden
+    }
+
+    /// Takes the input of the next block from an earlier run.
+    ///
+    /// # Panics
+    /// When the number of values is not that of the stream.
+    pub fn restore(&mut self, hidden: Vec<f32>) {
+        assert_eq!(hidden.len(), self.hidden.len(), "a stream keeps its tokens");
+        self.hidden = hidden;
+    }
+
     /// Statistics of the inputs that the Linears at `points` read when `block` runs on the stream, which stays as it
     /// is.
     ///

@@ -1,14 +1,19 @@
 use std::collections::HashSet;
+use std::path::Path;
 use std::time::Instant;
 
-use kintsugi_checkpoint::{Checkpoint, CheckpointWriter, PackQuantized, QuantizationConfig};
+use kintsugi_checkpoint::{
+    Checkpoint, CheckpointWriter, PackQuantized, QuantizationConfig, UnitRecord, read_adapter, write_adapter,
+};
 use kintsugi_model::{Backend, BlockWeights, DecoderSpec, ModelWeights, read_tokenizer};
 use kintsugi_runtime::{CancelToken, Error, ErrorCode, Progress, Result, peak_memory_bytes, replace_file};
 use kintsugi_weights::{Adapter, AdapterEntry, WeightMatrix};
+use serde_json::Value;
 
+use crate::ledger::{Ledger, LedgerUnit, identity};
 use crate::{
-    BlockCompressor, CalibrationStream, CalibrationText, CompressedBlock, MeanError, PhaseSeconds, Plan, Recipe,
-    Report, Summary,
+    BlockCompressor, CalibrationStream, CalibrationText, CompressedBlock, LinearReport, MeanError, PhaseSeconds, Plan,
+    Recipe, Report, Summary,
 };
 
 /// What `recipe` would do, from the headers of the checkpoint alone.
@@ -24,84 +29,258 @@ pub fn plan(recipe: &Recipe) -> Result<Plan> {
 
 /// Compresses a checkpoint into a new folder.
 ///
-/// Everything is written under `OUT.partial`, which becomes `OUT` by one rename.
+/// Everything is written under `OUT.partial`, which becomes `OUT` by one rename. A job that is cancelled, killed or
+/// stopped by a full disk leaves that folder with its ledger, and the same recipe goes on behind the last block that
+/// was finished; the bytes are those of an undisturbed run, times in the report aside.
 ///
 /// # Errors
-/// A refused recipe, checkpoint or text; what solvers, reading and writing report; `ERR_CANCELLED`. Nothing stays
-/// behind then.
+/// A refused recipe, checkpoint or text, and what solvers and reading report: nothing stays behind then.
+/// `ERR_RESUME_MISMATCH` when `OUT.partial` belongs to another job, `ERR_OUTPUT_BUSY` while it runs,
+/// `ERR_OUTPUT_UNWRITABLE`, `ERR_CANCELLED`.
 pub fn compress<B: Backend>(recipe: &Recipe, backend: &B, cancel: &CancelToken, progress: &Progress) -> Result<Report> {
     let started = Instant::now();
     recipe.validate()?;
     let checkpoint = Checkpoint::open(&recipe.source)?;
     let spec = DecoderSpec::from_config(checkpoint.config())?;
     let plan = Plan::new(recipe, &checkpoint, &spec)?;
-    let mut writer = CheckpointWriter::create(&recipe.out, &checkpoint)?;
-
     progress.begin("prepare", spec.layers as u64);
     let tokenizer = read_tokenizer(&checkpoint, &spec)?;
     let text = recipe.calibration.as_ref().map(|calibration| CalibrationText::read(calibration, &tokenizer, &spec));
-    let stream = match text.transpose()? {
-        Some(text) => {
-            let outside = ModelWeights::read(&checkpoint, &spec)?;
-            Some(CalibrationStream::new(backend, &spec, &outside.embedding, &text)?)
+    let text = text.transpose()?;
+    let identity = identity(recipe, &checkpoint, text.as_ref().map(CalibrationText::tokens), &backend.identity())?;
+    let (writer, ledger, units) = begin(recipe, &checkpoint, &identity)?;
+    let mut job = Compression { recipe, checkpoint: &checkpoint, spec: &spec, writer, ledger, units, started };
+    match job.run(backend, text.as_ref(), &plan, cancel, progress) {
+        Ok(report) => {
+            job.ledger.remove()?;
+            job.writer.commit()?;
+            Ok(report)
         }
-        None => None,
-    };
-    let calibration_tokens = stream.as_ref().map_or(0, |stream| stream.tokens() as u64);
-    let mut compressor = BlockCompressor::new(recipe, &spec, backend, stream)?;
+        Err(error) => {
+            let interrupted = matches!(error.code, ErrorCode::Cancelled | ErrorCode::OutputUnwritable | ErrorCode::Io);
+            if !interrupted || job.units.len() < 2 {
+                job.writer.discard();
+            }
+            Err(error)
+        }
+    }
+}
 
-    let mut read_seconds = 0.0;
-    let mut write_seconds = timed(|| copy_outside(&mut writer, &checkpoint, &spec, cancel))?.1;
-    let mut linears = Vec::new();
-    let mut factors = Adapter::default();
-    for block in 0..spec.layers {
-        cancel.check()?;
-        progress.at("compress", spec.block_name(block));
-        let (weights, seconds) = timed(|| BlockWeights::read(&checkpoint, &spec, block))?;
-        read_seconds += seconds;
-        let compressed = compressor.compress(block, &weights, cancel)?;
-        write_seconds += timed(|| write_block(&mut writer, &checkpoint, &spec, block, &compressed))?.1;
-        for (linear, weight) in spec.linears.iter().zip(&compressed.weights.linears) {
-            if let Some(low_rank) = &weight.low_rank {
-                let entry = AdapterEntry { factors: low_rank.clone(), scaling: 1.0 };
-                factors.linears.insert(spec.linear_name(block, linear), entry);
+/// Goes on with what an interrupted job left, or starts anew.
+fn begin(
+    recipe: &Recipe,
+    checkpoint: &Checkpoint,
+    identity: &Value,
+) -> Result<(CheckpointWriter, Ledger, Vec<LedgerUnit>)> {
+    match Ledger::reopen(&recipe.out, identity) {
+        Err(error) if !(recipe.fresh && error.code == ErrorCode::ResumeMismatch) => return Err(error),
+        Ok(Some((ledger, units))) if !recipe.fresh => {
+            let parts: Vec<UnitRecord> = units.iter().filter_map(|unit| unit.part.clone()).collect();
+            if let Some(writer) = CheckpointWriter::resume(&recipe.out, checkpoint, &parts)? {
+                return Ok((writer, ledger, units));
             }
         }
-        linears.extend(compressed.linears);
-        progress.advance(1);
+        _ => {}
+    }
+    let writer = CheckpointWriter::create(&recipe.out, checkpoint)?;
+    let ledger = Ledger::create(writer.folder(), identity)?;
+    Ok((writer, ledger, Vec::new()))
+}
+
+/// A compression under way.
+struct Compression<'a> {
+    recipe: &'a Recipe,
+    checkpoint: &'a Checkpoint,
+    spec: &'a DecoderSpec,
+    writer: CheckpointWriter,
+    ledger: Ledger,
+    /// Finished: the tensors outside of the blocks, then the blocks.
+    units: Vec<LedgerUnit>,
+    started: Instant,
+}
+
+impl Compression<'_> {
+    /// Everything up to the last rename.
+    fn run<B: Backend>(
+        &mut self,
+        backend: &B,
+        text: Option<&CalibrationText>,
+        plan: &Plan,
+        cancel: &CancelToken,
+        progress: &Progress,
+    ) -> Result<Report> {
+        let before = self.units.last().map_or((0.0, PhaseSeconds::default()), |unit| (unit.seconds, unit.phases));
+        let (recipe, spec) = (self.recipe, self.spec);
+        let mut phases = PhaseSeconds::default();
+        if self.units.is_empty() {
+            phases.write += timed(|| copy_outside(&mut self.writer, self.checkpoint, spec, cancel))?.1;
+            let part = self.writer.end_unit()?;
+            let nothing = CompressedBlockFiles::default();
+            self.record(part, Vec::new(), nothing, before.0, before.1.plus(phases))?;
+        }
+        let finished_blocks = self.units.len() - 1;
+        let stream = match text {
+            Some(text) if finished_blocks < spec.layers => {
+                let outside = ModelWeights::read(self.checkpoint, spec)?;
+                Some(CalibrationStream::new(backend, spec, &outside.embedding, text)?)
+            }
+            _ => None,
+        };
+        let mut compressor = BlockCompressor::new(recipe, spec, backend, stream)?;
+        if let (Some(stream), Some(file)) = (compressor.stream(), &self.units[finished_blocks].activations) {
+            stream.restore(read_activations(&self.writer.folder().join(file), stream.hidden().len())?);
+        }
+        progress.advance(finished_blocks as u64);
+        for block in finished_blocks..spec.layers {
+            cancel.check()?;
+            progress.at("compress", spec.block_name(block));
+            let (weights, seconds) = timed(|| BlockWeights::read(self.checkpoint, spec, block))?;
+            phases.read += seconds;
+            let compressed = compressor.compress(block, &weights, cancel)?;
+            let writing = Instant::now();
+            write_block(&mut self.writer, self.checkpoint, spec, block, &compressed)?;
+            let part = self.writer.end_unit()?;
+            let files =
+                self.write_block_files(block, &compressed, compressor.stream().map(|stream| stream.hidden()))?;
+            phases.write += writing.elapsed().as_secs_f64();
+            let so_far = before.1.plus(phases).plus(compressor.phases());
+            self.record(part, compressed.linears, files, before.0, so_far)?;
+            self.writer.keep();
+            progress.advance(1);
+        }
+
+        progress.at("write", "");
+        let finishing = Instant::now();
+        if !self.writer.has_compensation() {
+            let factors = self.factors()?;
+            self.writer.write_compensation(&factors)?;
+        }
+        self.remove_block_files()?;
+        let config = quantization_config(recipe, spec);
+        let bytes = self.writer.seal(&config)? - self.ledger.bytes();
+        phases.write += finishing.elapsed().as_secs_f64();
+        let linears: Vec<LinearReport> = self.units.iter().flat_map(|unit| unit.linears.clone()).collect();
+        let stored_bits: u64 = linears.iter().map(|linear| linear.stored_bits).sum();
+        let report = Report {
+            recipe: recipe.clone(),
+            summary: Summary {
+                bits_per_weight: stored_bits as f64 / plan.quantized_weights as f64,
+                bytes,
+                source_bytes: plan.source_bytes,
+                quantized_weights: plan.quantized_weights,
+                calibration_tokens: text.map_or(0, |text| text.tokens().len() as u64),
+                mean_error: MeanError::over(&linears),
+                seconds: before.0 + self.started.elapsed().as_secs_f64(),
+                phases: before.1.plus(phases).plus(compressor.phases()),
+                peak_memory_bytes: peak_memory_bytes(),
+            },
+            linears,
+        };
+        let text = serde_json::to_string_pretty(&report)
+            .map_err(|error| Error::new(ErrorCode::Internal, format!("the report cannot be written: {error}")))?;
+        replace_file(&self.writer.folder().join("report.json"), text.as_bytes())?;
+        cancel.check()?;
+        Ok(report)
     }
 
-    progress.at("write", "");
-    let finishing = Instant::now();
-    if !factors.linears.is_empty() {
-        writer.write_compensation(&factors)?;
+    fn record(
+        &mut self,
+        part: Option<UnitRecord>,
+        linears: Vec<LinearReport>,
+        files: CompressedBlockFiles,
+        seconds_before: f64,
+        phases: PhaseSeconds,
+    ) -> Result<()> {
+        let CompressedBlockFiles { activations, factors } = files;
+        let seconds = seconds_before + self.started.elapsed().as_secs_f64();
+        let unit = LedgerUnit { part, linears, activations, factors, seconds, phases };
+        self.ledger.append(&unit)?;
+        self.units.push(unit);
+        Ok(())
     }
-    let stored_bits: u64 = linears.iter().map(|linear| linear.stored_bits).sum();
-    let mut report = Report {
-        recipe: recipe.clone(),
-        summary: Summary {
-            bits_per_weight: stored_bits as f64 / plan.quantized_weights as f64,
-            bytes: 0,
-            source_bytes: plan.source_bytes,
-            quantized_weights: plan.quantized_weights,
-            calibration_tokens,
-            mean_error: MeanError::over(&linears),
-            seconds: 0.0,
-            phases: PhaseSeconds { read: read_seconds, ..compressor.phases() },
-            peak_memory_bytes: peak_memory_bytes(),
-        },
-        linears,
+
+    /// What a later run needs beside the part file: the factors of the block, and the input of the next one. Inputs
+    /// alternate between two files, so that one is whole at any time.
+    fn write_block_files(
+        &self,
+        block: usize,
+        compressed: &CompressedBlock,
+        hidden: Option<&[f32]>,
+    ) -> Result<CompressedBlockFiles> {
+        let mut files = CompressedBlockFiles::default();
+        let mut adapter = Adapter::default();
+        for (linear, weight) in self.spec.linears.iter().zip(&compressed.weights.linears) {
+            if let Some(low_rank) = &weight.low_rank {
+                let entry = AdapterEntry { factors: low_rank.clone(), scaling: 1.0 };
+                adapter.linears.insert(self.spec.linear_name(block, linear), entry);
+            }
+        }
+        if !adapter.linears.is_empty() {
+            let name = format!("factors-{block:05}");
+            let folder = self.writer.folder().join(&name);
+            // An earlier run may have been interrupted between this folder and its record.
+            if folder.exists() {
+                std::fs::remove_dir_all(&folder).map_err(|error| unwritable(&folder, &error))?;
+            }
+            write_adapter(&folder, &adapter, "partial")?;
+            files.factors = Some(name);
+        }
+        if let Some(hidden) = hidden {
+            let name = format!("activations-{}", block % 2);
+            replace_file(&self.writer.folder().join(&name), bytemuck::cast_slice(hidden))?;
+            files.activations = Some(name);
+        }
+        Ok(files)
+    }
+
+    /// The factors of all blocks.
+    fn factors(&self) -> Result<Adapter> {
+        let mut all = Adapter::default();
+        for folder in self.units.iter().filter_map(|unit| unit.factors.as_ref()) {
+            all.linears.extend(read_adapter(&self.writer.folder().join(folder))?.linears);
+        }
+        Ok(all)
+    }
+
+    /// Removes what was for a later run only, and what an interrupted one was writing.
+    fn remove_block_files(&self) -> Result<()> {
+        let folder = self.writer.folder();
+        let remove = || {
+            for entry in std::fs::read_dir(folder)? {
+                let (name, path) = entry.map(|entry| (entry.file_name(), entry.path()))?;
+                let name = name.to_string_lossy();
+                if name.starts_with("activations-") || name.starts_with("factors-") || name.ends_with(".partial") {
+                    if path.is_dir() { std::fs::remove_dir_all(path) } else { std::fs::remove_file(path) }?;
+                }
+            }
+            Ok(())
+        };
+        remove().map_err(|error| unwritable(folder, &error))
+    }
+}
+
+/// Names of the files that a finished block leaves beside its part, for a later run.
+#[derive(Default)]
+struct CompressedBlockFiles {
+    activations: Option<String>,
+    factors: Option<String>,
+}
+
+fn read_activations(path: &Path, values: usize) -> Result<Vec<f32>> {
+    let damaged = |message: String| {
+        Error::new(ErrorCode::ResumeMismatch, message)
+            .subject(path.display())
+            .hint("Discard what the interrupted job left with fresh (--fresh)")
     };
-    let config = quantization_config(recipe, &spec);
-    report.summary.bytes = writer.seal(&config)?;
-    report.summary.phases.write = write_seconds + finishing.elapsed().as_secs_f64();
-    report.summary.seconds = started.elapsed().as_secs_f64();
-    let text = serde_json::to_string_pretty(&report)
-        .map_err(|error| Error::new(ErrorCode::Internal, format!("the report cannot be written: {error}")))?;
-    replace_file(&writer.folder().join("report.json"), text.as_bytes())?;
-    cancel.check()?;
-    writer.commit()?;
-    Ok(report)
+    let bytes = std::fs::read(path).map_err(|error| damaged(format!("the activations cannot be read: {error}")))?;
+    if bytes.len() != values * size_of::<f32>() {
+        return Err(damaged(format!("the activations have {} bytes instead of {}", bytes.len(), values * 4)));
+    }
+    Ok(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
+}
+
+fn unwritable(path: &Path, error: &std::io::Error) -> Error {
+    Error::io(ErrorCode::OutputUnwritable, path, error).hint("Check that the folder exists, is writable and has space")
 }
 
 /// Copies every tensor that does not belong to a block.
@@ -116,7 +295,7 @@ fn copy_outside(
         cancel.check()?;
         writer.copy(&tensor.name)?;
     }
-    writer.end_unit()
+    Ok(())
 }
 
 /// Writes the Linears of a block in their compressed form and copies the rest of it.
@@ -141,7 +320,7 @@ fn write_block(
             writer.copy(&tensor.name)?;
         }
     }
-    writer.end_unit()
+    Ok(())
 }
 
 fn quantization_config(recipe: &Recipe, spec: &DecoderSpec) -> QuantizationConfig {

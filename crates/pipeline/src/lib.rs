@@ -7,6 +7,7 @@ mod calibration_stream;
 mod calibration_text;
 mod compression;
 mod inspection;
+mod ledger;
 mod plan;
 mod recipe;
 mod report;

@@ -33,6 +33,9 @@ pub struct Recipe {
     pub calibration: Option<CalibrationRecipe>,
     /// Compensation of what compression broke.
     pub eora: Option<EoraRecipe>,
+    /// Discard what an interrupted job left instead of going on with it.
+    #[serde(skip)]
+    pub fresh: bool,
 }
 
 /// Where calibration statistics come from.

@@ -1,5 +1,5 @@
 use kintsugi_compensate::ResidualError;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::Recipe;
 
@@ -50,7 +50,7 @@ pub struct MeanError {
 }
 
 /// Seconds by phase.
-#[derive(Clone, Copy, Debug, Default, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct PhaseSeconds {
     /// Reading and checking weights.
@@ -66,7 +66,7 @@ pub struct PhaseSeconds {
 }
 
 /// One Linear.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct LinearReport {
     /// Name in the checkpoint.
@@ -85,6 +85,20 @@ pub struct LinearReport {
     pub stored_bits: u64,
     /// Of its outputs on the calibration inputs; `null` without calibration.
     pub error: Option<ResidualError>,
+}
+
+impl PhaseSeconds {
+    /// The sums.
+    #[must_use]
+    pub fn plus(self, other: PhaseSeconds) -> PhaseSeconds {
+        PhaseSeconds {
+            read: self.read + other.read,
+            calibrate: self.calibrate + other.calibrate,
+            compress: self.compress + other.compress,
+            compensate: self.compensate + other.compensate,
+            write: self.write + other.write,
+        }
+    }
 }
 
 impl MeanError {

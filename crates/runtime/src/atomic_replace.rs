@@ -26,12 +26,13 @@ pub fn replace_file(path: &Path, bytes: &[u8]) -> Result<()> {
 
 /// A folder that is filled under the name `OUT.partial` and becomes `OUT` by one rename.
 ///
-/// Dropped before [`StagedFolder::commit`], it removes what it holds, so that nothing half-written stays.
+/// Dropped before [`StagedFolder::commit`], it removes what it holds, so that nothing half-written stays; unless
+/// [`StagedFolder::keep`] said that a later run goes on with it.
 #[derive(Debug)]
 pub struct StagedFolder {
     staging: PathBuf,
     target: PathBuf,
-    committed: bool,
+    kept: bool,
 }
 
 impl StagedFolder {
@@ -41,6 +42,25 @@ impl StagedFolder {
     /// `ERR_OUTPUT_NOT_EMPTY` when `target` exists and is not an empty folder, `ERR_OUTPUT_UNWRITABLE` when the
     /// staging folder cannot be made.
     pub fn create(target: &Path) -> Result<Self> {
+        let staging = Self::staging(target)?;
+        if staging.exists() {
+            fs::remove_dir_all(&staging).map_err(|error| unwritable(&staging, &error))?;
+        }
+        fs::create_dir_all(&staging).map_err(|error| unwritable(&staging, &error))?;
+        Ok(StagedFolder { staging, target: target.to_path_buf(), kept: false })
+    }
+
+    /// The staging folder that an earlier run kept, `None` when there is none. It is kept from the start.
+    ///
+    /// # Errors
+    /// As [`StagedFolder::create`].
+    pub fn reopen(target: &Path) -> Result<Option<Self>> {
+        let staging = Self::staging(target)?;
+        Ok(staging.is_dir().then(|| StagedFolder { staging, target: target.to_path_buf(), kept: true }))
+    }
+
+    /// The name of the staging folder, when `target` may be written.
+    fn staging(target: &Path) -> Result<PathBuf> {
         match fs::read_dir(target) {
             Ok(mut entries) => {
                 if entries.next().is_some() {
@@ -63,12 +83,17 @@ impl StagedFolder {
                 .hint("Give a folder name, for example 'models/base-w4'"));
         }
         name.push(".partial");
-        let staging = target.with_file_name(name);
-        if staging.exists() {
-            fs::remove_dir_all(&staging).map_err(|error| unwritable(&staging, &error))?;
-        }
-        fs::create_dir_all(&staging).map_err(|error| unwritable(&staging, &error))?;
-        Ok(StagedFolder { staging, target: target.to_path_buf(), committed: false })
+        Ok(target.with_file_name(name))
+    }
+
+    /// Leaves the folder where it is when this is dropped, so that a later run can [`StagedFolder::reopen`] it.
+    pub fn keep(&mut self) {
+        self.kept = true;
+    }
+
+    /// Removes the folder when this is dropped, kept before or not.
+    pub fn discard(&mut self) {
+        self.kept = false;
     }
 
     /// Where files are written until [`StagedFolder::commit`].
@@ -79,13 +104,13 @@ impl StagedFolder {
     /// Gives the folder its final name.
     ///
     /// # Errors
-    /// `ERR_OUTPUT_UNWRITABLE`; the staging folder is removed.
+    /// `ERR_OUTPUT_UNWRITABLE`; the staging folder is removed then, unless it is kept.
     pub fn commit(mut self) -> Result<()> {
         let renamed = sync_folder(&self.staging)
             .and_then(|()| if self.target.exists() { fs::remove_dir(&self.target) } else { Ok(()) })
             .and_then(|()| fs::rename(&self.staging, &self.target));
         renamed.map_err(|error| unwritable(&self.target, &error))?;
-        self.committed = true;
+        self.kept = true;
         if let Some(parent) = self.target.parent().filter(|parent| !parent.as_os_str().is_empty()) {
             // The rename itself has happened; a file system that cannot sync a folder does not undo it.
             let _ = sync_folder(parent);
@@ -96,7 +121,7 @@ impl StagedFolder {
 
 impl Drop for StagedFolder {
     fn drop(&mut self) {
-        if !self.committed {
+        if !self.kept {
             let _ = fs::remove_dir_all(&self.staging);
         }
     }
@@ -142,6 +167,25 @@ mod tests {
         assert_eq!(fs::read_dir(&root).unwrap().count(), 1);
 
         assert_eq!(StagedFolder::create(&out).unwrap_err().code, ErrorCode::OutputNotEmpty);
+        assert_eq!(StagedFolder::reopen(&out).unwrap_err().code, ErrorCode::OutputNotEmpty);
+        fs::remove_dir_all(&root).unwrap();
+    }
+
+    #[test]
+    fn a_kept_folder_is_found_again() {
+        let root = scratch("kept");
+        let out = root.join("out");
+        assert!(StagedFolder::reopen(&out).unwrap().is_none());
+        {
+            let mut staged = StagedFolder::create(&out).unwrap();
+            fs::write(staged.path().join("half"), b"x").unwrap();
+            staged.keep();
+        }
+        let staged = StagedFolder::reopen(&out).unwrap().unwrap();
+        assert_eq!(fs::read(staged.path().join("half")).unwrap(), b"x");
+        drop(staged);
+        StagedFolder::reopen(&out).unwrap().unwrap().commit().unwrap();
+        assert_eq!(fs::read(out.join("half")).unwrap(), b"x");
         fs::remove_dir_all(&root).unwrap();
     }
 

@@ -70,6 +70,10 @@ error_codes! {
     OutputNotEmpty = "ERR_OUTPUT_NOT_EMPTY",
     /// The output cannot be written.
     OutputUnwritable = "ERR_OUTPUT_UNWRITABLE",
+    /// Another job is writing to this output.
+    OutputBusy = "ERR_OUTPUT_BUSY",
+    /// What an interrupted job left belongs to another recipe, other input or another kind of machine.
+    ResumeMismatch = "ERR_RESUME_MISMATCH",
     /// A vector or matrix argument has the wrong length.
     ShapeMismatch = "ERR_SHAPE_MISMATCH",
     /// An argument holds NaN or infinite values.

@@ -39,6 +39,7 @@ pub(crate) fn recipe(source: &Path, out: &Path, method: &str, bits: u8, rank: us
             subset: false,
         }),
         eora: (rank > 0).then_some(EoraRecipe { rank }),
+        fresh: false,
     }
 }
 

@@ -1,0 +1,259 @@
+use std::fs::{self, File};
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::time::UNIX_EPOCH;
+
+use kintsugi_checkpoint::{Checkpoint, UnitRecord};
+use kintsugi_runtime::{Error, ErrorCode, Result};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+use crate::{LinearReport, PhaseSeconds, Recipe};
+
+/// Largest ledger that is read; a record of a block takes some kilobytes.
+const LEDGER_LIMIT: u64 = 1 << 30;
+
+/// One record per finished unit of work in `OUT.partial/ledger.jsonl`: what makes a job resumable.
+///
+/// The first line says what the job is; every further line is a [`LedgerUnit`], written when all that it speaks of is
+/// on the disk. A line that is not whole was being written when the process ended, and is dropped.
+pub(crate) struct Ledger {
+    file: File,
+    path: PathBuf,
+    bytes: u64,
+}
+
+/// A finished unit: the tensors outside of the blocks, or a block.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct LedgerUnit {
+    /// What its part file holds.
+    pub(crate) part: Option<UnitRecord>,
+    /// What was done to each of its Linears.
+    pub(crate) linears: Vec<LinearReport>,
+    /// The file with the input of the next block; `None` without calibration.
+    pub(crate) activations: Option<String>,
+    /// The folder with its factors; `None` without.
+    pub(crate) factors: Option<String>,
+    /// Seconds of the job so far, earlier runs included.
+    pub(crate) seconds: f64,
+    /// The same by phase.
+    pub(crate) phases: PhaseSeconds,
+}
+
+impl Ledger {
+    const FILE_NAME: &'static str = "ledger.jsonl";
+
+    /// Starts a ledger in the staging folder of a job.
+    ///
+    /// # Errors
+    /// `ERR_OUTPUT_UNWRITABLE`.
+    pub(crate) fn create(folder: &Path, identity: &Value) -> Result<Self> {
+        let path = folder.join(Self::FILE_NAME);
+        let file = File::create(&path).map_err(|error| unwritable(&path, &error))?;
+        let mut ledger = Ledger { file, path, bytes: 0 };
+        ledger.lock()?;
+        ledger.append_line(identity)?;
+        Ok(ledger)
+    }
+
+    /// Opens the ledger that an earlier run left beside `out`, with the units that it had finished. `None` when there
+    /// is none, or it had finished nothing.
+    ///
+    /// # Errors
+    /// `ERR_RESUME_MISMATCH`, naming what differs, when it belongs to another job; `ERR_OUTPUT_BUSY` while that job
+    /// runs; `ERR_OUTPUT_UNWRITABLE`.
+    pub(crate) fn reopen(out: &Path, identity: &Value) -> Result<Option<(Self, Vec<LedgerUnit>)>> {
+        let mut name = out.file_name().unwrap_or_default().to_os_string();
+        name.push(".partial");
+        let folder = out.with_file_name(name);
+        let path = folder.join(Self::FILE_NAME);
+        let Ok(file) = File::options().read(true).append(true).open(&path) else { return Ok(None) };
+        let mut ledger = Ledger { file, path, bytes: 0 };
+        ledger.lock()?;
+        let mut text = Vec::new();
+        let read = Read::by_ref(&mut ledger.file).take(LEDGER_LIMIT).read_to_end(&mut text);
+        read.map_err(|error| unwritable(&ledger.path, &error))?;
+
+        let mut lines = text.split_inclusive(|&byte| byte == b'\n').filter(|line| line.ends_with(b"\n"));
+        let Some(first) = lines.next() else { return Ok(None) };
+        ledger.bytes = first.len() as u64;
+        let begun = serde_json::from_slice(first).unwrap_or(Value::Null);
+        if let Some(difference) = difference(&begun, identity) {
+            return Err(Error::new(
+                ErrorCode::ResumeMismatch,
+                format!("the job that was interrupted had {difference}"),
+            )
+            .subject(folder.display())
+            .hint("Repeat the command that began it, or discard what it left with fresh (--fresh)"));
+        }
+        let mut units = Vec::new();
+        for line in lines {
+            let Ok(unit) = serde_json::from_slice(line) else { break };
+            units.push(unit);
+            ledger.bytes += line.len() as u64;
+        }
+        ledger.file.set_len(ledger.bytes).map_err(|error| unwritable(&ledger.path, &error))?;
+        Ok((!units.is_empty()).then_some((ledger, units)))
+    }
+
+    /// Records a unit.
+    ///
+    /// # Errors
+    /// `ERR_OUTPUT_UNWRITABLE`.
+    pub(crate) fn append(&mut self, unit: &LedgerUnit) -> Result<()> {
+        self.append_line(unit)
+    }
+
+    /// Its length.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Removes the file: the job is done but for the name of its folder.
+    ///
+    /// # Errors
+    /// `ERR_OUTPUT_UNWRITABLE`.
+    pub(crate) fn remove(self) -> Result<()> {
+        fs::remove_file(&self.path).map_err(|error| unwritable(&self.path, &error))
+    }
+
+    fn append_line(&mut self, record: &impl Serialize) -> Result<()> {
+        let mut line = serde_json::to_vec(record)
+            .map_err(|error| Error::new(ErrorCode::Internal, format!("a record cannot be written: {error}")))?;
+        line.push(b'\n');
+        let written = self.file.write_all(&line).and_then(|()| self.file.sync_data());
+        written.map_err(|error| unwritable(&self.path, &error))?;
+        self.bytes += line.len() as u64;
+        Ok(())
+    }
+
+    fn lock(&self) -> Result<()> {
+        self.file.try_lock().map_err(|_| {
+            Error::new(ErrorCode::OutputBusy, "another job is writing to this output")
+                .subject(self.path.display())
+                .hint("Wait for it, or choose another output folder")
+        })
+    }
+}
+
+/// What the bytes that a job writes depend on.
+///
+/// # Errors
+/// `ERR_CHECKPOINT_NOT_FOUND` when a file of the checkpoint has gone.
+pub(crate) fn identity(
+    recipe: &Recipe,
+    checkpoint: &Checkpoint,
+    calibration_tokens: Option<&[u32]>,
+    engine: &str,
+) -> Result<Value> {
+    let mut inputs = Map::new();
+    let mut files: Vec<PathBuf> = checkpoint.tensors().map(|tensor| tensor.file.clone()).collect();
+    files.push(checkpoint.path().join("config.json"));
+    files.sort();
+    files.dedup();
+    for file in files {
+        let state = fs::metadata(&file).and_then(|metadata| {
+            let modified = metadata.modified()?.duration_since(UNIX_EPOCH).unwrap_or_default();
+            Ok(format!("{} bytes of {}.{:09}", metadata.len(), modified.as_secs(), modified.subsec_nanos()))
+        });
+        let state = state.map_err(|error| Error::io(ErrorCode::CheckpointNotFound, &file, &error))?;
+        inputs.insert(file.display().to_string(), state.into());
+    }
+    if let Some(tokens) = calibration_tokens {
+        let mut hasher = DefaultHasher::new();
+        tokens.hash(&mut hasher);
+        inputs.insert("calibration text".into(), format!("{} tokens {:x}", tokens.len(), hasher.finish()).into());
+    }
+    let recipe = serde_json::to_value(recipe)
+        .map_err(|error| Error::new(ErrorCode::Internal, format!("the recipe cannot be recorded: {error}")))?;
+    let version = env!("CARGO_PKG_VERSION");
+    Ok(json!({ "version": version, "engine": engine, "recipe": recipe, "inputs": inputs }))
+}
+
+/// The first thing in which the identities of two jobs differ, as a clause.
+fn difference(begun: &Value, now: &Value) -> Option<String> {
+    differing(begun, now, "").map(|(name, begun, now)| match begun {
+        Value::Null => format!("no {name}, this one has {now}"),
+        _ => format!("{name} {begun}, this one has {now}"),
+    })
+}
+
+fn differing(begun: &Value, now: &Value, name: &str) -> Option<(String, Value, Value)> {
+    match (begun, now) {
+        (Value::Object(begun), Value::Object(now)) => {
+            let names = now.keys().chain(begun.keys());
+            names.into_iter().find_map(|key| {
+                let of = |map: &Map<String, Value>| map.get(key).cloned().unwrap_or(Value::Null);
+                let name = if name.is_empty() { key.clone() } else { format!("{name}.{key}") };
+                differing(&of(begun), &of(now), &name)
+            })
+        }
+        _ if begun == now => None,
+        _ => Some((name.to_owned(), begun.clone(), now.clone())),
+    }
+}
+
+fn unwritable(path: &Path, error: &std::io::Error) -> Error {
+    Error::io(ErrorCode::OutputUnwritable, path, error).hint("Check that the folder exists, is writable and has space")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn unit(seconds: f64) -> LedgerUnit {
+        let phases = PhaseSeconds::default();
+        LedgerUnit { part: None, linears: Vec::new(), activations: None, factors: None, seconds, phases }
+    }
+
+    #[test]
+    fn units_come_back_without_a_torn_line() {
+        let root = tempfile::tempdir().unwrap();
+        let (out, staging) = (root.path().join("out"), root.path().join("out.partial"));
+        let identity = json!({ "recipe": { "bits": 4 } });
+        assert!(Ledger::reopen(&out, &identity).unwrap().is_none());
+        fs::create_dir(&staging).unwrap();
+        let mut ledger = Ledger::create(&staging, &identity).unwrap();
+        assert_eq!(Ledger::reopen(&out, &identity).err().unwrap().code, ErrorCode::OutputBusy);
+        drop(ledger);
+        assert!(Ledger::reopen(&out, &identity).unwrap().is_none(), "nothing was finished");
+
+        ledger = Ledger::create(&staging, &identity).unwrap();
+        ledger.append(&unit(1.0)).unwrap();
+        ledger.append(&unit(2.0)).unwrap();
+        drop(ledger);
+        let path = staging.join(Ledger::FILE_NAME);
+        let whole = fs::read(&path).unwrap();
+        for cut in 0..whole.len() {
+            fs::write(&path, &whole[..cut]).unwrap();
+            let finished = Ledger::reopen(&out, &identity).unwrap().map_or(0, |(_, units)| units.len());
+            let lines = whole[..cut].iter().filter(|&&byte| byte == b'\n').count();
+            assert_eq!(finished, lines.saturating_sub(1), "cut at {cut}");
+        }
+        fs::write(&path, [&whole[..], b"{\"part\":nu"].concat()).unwrap();
+        let (mut ledger, units) = Ledger::reopen(&out, &identity).unwrap().unwrap();
+        assert_eq!(units.iter().map(|unit| unit.seconds).collect::<Vec<_>>(), [1.0, 2.0]);
+        ledger.append(&unit(3.0)).unwrap();
+        drop(ledger);
+        assert_eq!(Ledger::reopen(&out, &identity).unwrap().unwrap().1.len(), 3);
+    }
+
+    #[test]
+    fn what_differs_is_named() {
+        let begun = json!({ "engine": "cpu", "recipe": { "bits": 4, "eora": null }, "inputs": { "a": "1" } });
+        assert_eq!(difference(&begun, &begun), None);
+        let cases = [
+            ("/recipe/bits", json!(3), "recipe.bits 4, this one has 3"),
+            ("/recipe/eora", json!({ "rank": 8 }), "no recipe.eora, this one has {\"rank\":8}"),
+            ("/inputs/a", json!("2"), "inputs.a \"1\", this one has \"2\""),
+        ];
+        for (pointer, value, expected) in cases {
+            let mut now = begun.clone();
+            *now.pointer_mut(pointer).unwrap() = value;
+            assert_eq!(difference(&begun, &now).unwrap(), expected);
+        }
+        assert!(difference(&json!(null), &begun).is_some());
+    }
+}

@@ -1,0 +1,146 @@
+//! A job that was interrupted goes on where it was and writes the same bytes; what does not belong to it is refused.
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use common::{assets, backend, recipe};
+use kintsugi_pipeline::{Recipe, Report, compress};
+use kintsugi_runtime::{CancelToken, ErrorCode, Progress, Result};
+
+/// A copy of a checkpoint with eight blocks, and a job that takes a moment.
+fn scene() -> (tempfile::TempDir, Recipe) {
+    let root = tempfile::tempdir().unwrap();
+    let source = root.path().join("source");
+    fs::create_dir(&source).unwrap();
+    for entry in fs::read_dir(assets("llama-7m")).unwrap() {
+        let entry = entry.unwrap();
+        fs::copy(entry.path(), source.join(entry.file_name())).unwrap();
+    }
+    let mut recipe = recipe(&source, &root.path().join("out"), "gptq", 3, 4);
+    let calibration = recipe.calibration.as_mut().unwrap();
+    calibration.sequences = 2;
+    calibration.length = 128;
+    (root, recipe)
+}
+
+/// Runs until `blocks` blocks are done, then cancels.
+fn interrupt_after(recipe: &Recipe, blocks: u64) -> Result<Report> {
+    let (cancel, progress, over) = (CancelToken::new(), Progress::new(), AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !over.load(Ordering::Relaxed) && progress.snapshot().done < blocks {
+                std::thread::yield_now();
+            }
+            cancel.cancel();
+        });
+        let outcome = compress(recipe, &backend(), &cancel, &progress);
+        over.store(true, Ordering::Relaxed);
+        outcome
+    })
+}
+
+fn finish(recipe: &Recipe) -> Report {
+    compress(recipe, &backend(), &CancelToken::new(), &Progress::new()).unwrap()
+}
+
+/// Every file but the report, which has times in it.
+fn bytes_of(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let mut files = BTreeMap::new();
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            files.extend(bytes_of(&path).into_iter().map(|(name, bytes)| (PathBuf::from("eora").join(name), bytes)));
+        } else if path.file_name().unwrap() != "report.json" {
+            files.insert(path.file_name().unwrap().into(), fs::read(&path).unwrap());
+        }
+    }
+    files
+}
+
+fn partial(recipe: &Recipe) -> PathBuf {
+    recipe.out.with_file_name("out.partial")
+}
+
+#[test]
+fn an_interrupted_job_ends_in_the_bytes_of_an_undisturbed_one() {
+    let (_root, recipe) = scene();
+    let report = finish(&recipe);
+    let undisturbed = bytes_of(&recipe.out);
+    assert!(undisturbed.len() > 5);
+    for blocks in [1, 3, 7] {
+        fs::remove_dir_all(&recipe.out).unwrap();
+        let error = interrupt_after(&recipe, blocks).unwrap_err();
+        assert_eq!(error.code, ErrorCode::Cancelled);
+        assert!(partial(&recipe).join("ledger.jsonl").is_file());
+        let resumed = finish(&recipe);
+        assert!(bytes_of(&recipe.out) == undisturbed, "after {blocks} blocks");
+        assert_eq!(resumed.linears.len(), report.linears.len());
+        assert_eq!(resumed.summary.bytes, report.summary.bytes);
+        assert_eq!(resumed.summary.mean_error, report.summary.mean_error);
+        assert!(!partial(&recipe).exists());
+    }
+}
+
+#[test]
+fn a_job_that_was_stopped_while_it_sealed_goes_on() {
+    let (_root, recipe) = scene();
+    finish(&recipe);
+    let undisturbed = bytes_of(&recipe.out);
+    fs::remove_dir_all(&recipe.out).unwrap();
+    interrupt_after(&recipe, 7).unwrap_err();
+    // What a run that was killed may leave: files that were being written.
+    for name in ["model.safetensors.partial", "activations-1.partial", "unit-00008.part", "config.json.partial"] {
+        fs::write(partial(&recipe).join(name), b"half").unwrap();
+    }
+    fs::create_dir(partial(&recipe).join("factors-00007")).unwrap();
+    finish(&recipe);
+    assert!(bytes_of(&recipe.out) == undisturbed);
+}
+
+#[test]
+fn another_recipe_or_changed_input_is_named_and_refused_until_it_is_discarded() {
+    let (_root, recipe) = scene();
+    interrupt_after(&recipe, 2).unwrap_err();
+    let refused = |recipe: &Recipe, part: &str| {
+        let error = compress(recipe, &backend(), &CancelToken::new(), &Progress::new()).unwrap_err();
+        assert_eq!(error.code, ErrorCode::ResumeMismatch, "{error}");
+        assert!(error.message.contains(part) && error.hint.contains("--fresh"), "{error}");
+        assert!(partial(recipe).join("ledger.jsonl").is_file(), "what was left is still there");
+    };
+    refused(&Recipe { bits: 4, ..recipe.clone() }, "recipe.bits 3, this one has 4");
+    refused(&Recipe { eora: None, ..recipe.clone() }, "recipe.eora");
+
+    let text = recipe.calibration.as_ref().unwrap().text.clone();
+    let other = recipe.source.join("other.txt");
+    fs::write(&other, fs::read_to_string(&text).unwrap().replacen("the", "THE", 50)).unwrap();
+    let mut changed = recipe.clone();
+    changed.calibration.as_mut().unwrap().text = other;
+    refused(&changed, "recipe.calibration.text");
+
+    let config = recipe.source.join("config.json");
+    let before = fs::read(&config).unwrap();
+    fs::write(&config, [&before[..], b"\n"].concat()).unwrap();
+    refused(&recipe, "config.json");
+
+    let report = finish(&Recipe { fresh: true, ..recipe.clone() });
+    assert_eq!(report.recipe.bits, 3);
+    assert!(!partial(&recipe).exists());
+}
+
+#[test]
+fn a_lost_part_starts_the_job_anew() {
+    let (_root, recipe) = scene();
+    finish(&recipe);
+    let undisturbed = bytes_of(&recipe.out);
+    fs::remove_dir_all(&recipe.out).unwrap();
+    interrupt_after(&recipe, 3).unwrap_err();
+    let part = partial(&recipe).join("unit-00002.part");
+    let bytes = fs::read(&part).unwrap();
+    fs::write(&part, &bytes[..bytes.len() / 2]).unwrap();
+    finish(&recipe);
+    assert!(bytes_of(&recipe.out) == undisturbed);
+}
