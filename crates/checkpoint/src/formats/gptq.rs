@@ -124,7 +124,7 @@ impl LinearFormat for Gptq {
     fn read_config(&self, config: &Map<String, Value>) -> Result<QuantizationConfig> {
         let bits = integer(config, "bits")?.ok_or_else(|| invalid("bits", "there"))?;
         let size = integer(config, "group_size")?.ok_or_else(|| invalid("group_size", "there"))?;
-        let (bits, group_size) = Scheme::grid(bits, "bits", size, "group_size")?;
+        let (bits, group_size) = Scheme::grid(bits, size)?;
         let pack_type = string_or(config, "pack_dtype", "int32")?;
         if pack_type != "int32" {
             return Err(unsupported("pack_dtype", pack_type));
