@@ -7,11 +7,11 @@ use kintsugi_runtime::{Error, ErrorCode, Result};
 use kintsugi_weights::{Adapter, DenseMatrix, LinearWeight, WeightMatrix};
 use serde_json::{Map, Value};
 
-use crate::float8_scaling::Float8Scaling;
+use crate::linear_storage::{DENSE, LinearStorage, StoredAs, packed_markers};
 use crate::positional_file::read_bounded;
 use crate::safetensors_file::wrong_shape;
 use crate::tensor_set::TensorSet;
-use crate::{FORMATS, LinearTensors, QuantizationConfig, TensorInfo, read_adapter};
+use crate::{LinearTensors, QuantizationConfig, TensorInfo, read_adapter};
 
 /// Largest `config.json` that is read.
 const CONFIG_LIMIT: u64 = 16_000_000;
@@ -27,9 +27,7 @@ pub struct Checkpoint(Arc<Opened>);
 struct Opened {
     path: PathBuf,
     config: Map<String, Value>,
-    quantization: Option<QuantizationConfig>,
-    float8: Option<Float8Scaling>,
-    notices: Vec<String>,
+    storage: LinearStorage,
     tensors: TensorSet,
 }
 
@@ -54,21 +52,10 @@ impl Checkpoint {
                 .subject(path.display())
                 .hint("Give the folder that holds config.json and the weights, not a file in it"));
         }
-        let config = read_config(&path.join("config.json"))?;
+        let config = Self::read_config(&path.join("config.json"))?;
         let tensors = TensorSet::open(path)?;
-        let stated = Self::QUANTIZATION_FIELDS.iter().filter_map(|&field| config.get(field));
-        let stated = stated.into_iter().find(|value| !value.is_null());
-        let float8 = stated.map(Float8Scaling::from_json).transpose()?.flatten();
-        let integers = stated.filter(|_| float8.is_none());
-        let mut quantization = integers.map(QuantizationConfig::from_json).transpose()?;
-        if stated.is_none() {
-            quantization = read_old_config(path, &tensors)?;
-        }
-        let notices = match &mut quantization {
-            Some(quantization) => settle(quantization, &tensors)?.into_iter().collect(),
-            None => Vec::new(),
-        };
-        Ok(Checkpoint(Arc::new(Opened { path: path.to_path_buf(), config, quantization, float8, notices, tensors })))
+        let storage = LinearStorage::discover(path, &config, &tensors)?;
+        Ok(Checkpoint(Arc::new(Opened { path: path.to_path_buf(), config, storage, tensors })))
     }
 
     /// The folder.
@@ -83,12 +70,12 @@ impl Checkpoint {
 
     /// How weights are quantized to integers, if they are. Weights of 8-bit floats are not.
     pub fn quantization(&self) -> Option<&QuantizationConfig> {
-        self.0.quantization.as_ref()
+        self.0.storage.quantization()
     }
 
     /// What the folder says wrongly and was read otherwise, as sentences for the user.
     pub fn notices(&self) -> &[String] {
-        &self.0.notices
+        self.0.storage.notices()
     }
 
     /// The strings that the safetensors files carry beside their tensors. Some writers name tied tensors here
@@ -142,15 +129,11 @@ impl Checkpoint {
     /// As [`Checkpoint::dense`]; `ERR_QUANTIZATION_UNSUPPORTED` when the tensors are of another layout,
     /// `ERR_CHECKPOINT_CORRUPT` when they contradict each other or `config.json`.
     pub fn linear(&self, name: &str) -> Result<LinearWeight> {
-        let matrix = match self.quantization_of(name)? {
-            Some(config) => {
-                let linear = LinearTensors::new(name, &self.0.tensors);
-                WeightMatrix::Quantized(config.format.decode(config, &linear)?)
-            }
-            None => WeightMatrix::Dense(match self.float8_of(name) {
-                Some(scaling) => scaling.decode(&LinearTensors::new(name, &self.0.tensors))?,
-                None => self.dense(&format!("{name}.{DENSE}"))?,
-            }),
+        let tensors = LinearTensors::new(name, &self.0.tensors);
+        let matrix = match self.0.storage.of(name, &self.0.tensors)? {
+            StoredAs::Quantized(config) => WeightMatrix::Quantized(config.format.decode(config, &tensors)?),
+            StoredAs::Float8(scaling) => WeightMatrix::Dense(scaling.decode(&tensors)?),
+            StoredAs::Dense => WeightMatrix::Dense(self.dense(&format!("{name}.{DENSE}"))?),
         };
         let bias_name = format!("{name}.bias");
         let bias = match self.tensor(&bias_name) {
@@ -168,10 +151,10 @@ impl Checkpoint {
     /// # Errors
     /// As [`Checkpoint::linear`].
     pub fn linear_shape(&self, name: &str) -> Result<(usize, usize)> {
-        if let Some(config) = self.quantization_of(name)? {
+        if let StoredAs::Quantized(config) = self.0.storage.of(name, &self.0.tensors)? {
             return config.format.shape(config, &LinearTensors::new(name, &self.0.tensors));
         }
-        let weight = format!("{name}.weight");
+        let weight = format!("{name}.{DENSE}");
         let (_, stored) = self.0.tensors.require(&weight)?;
         match *stored.shape.as_slice() {
             [rows, columns] => Ok((rows, columns)),
@@ -224,103 +207,26 @@ impl Checkpoint {
         &self.0.tensors
     }
 
-    /// How the weight of the Linear `name` is scaled, `None` when it is not one of 8-bit floats.
-    fn float8_of(&self, name: &str) -> Option<Float8Scaling> {
-        let dtype = &self.tensor(&format!("{name}.{DENSE}"))?.dtype;
-        self.0.float8.filter(|_| dtype == "F8_E4M3")
-    }
-
-    /// How the Linear `name` is quantized, `None` when it is not.
-    fn quantization_of(&self, name: &str) -> Result<Option<&QuantizationConfig>> {
-        let dense = self.tensor(&format!("{name}.{DENSE}"));
-        let packed = packed_markers().find_map(|marker| self.tensor(&format!("{name}.{marker}")));
-        let configured = self.quantization();
-        let stored = match (dense, packed) {
-            (Some(_), Some(_)) => {
-                return Err(Error::new(ErrorCode::CheckpointCorrupt, "the Linear is stored both packed and unpacked")
-                    .subject(name)
-                    .hint("Two checkpoints may be mixed in the folder; download it again"));
-            }
-            (None, Some(packed)) => packed,
-            (Some(dense), None) if dense.dtype == "I8" => dense,
-            _ => return Ok(None),
+    /// Reads `config.json`, or another file of its kind.
+    ///
+    /// # Errors
+    /// `ERR_CONFIG_INVALID`.
+    pub(crate) fn read_config(path: &Path) -> Result<Map<String, Value>> {
+        let name = path.file_name().unwrap_or_default().display();
+        let bytes = read_bounded(path, CONFIG_LIMIT).map_err(|error| {
+            Error::new(ErrorCode::ConfigInvalid, format!("{name} cannot be read: {error}"))
+                .subject(path.display())
+                .hint("Give the folder of a Hugging Face checkpoint; it has a config.json")
+        })?;
+        let invalid = |message: String| {
+            Error::new(ErrorCode::ConfigInvalid, message)
+                .subject(path.display())
+                .hint("The file is damaged; download it again")
         };
-        let Some(configured) = configured else {
-            return Err(Error::new(
-                ErrorCode::QuantizationUnsupported,
-                "config.json does not say how the Linear is quantized",
-            )
-            .subject(&stored.name)
-            .hint("Take config.json with its quantization_config from the same source as the weights"));
-        };
-        if stored.name.strip_prefix(name) != Some(&format!(".{}", configured.format.marker())) {
-            let message = format!("the Linear is not stored as {}, which config.json says", configured.format.name());
-            return Err(Error::new(ErrorCode::QuantizationUnsupported, message)
-                .subject(&stored.name)
-                .hint("Take config.json with its quantization_config from the same source as the weights"));
+        match serde_json::from_slice(&bytes) {
+            Ok(Value::Object(config)) => Ok(config),
+            Ok(_) => Err(invalid(format!("{name} is not an object"))),
+            Err(error) => Err(invalid(format!("{name} is not valid JSON: {error}"))),
         }
-        Ok(Some(configured))
-    }
-}
-
-/// The suffix of the tensor that a Linear has which is stored in one piece.
-const DENSE: &str = "weight";
-
-/// Files that said how weights are quantized before `config.json` did, and the method of those that name none.
-const OLD_CONFIGS: [(&str, &str); 2] = [("quantize_config.json", "gptq"), ("quant_config.json", "awq")];
-
-/// Suffixes that only packed Linears have.
-fn packed_markers() -> impl Iterator<Item = &'static str> {
-    FORMATS.iter().map(|format| format.marker()).filter(|&marker| marker != DENSE)
-}
-
-/// The configuration from one of the old files, which count only where a tensor is packed: some lie beside weights that
-/// they do not belong to.
-fn read_old_config(folder: &Path, tensors: &TensorSet) -> Result<Option<QuantizationConfig>> {
-    let is_packed = |tensor: &TensorInfo| {
-        tensor.name.rsplit_once('.').is_some_and(|(_, suffix)| packed_markers().any(|marker| marker == suffix))
-    };
-    if !tensors.iter().any(is_packed) {
-        return Ok(None);
-    }
-    for (file, method) in OLD_CONFIGS {
-        let path = folder.join(file);
-        if path.exists() {
-            let config = read_config(&path)?;
-            let method = config.get("quant_method").and_then(Value::as_str).unwrap_or(method);
-            return QuantizationConfig::from_fields(method, &config).map(Some);
-        }
-    }
-    Ok(None)
-}
-
-/// Lets the format correct the configuration by the first Linear that is stored in it.
-fn settle(quantization: &mut QuantizationConfig, tensors: &TensorSet) -> Result<Option<String>> {
-    let format = quantization.format;
-    let linear = tensors
-        .iter()
-        .find_map(|tensor| tensor.name.strip_suffix(format.marker()).and_then(|name| name.strip_suffix('.')));
-    match linear {
-        Some(name) => format.settle(quantization, &LinearTensors::new(name, tensors)),
-        None => Ok(None),
-    }
-}
-
-fn read_config(path: &Path) -> Result<Map<String, Value>> {
-    let name = path.file_name().unwrap_or_default().display();
-    let bytes = read_bounded(path, CONFIG_LIMIT).map_err(|error| {
-        Error::new(ErrorCode::ConfigInvalid, format!("{name} cannot be read: {error}"))
-            .subject(path.display())
-            .hint("Give the folder of a Hugging Face checkpoint; it has a config.json")
-    })?;
-    let invalid = |message: String| {
-        Error::new(ErrorCode::ConfigInvalid, message)
-            .subject(path.display())
-            .hint("The file is damaged; download it again")
-    };
-    match serde_json::from_slice(&bytes) {
-        Ok(Value::Object(config)) => Ok(config),
-        Ok(_) => Err(invalid(format!("{name} is not an object"))),
-        Err(error) => Err(invalid(format!("{name} is not valid JSON: {error}"))),
     }
 }

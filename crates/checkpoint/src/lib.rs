@@ -13,6 +13,7 @@ mod config_fields;
 mod float8_scaling;
 mod formats;
 mod linear_format;
+mod linear_storage;
 mod linear_tensors;
 mod module_pattern;
 mod packed_rows;

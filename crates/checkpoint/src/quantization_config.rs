@@ -109,17 +109,17 @@ impl Scheme {
         self == stated || (stated.group_index && Scheme { group_index: true, ..self } == stated)
     }
 
-    /// Code width and group size as configurations write them: `size` is −1 for one group per row.
+    /// `bits` and `group_size` as configurations write them: −1 is one group per row.
     ///
     /// # Errors
     /// `ERR_QUANTIZATION_UNSUPPORTED` for other widths, `ERR_CONFIG_INVALID` for sizes that are no size.
-    pub(crate) fn grid(bits: i64, bits_field: &str, size: i64, size_field: &str) -> Result<(u8, GroupSize)> {
+    pub(crate) fn grid(bits: i64, size: i64) -> Result<(u8, GroupSize)> {
         let group_size = match usize::try_from(size) {
             Ok(size) if size > 0 => GroupSize::Columns(size),
             _ if size == -1 => GroupSize::WholeRow,
-            _ => return Err(invalid(size_field, "a positive number")),
+            _ => return Err(invalid("group_size", "a positive number")),
         };
-        Ok((Self::width(bits, bits_field)?, group_size))
+        Ok((Self::width(bits, "bits")?, group_size))
     }
 
     /// A code width that is known.

@@ -6,6 +6,7 @@ mod fixture;
 use fixture::{Tensor, assert_refused, floats, safetensors, words, write_checkpoint};
 use kintsugi_checkpoint::Checkpoint;
 use kintsugi_runtime::{Error, ErrorCode};
+use proptest::prelude::*;
 use serde_json::{Value, json};
 
 fn read(tensors: &[Tensor], config: &Value) -> Result<(), Error> {
@@ -286,5 +287,35 @@ fn activations_that_change_the_model_are_refused_by_name() {
         config["config_groups"]["group_0"]["input_activations"] = activations;
         let error = assert_refused(read(&tensors, &config), ErrorCode::QuantizationUnsupported);
         assert!(error.message.contains("input_activations") && error.message.contains(named), "{error}");
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 256, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// Tensors of any sizes under any configuration end in a Linear or in an error that says with what.
+    #[test]
+    fn sizes_that_have_nothing_to_do_with_each_other(
+        sizes in prop::collection::vec(0usize..9, 7),
+        factor in prop::sample::select(vec![1usize, 3, 8, 32]),
+        bits in prop::sample::select(vec![2, 3, 4, 8]),
+        group_size in prop::sample::select(vec![-1i64, 1, 5, 8, 16, 1 << 40]),
+        (symmetric, act_order) in any::<(bool, bool)>(),
+        method in prop::sample::select(vec!["gptq", "awq"]),
+        word in any::<u32>(),
+    ) {
+        let [a, b, c, d, e, f, g] = sizes[..] else { unreachable!() };
+        let b = b * factor;
+        let tensors = [
+            words("up.qweight", &[a, b], &vec![word; a * b]),
+            words("up.qzeros", &[c, d], &vec![word; c * d]),
+            floats("up.scales", &[e, f * factor], &vec![1.0; e * f * factor]),
+            words("up.g_idx", &[g * factor], &vec![word % 4; g * factor]),
+        ];
+        let config = json!({ "quant_method": method, "bits": bits, "group_size": group_size, "sym": symmetric,
+            "desc_act": act_order });
+        if let Err(error) = read(&tensors, &config) {
+            prop_assert!(!error.subject.is_empty() && !error.hint.is_empty(), "{}", error);
+        }
     }
 }

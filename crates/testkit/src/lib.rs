@@ -1,6 +1,7 @@
 //! Case tables with error budgets, f64 oracles, generators of realistic and hostile matrices (tests only).
 
 pub mod eora_cases;
+pub mod float8_checkpoint;
 pub mod kernel_cases;
 pub mod matrices;
 pub mod outlier_checkpoint;

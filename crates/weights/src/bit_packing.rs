@@ -12,7 +12,13 @@ pub const fn packed_words(count: usize, bits: u8) -> usize {
 /// When `words` is too short or `bits` is not 1–8.
 pub fn pack_codes(codes: &[u8], bits: u8, words: &mut [u32]) {
     assert!((1..=8).contains(&bits), "codes have 1 to 8 bits");
-    words[..packed_words(codes.len(), bits)].fill(0);
+    let words = &mut words[..packed_words(codes.len(), bits)];
+    match bits {
+        2 => return pack_whole::<2>(codes, words),
+        4 => return pack_whole::<4>(codes, words),
+        8 => return pack_whole::<8>(codes, words),
+        _ => words.fill(0),
+    }
     for (i, &code) in codes.iter().enumerate() {
         debug_assert!(u32::from(code) < 1 << bits);
         let position = i * bits as usize;
@@ -31,12 +37,38 @@ pub fn pack_codes(codes: &[u8], bits: u8, words: &mut [u32]) {
 pub fn unpack_codes(words: &[u32], bits: u8, codes: &mut [u8]) {
     assert!((1..=8).contains(&bits), "codes have 1 to 8 bits");
     assert!(words.len() >= packed_words(codes.len(), bits), "too few words for the codes");
+    match bits {
+        2 => return unpack_whole::<2>(words, codes),
+        4 => return unpack_whole::<4>(words, codes),
+        8 => return unpack_whole::<8>(words, codes),
+        _ => {}
+    }
     let mask = (1u64 << bits) - 1;
     for (i, code) in codes.iter_mut().enumerate() {
         let position = i * bits as usize;
         let low = u64::from(words[position / 32]);
         let high = words.get(position / 32 + 1).copied().map_or(0, u64::from);
         *code = (((high << 32 | low) >> (position % 32)) & mask) as u8;
+    }
+}
+
+/// [`pack_codes`] at a width that divides the word, so that a loop over whole words becomes vector code.
+fn pack_whole<const BITS: usize>(codes: &[u8], words: &mut [u32]) {
+    for (codes, word) in codes.chunks(32 / BITS).zip(words) {
+        *word = codes.iter().enumerate().fold(0, |word, (i, &code)| {
+            debug_assert!(u32::from(code) < 1 << BITS);
+            word | u32::from(code) << (i * BITS)
+        });
+    }
+}
+
+/// The inverse of [`pack_whole`].
+fn unpack_whole<const BITS: usize>(words: &[u32], codes: &mut [u8]) {
+    let mask = ((1u32 << BITS) - 1) as u8;
+    for (codes, &word) in codes.chunks_mut(32 / BITS).zip(words) {
+        for (i, code) in codes.iter_mut().enumerate() {
+            *code = (word >> (i * BITS)) as u8 & mask;
+        }
     }
 }
 

@@ -38,8 +38,8 @@ const HEAD: &str = "lm_head";
 /// | `NAME.scales` | float `[G, N]` | one per group |
 ///
 /// The readers compute with `qzeros` whatever the configuration says, so a symmetric grid is written as zero points of
-/// 8 under `zero_point: true`, with `sym` for those who want to know. That field is true by default in configurations
-/// that transformers has saved, so it counts only where the zero points agree, and nobody need hear of it where they do not.
+/// 8 under `zero_point: true`, with `sym` for those who want to know. That field is true in every configuration that
+/// transformers has saved, so it counts only where the zero points agree; where they do not there is nothing to report.
 #[derive(Clone, Copy, Debug)]
 pub struct Awq;
 
@@ -72,7 +72,7 @@ impl LinearFormat for Awq {
         }
         let size = integer(config, "group_size")?.or(integer(config, "q_group_size")?);
         let size = size.ok_or_else(|| invalid("group_size", "there"))?;
-        let (bits, group_size) = Scheme::grid(bits, "bits", size, "group_size")?;
+        let (bits, group_size) = Scheme::grid(bits, size)?;
         let mut ignore = strings(config, "modules_to_not_convert")?;
         if !bool_or(config, HEAD, false)? && !ignore.iter().any(|entry| entry == HEAD) {
             ignore.push(HEAD.to_string());

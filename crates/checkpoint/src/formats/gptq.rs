@@ -69,6 +69,29 @@ impl Gptq {
         let packed: Vec<u32> = linear.integers(ZERO_POINTS, Dtype::I32, &[groups, width])?;
         Ok(unpack_rows(&packed, rows, bits))
     }
+
+    /// `None` where the columns are in group order, which files say by an index too.
+    fn group_index(
+        config: &QuantizationConfig,
+        linear: &LinearTensors<'_>,
+        columns: usize,
+        groups: usize,
+    ) -> Result<Option<Vec<u32>>> {
+        // Files without act-order of the first years have no index.
+        if !config.group_index && !linear.has(GROUP_INDEX) {
+            return Ok(None);
+        }
+        let Some(index) = linear.group_index(GROUP_INDEX, columns, groups)? else { return Ok(None) };
+        let size = config.group_size.columns(columns);
+        if index.iter().enumerate().all(|(column, &group)| group as usize == column / size) {
+            return Ok(None);
+        }
+        if !config.group_index {
+            let message = "columns have groups of their own, but desc_act is false".to_string();
+            return Err(linear.contradiction(GROUP_INDEX, message));
+        }
+        Ok(Some(index))
+    }
 }
 
 impl LinearFormat for Gptq {
@@ -101,7 +124,7 @@ impl LinearFormat for Gptq {
     fn read_config(&self, config: &Map<String, Value>) -> Result<QuantizationConfig> {
         let bits = integer(config, "bits")?.ok_or_else(|| invalid("bits", "there"))?;
         let size = integer(config, "group_size")?.ok_or_else(|| invalid("group_size", "there"))?;
-        let (bits, group_size) = Scheme::grid(bits, "bits", size, "group_size")?;
+        let (bits, group_size) = Scheme::grid(bits, size)?;
         let pack_type = string_or(config, "pack_dtype", "int32")?;
         if pack_type != "int32" {
             return Err(unsupported("pack_dtype", pack_type));
@@ -238,7 +261,7 @@ impl LinearFormat for Gptq {
         };
 
         let group_size = config.group_size;
-        let group_index = self.read_group_index(config, linear, columns, groups)?;
+        let group_index = Self::group_index(config, linear, columns, groups)?;
         let parts =
             QuantizedParts { rows, columns, bits, group_size, codes, scales, scale_type, zero_points, group_index };
         assemble(linear, parts)
@@ -272,32 +295,6 @@ impl LinearFormat for Gptq {
         let scales = float_bytes(&transposed(matrix.scales(), rows, groups), matrix.scale_type());
         let dtype = float_dtype(matrix.scale_type());
         emit(EncodedTensor { suffix: SCALES, dtype, shape: vec![groups, rows], bytes: &scales })
-    }
-}
-
-impl Gptq {
-    /// `None` where the columns are in group order, which files say by an index too.
-    fn read_group_index(
-        self,
-        config: &QuantizationConfig,
-        linear: &LinearTensors<'_>,
-        columns: usize,
-        groups: usize,
-    ) -> Result<Option<Vec<u32>>> {
-        // Files without act-order of the first years have no index.
-        if !config.group_index && !linear.has(GROUP_INDEX) {
-            return Ok(None);
-        }
-        let Some(index) = linear.group_index(GROUP_INDEX, columns, groups)? else { return Ok(None) };
-        let size = config.group_size.columns(columns);
-        if index.iter().enumerate().all(|(column, &group)| group as usize == column / size) {
-            return Ok(None);
-        }
-        if !config.group_index {
-            let message = "columns have groups of their own, but desc_act is false".to_string();
-            return Err(linear.contradiction(GROUP_INDEX, message));
-        }
-        Ok(Some(index))
     }
 }
 
