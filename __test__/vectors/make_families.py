@@ -133,6 +133,20 @@ FAMILIES = {
         use_parallel_residual=False,
         attention_bias=False,
     ),
+    "mixtral": transformers.MixtralConfig(
+        **SIZES | dict(intermediate_size=24), num_local_experts=4, num_experts_per_tok=2, sliding_window=9
+    ),
+    "qwen2-moe": transformers.Qwen2MoeConfig(
+        **SIZES,
+        num_experts=5,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=24,
+        norm_topk_prob=False,
+    ),
+    "qwen3-moe": transformers.Qwen3MoeConfig(
+        **SIZES, head_dim=8, num_experts=5, num_experts_per_tok=3, moe_intermediate_size=16, norm_topk_prob=True
+    ),
 }
 
 # Vectors over the short prompt; all others run over the long one.
@@ -152,8 +166,8 @@ def randomize(model):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape)
-            if parameter.dim() == 2:
-                parameter.copy_(noise * (1.0 if "embed" in name else 1.5 / parameter.shape[1] ** 0.5))
+            if parameter.dim() >= 2:
+                parameter.copy_(noise * (1.0 if "embed" in name else 1.5 / parameter.shape[-1] ** 0.5))
             elif name.endswith("bias"):
                 parameter.copy_(noise * 0.5)
             else:

@@ -5,8 +5,8 @@ use serde_json::{Map, Value};
 use crate::config_fields::{Fields, invalid, unsupported};
 use crate::rotary_spec::RotaryDefaults;
 use crate::{
-    AttentionShape, BiasRule, DecoderFamily, FAMILIES, LinearSlot, NormKind, PositionRule, ResidualRule, RotarySpec,
-    WindowRule,
+    AttentionShape, BiasRule, DecoderFamily, ExpertSpec, FAMILIES, LinearSlot, NormKind, PositionRule, ResidualRule,
+    RotarySpec, TapPoint, WindowRule,
 };
 
 /// One Linear that every block of a decoder has.
@@ -15,7 +15,7 @@ pub struct LinearSpec {
     /// What it does.
     pub slot: LinearSlot,
     /// Name inside the block.
-    pub name: &'static str,
+    pub name: String,
     /// Outputs.
     pub rows: usize,
     /// Inputs.
@@ -69,6 +69,8 @@ pub struct DecoderSpec {
     pub tied_head: bool,
     /// The Linears of a block, in the order of their computation.
     pub linears: Vec<LinearSpec>,
+    /// Experts, where there are any.
+    pub experts: Option<ExpertSpec>,
     /// Tokens that end a generation.
     pub end_tokens: Vec<u32>,
 }
@@ -141,6 +143,7 @@ impl DecoderSpec {
             embedding_scale: if family.scaled_embedding { (hidden_size as f64).sqrt() as f32 } else { 1.0 },
             tied_head: fields.flag("tie_word_embeddings").unwrap_or(family.tied_head),
             linears: Vec::new(),
+            experts: family.experts.as_ref().map(|rule| ExpertSpec::read(rule, fields)).transpose()?,
             end_tokens: end_tokens(config.get("eos_token_id")),
         };
         let linear = |&(slot, name, bias): &(LinearSlot, &'static str, BiasRule)| {
@@ -151,9 +154,12 @@ impl DecoderSpec {
                 BiasRule::Config(flag) => fields.flag(flag).unwrap_or(false),
                 BiasRule::Unless(flag) => fields.flag(flag).unwrap_or(true),
             };
-            LinearSpec { slot, name, rows, columns, bias }
+            LinearSpec { slot, name: name.to_owned(), rows, columns, bias }
         };
         spec.linears = family.linears.iter().map(linear).collect();
+        if let (Some(rule), Some(experts)) = (&family.experts, &spec.experts) {
+            spec.linears.extend(experts.linears(rule, hidden_size));
+        }
         Ok(spec)
     }
 
@@ -181,6 +187,26 @@ impl DecoderSpec {
         }
     }
 
+    /// The points where the Linears of a block read, stage by stage; see [`TapPoint::stage`].
+    pub fn tap_stages(&self) -> Vec<Vec<TapPoint>> {
+        let mut stages = vec![Vec::new(); TapPoint::STAGES];
+        for point in self.linears.iter().map(|linear| linear.slot.tap()) {
+            if !stages[point.stage()].contains(&point) {
+                stages[point.stage()].push(point);
+            }
+        }
+        stages
+    }
+
+    /// Names of the Linears in the blocks that choose experts. They are never compressed.
+    pub fn routers(&self) -> Vec<String> {
+        let names = self.family.experts.iter().flat_map(|rule| [Some(rule.router), rule.shared_gate]).flatten();
+        let names: Vec<&str> = names.collect();
+        (0..self.layers)
+            .flat_map(|block| names.iter().map(move |name| format!("{}.{name}", self.block_name(block))))
+            .collect()
+    }
+
     /// Name of a block in the checkpoint.
     pub fn block_name(&self, block: usize) -> String {
         format!("{}.{block}", self.family.blocks)
@@ -206,8 +232,17 @@ impl DecoderSpec {
         let norms = self.layers * (wide_norms * self.hidden_size * parts + head_norms) + self.hidden_size * parts;
         let positions = if self.rotary.is_none() { self.context_length * self.hidden_size } else { 0 };
         let biases: usize = self.linears.iter().filter(|linear| linear.bias).map(|linear| linear.rows).sum();
+        let routers = match (&self.experts, &self.family.experts) {
+            (Some(experts), Some(rule)) => experts.count + usize::from(rule.shared_gate.is_some()),
+            _ => 0,
+        };
+        let routers = self.layers * routers * self.hidden_size;
         let heads = if self.tied_head { 1 } else { 2 };
-        embedding * heads + (positions + norms + biases * self.layers) as u64 + self.linear_parameters()
+        embedding * heads + (positions + norms + routers + biases * self.layers) as u64 + self.linear_parameters()
+    }
+
+    fn expert_width(&self) -> usize {
+        self.experts.as_ref().map_or(0, |experts| experts.width)
     }
 
     /// Outputs and inputs of a Linear.
@@ -221,6 +256,8 @@ impl DecoderSpec {
             LinearSlot::Gate | LinearSlot::Up => (mlp, hidden),
             LinearSlot::GateUp => (2 * mlp, hidden),
             LinearSlot::Down => (hidden, mlp),
+            LinearSlot::ExpertGate(_) | LinearSlot::ExpertUp(_) => (self.expert_width(), hidden),
+            LinearSlot::ExpertDown(_) => (hidden, self.expert_width()),
         }
     }
 }

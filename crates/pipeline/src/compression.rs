@@ -149,7 +149,7 @@ fn quantization_config(recipe: &Recipe, spec: &DecoderSpec) -> QuantizationConfi
         group_size: recipe.group_size(),
         symmetric: recipe.symmetric,
         group_index: recipe.has_group_index(),
-        ignore: vec![spec.family.head.to_owned()],
+        ignore: std::iter::once(spec.family.head.to_owned()).chain(spec.routers()).collect(),
     }
 }
 
