@@ -103,7 +103,9 @@ impl<B: Backend> Block<B> {
 
     /// Bytes of the packed weights.
     pub fn memory_bytes(&self, backend: &B) -> usize {
-        self.linears.iter().map(|linear| backend.linear_bytes(linear)).sum()
+        let choosers =
+            self.experts.iter().flat_map(|experts| std::iter::once(&experts.router).chain(&experts.shared_gate));
+        self.linears.iter().chain(choosers).map(|linear| backend.linear_bytes(linear)).sum()
     }
 
     /// One pass over `hidden` `[rows, hiddenSize]`, in place; `taps` sees the input of every Linear.

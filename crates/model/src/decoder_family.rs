@@ -123,6 +123,8 @@ pub struct DecoderFamily {
     pub architecture: &'static str,
     /// `model_type` of `config.json`.
     pub model_type: &'static str,
+    /// What checkpoints of the decoder without its head leave out at the beginning of names, where such are in use.
+    pub bare_prefix: Option<&'static str>,
     /// Token embedding.
     pub embedding: &'static str,
     /// Prefix of the blocks; block `i` is `{blocks}.{i}`.
@@ -178,6 +180,7 @@ const LLAMA_MLP_BIAS: BiasRule = BiasRule::Config("mlp_bias");
 const LLAMA: DecoderFamily = DecoderFamily {
     architecture: "LlamaForCausalLM",
     model_type: "llama",
+    bare_prefix: None,
     embedding: "model.embed_tokens",
     blocks: "model.layers",
     final_norm: "model.norm",
@@ -354,6 +357,7 @@ pub const FAMILIES: &[DecoderFamily] = &[
     DecoderFamily {
         architecture: "GPT2LMHeadModel",
         model_type: "gpt2",
+        bare_prefix: Some("transformer."),
         embedding: "transformer.wte",
         blocks: "transformer.h",
         final_norm: "transformer.ln_f",

@@ -92,7 +92,7 @@ impl ModelWeights {
     /// `ERR_CHECKPOINT_TENSOR_MISSING`, `ERR_CHECKPOINT_SHAPE`, and what reading reports.
     pub fn read(checkpoint: &Checkpoint, spec: &DecoderSpec) -> Result<Self> {
         let expected = (spec.vocabulary_size, spec.hidden_size);
-        let embedding_name = format!("{}.weight", spec.family.embedding);
+        let embedding_name = format!("{}.weight", spec.name(spec.family.embedding));
         let head_name = format!("{}.weight", spec.family.head);
         // A tied matrix may be stored under either name.
         let stored =
@@ -101,7 +101,7 @@ impl ModelWeights {
         check_shape(stored, expected, (tokens.rows(), tokens.columns()))?;
         let positions = match spec.family.positions {
             PositionRule::Learned(name) => {
-                let name = format!("{name}.weight");
+                let name = format!("{}.weight", spec.name(name));
                 let positions = checkpoint.dense(&name)?;
                 let shape = (positions.rows(), positions.columns());
                 check_shape(&name, (spec.context_length, spec.hidden_size), shape)?;
@@ -117,7 +117,7 @@ impl ModelWeights {
             check_shape(&head_name, expected, (head.matrix.rows(), head.matrix.columns()))?;
             Some(head)
         };
-        let final_norm = read_norm(checkpoint, spec, spec.family.final_norm, spec.hidden_size)?;
+        let final_norm = read_norm(checkpoint, spec, spec.name(spec.family.final_norm), spec.hidden_size)?;
         Ok(ModelWeights { embedding, head, final_norm })
     }
 

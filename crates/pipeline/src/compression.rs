@@ -17,7 +17,7 @@ use crate::{
 pub fn plan(recipe: &Recipe) -> Result<Plan> {
     recipe.validate()?;
     let checkpoint = Checkpoint::open(&recipe.source)?;
-    let spec = DecoderSpec::from_config(checkpoint.config())?;
+    let spec = DecoderSpec::of(&checkpoint)?;
     Plan::new(recipe, &checkpoint, &spec)
 }
 
@@ -32,7 +32,7 @@ pub fn compress<B: Backend>(recipe: &Recipe, backend: &B, cancel: &CancelToken, 
     let started = Instant::now();
     recipe.validate()?;
     let checkpoint = Checkpoint::open(&recipe.source)?;
-    let spec = DecoderSpec::from_config(checkpoint.config())?;
+    let spec = DecoderSpec::of(&checkpoint)?;
     let plan = Plan::new(recipe, &checkpoint, &spec)?;
     let mut writer = CheckpointWriter::create(&recipe.out, &checkpoint)?;
 
@@ -110,7 +110,7 @@ fn copy_outside(
     spec: &DecoderSpec,
     cancel: &CancelToken,
 ) -> Result<()> {
-    let prefix = format!("{}.", spec.family.blocks);
+    let prefix = format!("{}.", spec.name(spec.family.blocks));
     for tensor in checkpoint.tensors().filter(|tensor| !tensor.name.starts_with(&prefix)) {
         cancel.check()?;
         writer.copy(&tensor.name)?;

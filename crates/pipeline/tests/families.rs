@@ -42,7 +42,7 @@ fn every_family_is_compressed_written_loaded_and_run() {
         (settings.sequences, settings.length, settings.subset) = (16, 32, true);
         let report = compress(&recipe, &backend(), &CancelToken::new(), &Progress::new()).unwrap();
 
-        let spec = DecoderSpec::from_config(Checkpoint::open(&source).unwrap().config()).unwrap();
+        let spec = DecoderSpec::of(&Checkpoint::open(&source).unwrap()).unwrap();
         assert_eq!(report.linears.len(), spec.layers * spec.linears.len(), "{name}");
         for linear in &report.linears {
             let error = linear.error.unwrap();
@@ -58,4 +58,25 @@ fn every_family_is_compressed_written_loaded_and_run() {
         let (before, after) = (mean_loss(&source), mean_loss(&out));
         assert!((after - before).abs() < 0.02 * before, "{name}: mean loss {before} became {after}");
     }
+}
+
+#[test]
+fn an_expert_that_no_token_reaches_is_compressed_all_the_same() {
+    let scratch = tempfile::tempdir().unwrap();
+    let source = folders().into_iter().find(|folder| folder.ends_with("qwen2-moe")).unwrap();
+    let (calibration, out) = (scratch.path().join("text.txt"), scratch.path().join("out"));
+    std::fs::write(&calibration, text()).unwrap();
+    let mut recipe = recipe(&source, &out, "gptq", 8, 4);
+    recipe.group_size = Some(16);
+    let settings = recipe.calibration.as_mut().unwrap();
+    settings.text.clone_from(&calibration);
+    // Two tokens with two experts each leave at least one of five alone.
+    (settings.sequences, settings.length) = (1, 2);
+    let report = compress(&recipe, &backend(), &CancelToken::new(), &Progress::new()).unwrap();
+    let alone: Vec<_> = report.linears.iter().filter(|linear| linear.calibration_tokens.is_none()).collect();
+    assert!(alone.len() >= 2 * 3, "{}", alone.len());
+    assert!(alone.iter().all(|linear| linear.name.contains("experts") && linear.rank == 0 && linear.error.is_none()));
+    assert!(report.linears.iter().all(|linear| linear.calibration_tokens.is_none_or(|tokens| tokens <= 2)));
+    assert!(report.summary.mean_error.is_some());
+    assert!(mean_loss(&out).is_finite());
 }
