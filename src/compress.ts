@@ -154,10 +154,12 @@ export interface CompressedLinear {
   groupSize: number | null
   /** Rank of the factors; 0 without. */
   rank: number
+  /** Calibration tokens that reached it, fewer than all for an expert; `null` when none did or without calibration. */
+  calibrationTokens: number | null
   storedBits: number
   /**
    * ‖(W−Ŵ)X‖ / ‖WX‖ over the calibration inputs: without compensation, with it, and the least that any factors of
-   * this rank reach. `null` without calibration.
+   * this rank reach. `null` where no calibration token reached it.
    */
   error: null | { quantized: number; compensated: number; bound: number }
 }

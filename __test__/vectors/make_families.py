@@ -10,6 +10,7 @@ size at which every operation shows in the logits: biases, norms and projections
 import json
 import pathlib
 
+import safetensors.torch
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -133,6 +134,23 @@ FAMILIES = {
         use_parallel_residual=False,
         attention_bias=False,
     ),
+    "mixtral": transformers.MixtralConfig(
+        **SIZES | dict(intermediate_size=24), num_local_experts=4, num_experts_per_tok=2, sliding_window=9
+    ),
+    "qwen2-moe": transformers.Qwen2MoeConfig(
+        **SIZES,
+        num_experts=5,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=24,
+        norm_topk_prob=False,
+    ),
+    "qwen3-moe": transformers.Qwen3MoeConfig(
+        **SIZES, head_dim=8, num_experts=5, num_experts_per_tok=3, moe_intermediate_size=16, norm_topk_prob=True
+    ),
+    "gpt2-bare": transformers.GPT2Config(
+        vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=2, n_head=4, scale_attn_weights=False
+    ),
 }
 
 # Vectors over the short prompt; all others run over the long one.
@@ -152,8 +170,8 @@ def randomize(model):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape)
-            if parameter.dim() == 2:
-                parameter.copy_(noise * (1.0 if "embed" in name else 1.5 / parameter.shape[1] ** 0.5))
+            if parameter.dim() >= 2:
+                parameter.copy_(noise * (1.0 if "embed" in name else 1.5 / parameter.shape[-1] ** 0.5))
             elif name.endswith("bias"):
                 parameter.copy_(noise * 0.5)
             else:
@@ -179,6 +197,13 @@ def spell_as_before(path):
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
+def save_bare(model, path):
+    """As the checkpoints of GPT-2 by its authors: without the name of the base model, and `n_inner` left out."""
+    tensors = {key.removeprefix("transformer."): value for key, value in model.state_dict().items()}
+    del tensors["lm_head.weight"]
+    safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+
+
 def main():
     folder = pathlib.Path(__file__).parent / "families"
     for seed, (name, config) in enumerate(FAMILIES.items()):
@@ -192,6 +217,8 @@ def main():
         # The weights are exact in bfloat16, so they are stored in it.
         model.to(torch.bfloat16).save_pretrained(folder / name)
         (folder / name / "generation_config.json").unlink(missing_ok=True)
+        if name == "gpt2-bare":
+            save_bare(model, folder / name / "model.safetensors")
         if name in OLD_SPELLING:
             spell_as_before(folder / name / "config.json")
         tokenizer().save(str(folder / name / "tokenizer.json"), pretty=False)

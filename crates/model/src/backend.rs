@@ -90,6 +90,12 @@ pub trait Backend: Send + Sync + 'static {
     ) -> Result<()>;
     /// `out` = some columns of `x`, run after run.
     fn take_columns(&self, x: &Self::Tensor, runs: ColumnRuns, out: &mut Self::Tensor) -> Result<()>;
+    /// `out` = some rows of `x`.
+    fn take_rows(&self, x: &Self::Tensor, rows: &[usize], out: &mut Self::Tensor) -> Result<()>;
+    /// `y[rows[i]] += shares[i] · x[i]`.
+    fn add_rows(&self, x: &Self::Tensor, rows: &[usize], shares: &[f32], y: &mut Self::Tensor) -> Result<()>;
+    /// `x[i] *= shares[i]`.
+    fn scale_rows(&self, shares: &[f32], x: &mut Self::Tensor) -> Result<()>;
     /// `out` = the norm of each row of `x`.
     fn norm(&self, x: &Self::Tensor, norm: &Self::Norm, epsilon: f32, out: &mut Self::Tensor) -> Result<()>;
     /// The norm of each part of `x` that is as wide as the norm, in place: of rows or of heads.

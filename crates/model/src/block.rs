@@ -1,9 +1,12 @@
+use std::ops::Range;
+
 use kintsugi_kernels::Activation;
 use kintsugi_runtime::{Error, ErrorCode, Result};
 
+use crate::workspace::MlpBuffers;
 use crate::{
-    AttentionShape, Backend, Batch, BlockWeights, ColumnRuns, DecoderSpec, FusedHeads, LinearSlot, NormWeight,
-    RotaryTables, TapPoint, Workspace,
+    AttentionShape, Backend, Batch, BlockWeights, ColumnRuns, DecoderSpec, ExpertSpec, FusedHeads, LinearSlot,
+    NormWeight, RotaryTables, TapPoint, Workspace,
 };
 
 /// Sees the input of the Linears at each tap point of a block.
@@ -21,11 +24,27 @@ pub struct Block<B: Backend> {
     parallel: bool,
     fused_heads: FusedHeads,
     shape: AttentionShape,
+    experts: Option<Experts<B>>,
     activation: Activation,
     mlp_width: usize,
     epsilon: f32,
     /// Updates that requests may ask for, by adapter and Linear.
     adapters: Vec<Vec<Option<B::LowRank>>>,
+}
+
+/// What chooses the experts of a block.
+struct Experts<B: Backend> {
+    spec: ExpertSpec,
+    hidden_size: usize,
+    router: B::Linear,
+    /// Weighs the expert that sees every token.
+    shared_gate: Option<B::Linear>,
+}
+
+/// Rows of a tensor that run with an adapter.
+struct AdaptedRows {
+    rows: Range<usize>,
+    adapter: usize,
 }
 
 impl<B: Backend> Block<B> {
@@ -39,6 +58,15 @@ impl<B: Backend> Block<B> {
             Some([first, second]) => Ok(Some([backend.prepare_norm(first)?, backend.prepare_norm(second)?])),
             None => Ok(None),
         };
+        let experts = match (&spec.experts, &weights.router) {
+            (Some(experts), Some(router)) => Some(Experts {
+                spec: experts.clone(),
+                hidden_size: spec.hidden_size,
+                router: backend.prepare(router)?,
+                shared_gate: weights.shared_gate.as_ref().map(|gate| backend.prepare(gate)).transpose()?,
+            }),
+            _ => None,
+        };
         Ok(Block {
             linears: linears.collect::<Result<_>>()?,
             slots: spec.linears.iter().map(|linear| linear.slot).collect(),
@@ -49,6 +77,7 @@ impl<B: Backend> Block<B> {
             parallel: spec.parallel,
             fused_heads: spec.family.fused_heads,
             shape: spec.attention_shape(index),
+            experts,
             activation: spec.activation,
             mlp_width: spec.intermediate_size,
             epsilon: spec.norm_epsilon,
@@ -74,7 +103,9 @@ impl<B: Backend> Block<B> {
 
     /// Bytes of the packed weights.
     pub fn memory_bytes(&self, backend: &B) -> usize {
-        self.linears.iter().map(|linear| backend.linear_bytes(linear)).sum()
+        let choosers =
+            self.experts.iter().flat_map(|experts| std::iter::once(&experts.router).chain(&experts.shared_gate));
+        self.linears.iter().chain(choosers).map(|linear| backend.linear_bytes(linear)).sum()
     }
 
     /// One pass over `hidden` `[rows, hiddenSize]`, in place; `taps` sees the input of every Linear.
@@ -95,10 +126,11 @@ impl<B: Backend> Block<B> {
     ) -> Result<()> {
         workspace.set_rows(backend, batch.rows())?;
         let w = workspace;
+        let adapted = adapted_rows(batch, None);
 
         backend.norm(hidden, &self.attention_norm, self.epsilon, &mut w.normed)?;
         taps(TapPoint::AttentionInput, &w.normed)?;
-        self.project(backend, batch, w)?;
+        self.project(backend, &adapted, w)?;
         if let Some([query_norm, key_norm]) = &self.head_norms {
             backend.norm_assign(&mut w.q, query_norm, self.epsilon)?;
             backend.norm_assign(&mut w.k, key_norm, self.epsilon)?;
@@ -109,7 +141,7 @@ impl<B: Backend> Block<B> {
         }
         backend.attention(self.shape, batch, &w.q, &w.k, &w.v, cache, &mut w.attention)?;
         taps(TapPoint::AttentionOutput, &w.attention)?;
-        self.linear(backend, LinearSlot::Output, batch, &w.attention, &mut w.projected)?;
+        self.linear(backend, LinearSlot::Output, &adapted, &w.attention, &mut w.projected)?;
         if let Some([attention_norm, _]) = &self.branch_norms {
             backend.norm_assign(&mut w.projected, attention_norm, self.epsilon)?;
         }
@@ -122,9 +154,14 @@ impl<B: Backend> Block<B> {
         }
 
         taps(TapPoint::MlpInput, &w.normed)?;
-        self.activate(backend, batch, w)?;
-        taps(TapPoint::MlpActivation, &w.activation)?;
-        self.linear(backend, LinearSlot::Down, batch, &w.activation, &mut w.projected)?;
+        if let Some(mlp) = &mut w.mlp {
+            self.activate(backend, &adapted, &w.normed, mlp)?;
+            taps(TapPoint::MlpActivation, &mlp.activation)?;
+            self.linear(backend, LinearSlot::Down, &adapted, &mlp.activation, &mut w.projected)?;
+        }
+        if let Some(experts) = &self.experts {
+            self.mix(backend, experts, batch, w, taps)?;
+        }
         if let Some([_, mlp_norm]) = &self.branch_norms {
             backend.norm_assign(&mut w.projected, mlp_norm, self.epsilon)?;
         }
@@ -132,13 +169,13 @@ impl<B: Backend> Block<B> {
     }
 
     /// Queries, keys and values of the normed input.
-    fn project(&self, backend: &B, batch: &Batch, w: &mut Workspace<B>) -> Result<()> {
+    fn project(&self, backend: &B, adapted: &[AdaptedRows], w: &mut Workspace<B>) -> Result<()> {
         let Some(qkv) = &mut w.qkv else {
-            self.linear(backend, LinearSlot::Query, batch, &w.normed, &mut w.q)?;
-            self.linear(backend, LinearSlot::Key, batch, &w.normed, &mut w.k)?;
-            return self.linear(backend, LinearSlot::Value, batch, &w.normed, &mut w.v);
+            self.linear(backend, LinearSlot::Query, adapted, &w.normed, &mut w.q)?;
+            self.linear(backend, LinearSlot::Key, adapted, &w.normed, &mut w.k)?;
+            return self.linear(backend, LinearSlot::Value, adapted, &w.normed, &mut w.v);
         };
-        self.linear(backend, LinearSlot::QueryKeyValue, batch, &w.normed, qkv)?;
+        self.linear(backend, LinearSlot::QueryKeyValue, adapted, &w.normed, qkv)?;
         let AttentionShape { heads, kv_heads, head_dim, .. } = self.shape;
         let [q, k, v] = match self.fused_heads {
             FusedHeads::Apart => {
@@ -162,34 +199,89 @@ impl<B: Backend> Block<B> {
         backend.take_columns(qkv, v, &mut w.v)
     }
 
-    /// The activation of the MLP on the normed input.
-    fn activate(&self, backend: &B, batch: &Batch, w: &mut Workspace<B>) -> Result<()> {
-        if let Some(gate_up) = &mut w.gate_up {
-            self.linear(backend, LinearSlot::GateUp, batch, &w.normed, gate_up)?;
+    /// The activation of the MLP on `x`.
+    fn activate(&self, backend: &B, adapted: &[AdaptedRows], x: &B::Tensor, mlp: &mut MlpBuffers<B>) -> Result<()> {
+        if let Some(gate_up) = &mut mlp.gate_up {
+            self.linear(backend, LinearSlot::GateUp, adapted, x, gate_up)?;
             let gate = ColumnRuns { start: 0, stride: self.mlp_width, width: self.mlp_width, count: 1 };
-            backend.take_columns(gate_up, gate, &mut w.gate)?;
-            backend.take_columns(gate_up, ColumnRuns { start: self.mlp_width, ..gate }, &mut w.up)?;
-            return backend.activate_multiply(self.activation, &w.gate, &w.up, &mut w.activation);
+            backend.take_columns(gate_up, gate, &mut mlp.gate)?;
+            backend.take_columns(gate_up, ColumnRuns { start: self.mlp_width, ..gate }, &mut mlp.up)?;
+            return backend.activate_multiply(self.activation, &mlp.gate, &mlp.up, &mut mlp.activation);
         }
-        self.linear(backend, LinearSlot::Up, batch, &w.normed, &mut w.up)?;
+        self.linear(backend, LinearSlot::Up, adapted, x, &mut mlp.up)?;
         if !self.slots.contains(&LinearSlot::Gate) {
-            return backend.activate(self.activation, &w.up, &mut w.activation);
+            return backend.activate(self.activation, &mlp.up, &mut mlp.activation);
         }
-        self.linear(backend, LinearSlot::Gate, batch, &w.normed, &mut w.gate)?;
-        backend.activate_multiply(self.activation, &w.gate, &w.up, &mut w.activation)
+        self.linear(backend, LinearSlot::Gate, adapted, x, &mut mlp.gate)?;
+        backend.activate_multiply(self.activation, &mlp.gate, &mlp.up, &mut mlp.activation)
     }
 
-    fn linear(&self, backend: &B, slot: LinearSlot, batch: &Batch, x: &B::Tensor, y: &mut B::Tensor) -> Result<()> {
+    /// The output of the experts of each row, in their order; in `w.projected` that of the expert that sees every
+    /// token, if there is one, is weighed first.
+    fn mix(
+        &self,
+        backend: &B,
+        experts: &Experts<B>,
+        batch: &Batch,
+        w: &mut Workspace<B>,
+        taps: Taps<'_, B>,
+    ) -> Result<()> {
+        let Some(buffers) = &mut w.experts else {
+            return Err(Error::new(ErrorCode::Internal, "the workspace was made for a decoder without experts"));
+        };
+        if let Some(shared_gate) = &experts.shared_gate {
+            backend.linear(shared_gate, &w.normed, &mut buffers.shared_gate)?;
+            let logits = backend.download(&buffers.shared_gate)?;
+            let shares: Vec<f32> = logits.iter().map(|logit| 1.0 / (1.0 + (-logit).exp())).collect();
+            backend.scale_rows(&shares, &mut w.projected)?;
+        } else {
+            w.projected = backend.tensor(batch.rows(), experts.hidden_size)?;
+        }
+        backend.linear(&experts.router, &w.normed, &mut buffers.router)?;
+        let routes = experts.spec.route(&backend.download(&buffers.router)?);
+        for (expert, route) in (0u16..).zip(&routes).filter(|(_, route)| !route.rows.is_empty()) {
+            let adapted = adapted_rows(batch, Some(&route.rows));
+            buffers.set_expert_rows(backend, route.rows.len())?;
+            let (input, mlp) = (&mut buffers.input, &mut buffers.mlp);
+            backend.take_rows(&w.normed, &route.rows, input)?;
+            taps(TapPoint::ExpertInput(expert), input)?;
+            self.linear(backend, LinearSlot::ExpertGate(expert), &adapted, input, &mut mlp.gate)?;
+            self.linear(backend, LinearSlot::ExpertUp(expert), &adapted, input, &mut mlp.up)?;
+            backend.activate_multiply(self.activation, &mlp.gate, &mlp.up, &mut mlp.activation)?;
+            taps(TapPoint::ExpertActivation(expert), &mlp.activation)?;
+            let down = LinearSlot::ExpertDown(expert);
+            self.linear(backend, down, &adapted, &mlp.activation, &mut buffers.output)?;
+            backend.add_rows(&buffers.output, &route.rows, &route.shares, &mut w.projected)?;
+        }
+        Ok(())
+    }
+
+    fn linear(
+        &self,
+        backend: &B,
+        slot: LinearSlot,
+        adapted: &[AdaptedRows],
+        x: &B::Tensor,
+        y: &mut B::Tensor,
+    ) -> Result<()> {
         let Some(index) = self.slots.iter().position(|&known| known == slot) else {
             return Err(Error::new(ErrorCode::Internal, format!("the block has no {slot:?}")));
         };
         backend.linear(&self.linears[index], x, y)?;
-        for segment in batch.segments() {
-            let update = segment.adapter.and_then(|adapter| self.adapters[adapter][index].as_ref());
-            if let Some(update) = update {
-                backend.add_low_rank(update, segment.rows.clone(), x, y)?;
+        for AdaptedRows { rows, adapter } in adapted {
+            if let Some(update) = &self.adapters[*adapter][index] {
+                backend.add_low_rank(update, rows.clone(), x, y)?;
             }
         }
         Ok(())
     }
+}
+
+/// The rows with an adapter in a tensor that holds all rows of the batch, or those of `taken`, which ascend.
+fn adapted_rows(batch: &Batch, taken: Option<&[usize]>) -> Vec<AdaptedRows> {
+    let place = |row: usize| taken.map_or(row, |taken| taken.partition_point(|&taken| taken < row));
+    let adapted = batch.segments().iter().filter_map(|segment| {
+        Some(AdaptedRows { rows: place(segment.rows.start)..place(segment.rows.end), adapter: segment.adapter? })
+    });
+    adapted.filter(|adapted| !adapted.rows.is_empty()).collect()
 }

@@ -96,6 +96,10 @@ impl CandleNorm {
     }
 }
 
+fn indices(rows: &[usize]) -> candle_core::Result<Tensor> {
+    Tensor::from_vec(rows.iter().map(|&row| row as u32).collect::<Vec<_>>(), rows.len(), &Device::Cpu)
+}
+
 fn vector(values: &[f32]) -> Result<Tensor> {
     Tensor::from_slice(values, values.len(), &Device::Cpu).map_err(failed)
 }
@@ -312,6 +316,26 @@ impl Backend for CandleBackend {
             Tensor::cat(&parts.collect::<candle_core::Result<Vec<_>>>()?, 1)?.contiguous()
         };
         out.tensor = compute().map_err(failed)?;
+        Ok(())
+    }
+
+    fn take_rows(&self, x: &CandleTensor, rows: &[usize], out: &mut CandleTensor) -> Result<()> {
+        out.tensor = indices(rows).and_then(|index| x.tensor.index_select(&index, 0)).map_err(failed)?;
+        Ok(())
+    }
+
+    fn add_rows(&self, x: &CandleTensor, rows: &[usize], shares: &[f32], y: &mut CandleTensor) -> Result<()> {
+        let compute = || {
+            let shares = Tensor::from_slice(shares, (shares.len(), 1), &Device::Cpu)?;
+            y.tensor.index_add(&indices(rows)?, &x.tensor.broadcast_mul(&shares)?, 0)
+        };
+        y.tensor = compute().map_err(failed)?;
+        Ok(())
+    }
+
+    fn scale_rows(&self, shares: &[f32], x: &mut CandleTensor) -> Result<()> {
+        let shares = Tensor::from_slice(shares, (shares.len(), 1), &Device::Cpu);
+        x.tensor = shares.and_then(|shares| x.tensor.broadcast_mul(&shares)).map_err(failed)?;
         Ok(())
     }
 

@@ -3,7 +3,7 @@ use kintsugi_runtime::{Error, ErrorCode, Result};
 use serde_json::{Map, Value};
 
 /// Largest size that a field of `config.json` may claim; far above any real model, far below an overflow.
-const LARGEST_SIZE: u64 = 1 << 24;
+pub(crate) const LARGEST_SIZE: usize = 1 << 24;
 
 /// Names of activations in `config.json`.
 const ACTIVATIONS: [(&str, Activation); 6] = [
@@ -32,7 +32,7 @@ impl<'a> Fields<'a> {
         match self.value(name) {
             None => Ok(None),
             Some(value) => match value.as_u64() {
-                Some(size) if size > 0 && size <= LARGEST_SIZE => Ok(Some(size as usize)),
+                Some(size) if size > 0 && size <= LARGEST_SIZE as u64 => Ok(Some(size as usize)),
                 _ => Err(invalid(name, format!("{value} is not a size between 1 and {LARGEST_SIZE}"))),
             },
         }

@@ -149,6 +149,28 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
+    fn take_rows(&self, x: &CpuTensor, rows: &[usize], out: &mut CpuTensor) -> Result<()> {
+        for (&row, out) in rows.iter().zip(out.values.chunks_exact_mut(x.width)) {
+            out.copy_from_slice(&x.values[row * x.width..][..x.width]);
+        }
+        Ok(())
+    }
+
+    fn add_rows(&self, x: &CpuTensor, rows: &[usize], shares: &[f32], y: &mut CpuTensor) -> Result<()> {
+        for ((x, &row), share) in x.values.chunks_exact(x.width).zip(rows).zip(shares) {
+            let y = &mut y.values[row * y.width..][..y.width];
+            y.iter_mut().zip(x).for_each(|(y, x)| *y += share * x);
+        }
+        Ok(())
+    }
+
+    fn scale_rows(&self, shares: &[f32], x: &mut CpuTensor) -> Result<()> {
+        for (x, share) in x.values.chunks_exact_mut(x.width).zip(shares) {
+            x.iter_mut().for_each(|x| *x *= share);
+        }
+        Ok(())
+    }
+
     fn norm(&self, x: &CpuTensor, norm: &NormWeight, epsilon: f32, out: &mut CpuTensor) -> Result<()> {
         match norm {
             NormWeight::Rms(weight) => {

@@ -79,6 +79,26 @@ pub enum PositionRule {
     },
 }
 
+/// The experts of a family with a mixture in place of the MLP. Linears like [`LinearSlot::Down`] are then those of an
+/// expert that sees every token.
+#[derive(Clone, Copy, Debug)]
+pub struct ExpertRule {
+    /// The Linear that chooses experts, inside a block.
+    pub router: &'static str,
+    /// Expert `i` is `{experts}.{i}`, inside a block.
+    pub experts: &'static str,
+    /// Gate, up and down projection, inside an expert.
+    pub names: [&'static str; 3],
+    /// Fields with the number of experts; the first that is there counts.
+    pub count: [&'static str; 2],
+    /// Field with the width of an expert.
+    pub width: &'static str,
+    /// Field that says whether the shares of the chosen experts add up to one; `None` for always.
+    pub normalized: Option<&'static str>,
+    /// The Linear whose sigmoid is the share of the expert that sees every token, inside a block.
+    pub shared_gate: Option<&'static str>,
+}
+
 /// How `config.json` spells the sizes of a decoder.
 #[derive(Clone, Copy, Debug)]
 pub struct SizeFields {
@@ -103,6 +123,8 @@ pub struct DecoderFamily {
     pub architecture: &'static str,
     /// `model_type` of `config.json`.
     pub model_type: &'static str,
+    /// What checkpoints of the decoder without its head leave out at the beginning of names, where such are in use.
+    pub bare_prefix: Option<&'static str>,
     /// Token embedding.
     pub embedding: &'static str,
     /// Prefix of the blocks; block `i` is `{blocks}.{i}`.
@@ -125,6 +147,8 @@ pub struct DecoderFamily {
     pub residual: ResidualRule,
     /// What each Linear of a block does, its name inside the block and its bias, in the order of their computation.
     pub linears: &'static [(LinearSlot, &'static str, BiasRule)],
+    /// Experts of which each token goes through a few.
+    pub experts: Option<ExpertRule>,
     /// Whether plain weights are stored as `[in, out]`.
     pub transposed: bool,
     /// How the outputs of [`LinearSlot::QueryKeyValue`] lie.
@@ -156,6 +180,7 @@ const LLAMA_MLP_BIAS: BiasRule = BiasRule::Config("mlp_bias");
 const LLAMA: DecoderFamily = DecoderFamily {
     architecture: "LlamaForCausalLM",
     model_type: "llama",
+    bare_prefix: None,
     embedding: "model.embed_tokens",
     blocks: "model.layers",
     final_norm: "model.norm",
@@ -175,6 +200,7 @@ const LLAMA: DecoderFamily = DecoderFamily {
         (LinearSlot::Up, "mlp.up_proj", LLAMA_MLP_BIAS),
         (LinearSlot::Down, "mlp.down_proj", LLAMA_MLP_BIAS),
     ],
+    experts: None,
     transposed: false,
     fused_heads: FusedHeads::Apart,
     activation: ("hidden_act", Activation::Silu),
@@ -247,6 +273,59 @@ pub const FAMILIES: &[DecoderFamily] = &[
         ..LLAMA
     },
     DecoderFamily {
+        architecture: "MixtralForCausalLM",
+        model_type: "mixtral",
+        linears: &[
+            (LinearSlot::Query, "self_attn.q_proj", BiasRule::Never),
+            (LinearSlot::Key, "self_attn.k_proj", BiasRule::Never),
+            (LinearSlot::Value, "self_attn.v_proj", BiasRule::Never),
+            (LinearSlot::Output, "self_attn.o_proj", BiasRule::Never),
+        ],
+        experts: Some(ExpertRule {
+            router: "block_sparse_moe.gate",
+            experts: "block_sparse_moe.experts",
+            names: ["w1", "w3", "w2"],
+            count: ["num_local_experts", "num_experts"],
+            width: "intermediate_size",
+            normalized: None,
+            shared_gate: None,
+        }),
+        windows: WindowRule::Everywhere,
+        positions: rotary(1_000_000.0, None),
+        ..LLAMA
+    },
+    DecoderFamily {
+        architecture: "Qwen2MoeForCausalLM",
+        model_type: "qwen2_moe",
+        linears: &[
+            (LinearSlot::Query, "self_attn.q_proj", BiasRule::Unless("qkv_bias")),
+            (LinearSlot::Key, "self_attn.k_proj", BiasRule::Unless("qkv_bias")),
+            (LinearSlot::Value, "self_attn.v_proj", BiasRule::Unless("qkv_bias")),
+            (LinearSlot::Output, "self_attn.o_proj", BiasRule::Never),
+            (LinearSlot::Gate, "mlp.shared_expert.gate_proj", BiasRule::Never),
+            (LinearSlot::Up, "mlp.shared_expert.up_proj", BiasRule::Never),
+            (LinearSlot::Down, "mlp.shared_expert.down_proj", BiasRule::Never),
+        ],
+        experts: Some(ExpertRule { shared_gate: Some("mlp.shared_expert_gate"), ..QWEN_EXPERTS }),
+        sizes: SizeFields { intermediate: ("shared_expert_intermediate_size", false), ..LLAMA.sizes },
+        refused_flags: &["use_sliding_window"],
+        ..LLAMA
+    },
+    DecoderFamily {
+        architecture: "Qwen3MoeForCausalLM",
+        model_type: "qwen3_moe",
+        head_norms: Some(["self_attn.q_norm", "self_attn.k_norm"]),
+        linears: &[
+            (LinearSlot::Query, "self_attn.q_proj", LLAMA_ATTENTION_BIAS),
+            (LinearSlot::Key, "self_attn.k_proj", LLAMA_ATTENTION_BIAS),
+            (LinearSlot::Value, "self_attn.v_proj", LLAMA_ATTENTION_BIAS),
+            (LinearSlot::Output, "self_attn.o_proj", LLAMA_ATTENTION_BIAS),
+        ],
+        experts: Some(QWEN_EXPERTS),
+        refused_flags: &["use_sliding_window"],
+        ..LLAMA
+    },
+    DecoderFamily {
         architecture: "Phi3ForCausalLM",
         model_type: "phi3",
         linears: &[
@@ -278,6 +357,7 @@ pub const FAMILIES: &[DecoderFamily] = &[
     DecoderFamily {
         architecture: "GPT2LMHeadModel",
         model_type: "gpt2",
+        bare_prefix: Some("transformer."),
         embedding: "transformer.wte",
         blocks: "transformer.h",
         final_norm: "transformer.ln_f",
@@ -344,6 +424,16 @@ const SEVEN_WITHOUT_BIAS: &[(LinearSlot, &str, BiasRule)] = &[
     (LinearSlot::Up, "mlp.up_proj", BiasRule::Never),
     (LinearSlot::Down, "mlp.down_proj", BiasRule::Never),
 ];
+
+const QWEN_EXPERTS: ExpertRule = ExpertRule {
+    router: "mlp.gate",
+    experts: "mlp.experts",
+    names: ["gate_proj", "up_proj", "down_proj"],
+    count: ["num_experts", "num_local_experts"],
+    width: "moe_intermediate_size",
+    normalized: Some("norm_topk_prob"),
+    shared_gate: None,
+};
 
 /// What the Gemma families share.
 const GEMMA: DecoderFamily = DecoderFamily {

@@ -1,12 +1,13 @@
+use kintsugi_checkpoint::Checkpoint;
 use kintsugi_kernels::{Activation, Scores};
 use kintsugi_runtime::{Error, ErrorCode, Result};
 use serde_json::{Map, Value};
 
-use crate::config_fields::{Fields, invalid, unsupported};
+use crate::config_fields::{Fields, LARGEST_SIZE, invalid, unsupported};
 use crate::rotary_spec::RotaryDefaults;
 use crate::{
-    AttentionShape, BiasRule, DecoderFamily, FAMILIES, LinearSlot, NormKind, PositionRule, ResidualRule, RotarySpec,
-    WindowRule,
+    AttentionShape, BiasRule, DecoderFamily, ExpertSpec, FAMILIES, LinearSlot, NormKind, PositionRule, ResidualRule,
+    RotarySpec, TapPoint, WindowRule,
 };
 
 /// One Linear that every block of a decoder has.
@@ -15,7 +16,7 @@ pub struct LinearSpec {
     /// What it does.
     pub slot: LinearSlot,
     /// Name inside the block.
-    pub name: &'static str,
+    pub name: String,
     /// Outputs.
     pub rows: usize,
     /// Inputs.
@@ -29,6 +30,8 @@ pub struct LinearSpec {
 pub struct DecoderSpec {
     /// Names and kinds.
     pub family: &'static DecoderFamily,
+    /// Whether names in the checkpoint lack [`DecoderFamily::bare_prefix`].
+    pub bare: bool,
     /// Width of the residual stream.
     pub hidden_size: usize,
     /// Width of the MLP.
@@ -69,11 +72,27 @@ pub struct DecoderSpec {
     pub tied_head: bool,
     /// The Linears of a block, in the order of their computation.
     pub linears: Vec<LinearSpec>,
+    /// Experts, where there are any.
+    pub experts: Option<ExpertSpec>,
     /// Tokens that end a generation.
     pub end_tokens: Vec<u32>,
 }
 
 impl DecoderSpec {
+    /// Reads the `config.json` of a checkpoint, and from its tensors how they are named.
+    ///
+    /// # Errors
+    /// As [`DecoderSpec::from_config`].
+    pub fn of(checkpoint: &Checkpoint) -> Result<Self> {
+        let mut spec = Self::from_config(checkpoint.config())?;
+        let stored = |spec: &Self| checkpoint.tensor(&format!("{}.weight", spec.name(spec.family.embedding))).is_some();
+        if spec.family.bare_prefix.is_some() && !stored(&spec) {
+            spec.bare = true;
+            spec.bare = stored(&spec);
+        }
+        Ok(spec)
+    }
+
     /// Reads a `config.json`.
     ///
     /// # Errors
@@ -118,6 +137,7 @@ impl DecoderSpec {
         let scaled_scores = fields.flag("scale_attn_weights").unwrap_or(true);
         let mut spec = DecoderSpec {
             family,
+            bare: false,
             hidden_size,
             intermediate_size,
             layers,
@@ -141,6 +161,7 @@ impl DecoderSpec {
             embedding_scale: if family.scaled_embedding { (hidden_size as f64).sqrt() as f32 } else { 1.0 },
             tied_head: fields.flag("tie_word_embeddings").unwrap_or(family.tied_head),
             linears: Vec::new(),
+            experts: family.experts.as_ref().map(|rule| ExpertSpec::read(rule, fields)).transpose()?,
             end_tokens: end_tokens(config.get("eos_token_id")),
         };
         let linear = |&(slot, name, bias): &(LinearSlot, &'static str, BiasRule)| {
@@ -151,9 +172,12 @@ impl DecoderSpec {
                 BiasRule::Config(flag) => fields.flag(flag).unwrap_or(false),
                 BiasRule::Unless(flag) => fields.flag(flag).unwrap_or(true),
             };
-            LinearSpec { slot, name, rows, columns, bias }
+            LinearSpec { slot, name: name.to_owned(), rows, columns, bias }
         };
         spec.linears = family.linears.iter().map(linear).collect();
+        if let (Some(rule), Some(experts)) = (&family.experts, &spec.experts) {
+            spec.linears.extend(experts.linears(rule, hidden_size));
+        }
         Ok(spec)
     }
 
@@ -181,14 +205,40 @@ impl DecoderSpec {
         }
     }
 
+    /// The points where the Linears of a block read, stage by stage; see [`TapPoint::stage`].
+    pub fn tap_stages(&self) -> Vec<Vec<TapPoint>> {
+        let mut stages = vec![Vec::new(); TapPoint::STAGES];
+        for point in self.linears.iter().map(|linear| linear.slot.tap()) {
+            if !stages[point.stage()].contains(&point) {
+                stages[point.stage()].push(point);
+            }
+        }
+        stages
+    }
+
+    /// Names of the Linears in the blocks that choose experts. They are never compressed.
+    pub fn routers(&self) -> Vec<String> {
+        let names = self.family.experts.iter().flat_map(|rule| [Some(rule.router), rule.shared_gate]).flatten();
+        let names: Vec<&str> = names.collect();
+        (0..self.layers)
+            .flat_map(|block| names.iter().map(move |name| format!("{}.{name}", self.block_name(block))))
+            .collect()
+    }
+
+    /// A name of the family as the checkpoint has it.
+    pub fn name(&self, name: &'static str) -> &'static str {
+        let prefix = if self.bare { self.family.bare_prefix } else { None };
+        prefix.and_then(|prefix| name.strip_prefix(prefix)).unwrap_or(name)
+    }
+
     /// Name of a block in the checkpoint.
     pub fn block_name(&self, block: usize) -> String {
-        format!("{}.{block}", self.family.blocks)
+        format!("{}.{block}", self.name(self.family.blocks))
     }
 
     /// Name of a Linear in the checkpoint.
     pub fn linear_name(&self, block: usize, linear: &LinearSpec) -> String {
-        format!("{}.{block}.{}", self.family.blocks, linear.name)
+        format!("{}.{}", self.block_name(block), linear.name)
     }
 
     /// Weights in the Linears of all blocks: those that compression works on.
@@ -206,8 +256,17 @@ impl DecoderSpec {
         let norms = self.layers * (wide_norms * self.hidden_size * parts + head_norms) + self.hidden_size * parts;
         let positions = if self.rotary.is_none() { self.context_length * self.hidden_size } else { 0 };
         let biases: usize = self.linears.iter().filter(|linear| linear.bias).map(|linear| linear.rows).sum();
+        let routers = match (&self.experts, &self.family.experts) {
+            (Some(experts), Some(rule)) => experts.count + usize::from(rule.shared_gate.is_some()),
+            _ => 0,
+        };
+        let routers = self.layers * routers * self.hidden_size;
         let heads = if self.tied_head { 1 } else { 2 };
-        embedding * heads + (positions + norms + biases * self.layers) as u64 + self.linear_parameters()
+        embedding * heads + (positions + norms + routers + biases * self.layers) as u64 + self.linear_parameters()
+    }
+
+    fn expert_width(&self) -> usize {
+        self.experts.as_ref().map_or(0, |experts| experts.width)
     }
 
     /// Outputs and inputs of a Linear.
@@ -221,6 +280,8 @@ impl DecoderSpec {
             LinearSlot::Gate | LinearSlot::Up => (mlp, hidden),
             LinearSlot::GateUp => (2 * mlp, hidden),
             LinearSlot::Down => (hidden, mlp),
+            LinearSlot::ExpertGate(_) | LinearSlot::ExpertUp(_) => (self.expert_width(), hidden),
+            LinearSlot::ExpertDown(_) => (hidden, self.expert_width()),
         }
     }
 }
@@ -247,7 +308,8 @@ fn rotary(family: &DecoderFamily, fields: Fields<'_>, head_dim: usize, context: 
     let parameters = fields.object("rope_parameters").or_else(|| fields.object("rope_scaling"));
     let Some((window_field, window_base)) = window_base else {
         let rotary = RotarySpec::read(parameters, &defaults)?;
-        return Ok(Rotaries { context_length: rotary.extended_context, rotary: Some(rotary), window_rotary: None });
+        let context_length = rotary.extended_context.min(LARGEST_SIZE);
+        return Ok(Rotaries { context_length, rotary: Some(rotary), window_rotary: None });
     };
     let of_kind = |kind: &str| parameters.and_then(|parameters| parameters.object(kind));
     let full = of_kind("full_attention").or(parameters.filter(|_| of_kind("sliding_attention").is_none()));
@@ -398,6 +460,49 @@ mod tests {
             assert_eq!(error.code, code, "{key}");
             assert!(error.message.contains(part), "{error}");
             assert!(!error.hint.is_empty() && !error.subject.is_empty());
+        }
+    }
+
+    #[test]
+    fn what_a_family_does_not_compute_is_refused_by_name() {
+        let qwen = serde_json::json!({"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8});
+        let gpt2 = serde_json::json!({"n_embd": 64, "n_layer": 1, "n_head": 8});
+        let yes = serde_json::json!(true);
+        let cases = [
+            ("Qwen3MoeForCausalLM", &qwen, "mlp_only_layers", serde_json::json!([1]), ErrorCode::ConfigUnsupported),
+            ("Qwen3MoeForCausalLM", &qwen, "decoder_sparse_step", serde_json::json!(2), ErrorCode::ConfigUnsupported),
+            ("Qwen3MoeForCausalLM", &qwen, "use_sliding_window", yes.clone(), ErrorCode::ConfigUnsupported),
+            ("Qwen3MoeForCausalLM", &qwen, "num_experts_per_tok", serde_json::json!(5), ErrorCode::ConfigInvalid),
+            ("Qwen3MoeForCausalLM", &qwen, "num_experts", serde_json::json!(1 << 20), ErrorCode::ConfigInvalid),
+            ("GPT2LMHeadModel", &gpt2, "scale_attn_by_inverse_layer_idx", yes.clone(), ErrorCode::ConfigUnsupported),
+            ("GPT2LMHeadModel", &gpt2, "add_cross_attention", yes.clone(), ErrorCode::ConfigUnsupported),
+            ("Gemma3ForCausalLM", &gpt2, "use_bidirectional_attention", yes, ErrorCode::ConfigUnsupported),
+        ];
+        for (architecture, fields, key, value, code) in cases {
+            let mut config = config(&[("architectures", serde_json::json!([architecture]))]);
+            config.extend(fields.as_object().unwrap().clone());
+            assert!(DecoderSpec::from_config(&config).is_ok(), "{architecture}");
+            config.insert(key.into(), value);
+            let error = DecoderSpec::from_config(&config).unwrap_err();
+            assert_eq!((error.code, error.subject.as_str()), (code, key), "{architecture}");
+        }
+    }
+
+    #[test]
+    fn hostile_rotary_parameters_give_errors_or_numbers() {
+        for kind in ["default", "linear", "dynamic", "llama3", "yarn", "longrope"] {
+            for (number, size) in [(1e-300, 1), (1.0, 1), (1e300, 1 << 24), (2.0, 2)] {
+                let rope = serde_json::json!({"rope_type": kind, "rope_theta": number, "factor": number,
+                    "low_freq_factor": number, "high_freq_factor": number, "original_max_position_embeddings": size,
+                    "short_factor": [number, number, number, number], "long_factor": [1, 1, 1, 1]});
+                let spec = DecoderSpec::from_config(&config(&[("rope_parameters", rope)]));
+                if let Ok(spec) = spec {
+                    let rotary = spec.rotary.unwrap();
+                    let turns = rotary.frequencies(spec.context_length);
+                    assert!(turns.iter().all(|turn| turn.is_finite()) && rotary.scale().is_finite(), "{kind}");
+                    assert!(spec.context_length <= 1 << 24, "{kind}");
+                }
+            }
         }
     }
 

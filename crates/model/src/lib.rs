@@ -12,6 +12,7 @@ mod decoder_family;
 mod decoder_spec;
 mod divergence;
 mod embedding;
+mod expert_spec;
 mod generation;
 mod linear_slot;
 mod loaded_model;
@@ -32,11 +33,13 @@ pub use block::{Block, Taps};
 pub use candle_backend::CandleBackend;
 pub use cpu_backend::CpuBackend;
 pub use decoder_family::{
-    BiasRule, DecoderFamily, FAMILIES, FusedHeads, NormKind, PositionRule, ResidualRule, SizeFields, WindowRule,
+    BiasRule, DecoderFamily, ExpertRule, FAMILIES, FusedHeads, NormKind, PositionRule, ResidualRule, SizeFields,
+    WindowRule,
 };
 pub use decoder_spec::{DecoderSpec, LinearSpec};
 pub use divergence::Divergence;
 pub use embedding::Embedding;
+pub use expert_spec::ExpertSpec;
 pub use generation::{FinishReason, GenerateOptions, Generation, GenerationSummary, Piece};
 pub use kintsugi_kernels::{Activation, Precision, Scores};
 pub use linear_slot::{LinearSlot, TapPoint};

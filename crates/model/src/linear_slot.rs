@@ -19,6 +19,12 @@ pub enum LinearSlot {
     GateUp,
     /// Down projection of the MLP.
     Down,
+    /// Gate of an expert.
+    ExpertGate(u16),
+    /// Up projection of an expert.
+    ExpertUp(u16),
+    /// Down projection of an expert.
+    ExpertDown(u16),
 }
 
 /// A place in a block where Linears read their input. Linears of one point share their second moments.
@@ -32,6 +38,10 @@ pub enum TapPoint {
     MlpInput,
     /// Activation of the MLP: down projection.
     MlpActivation,
+    /// Normed input of the MLP in the rows that reach an expert: its gate, up.
+    ExpertInput(u16),
+    /// Activation of an expert: its down projection.
+    ExpertActivation(u16),
 }
 
 impl LinearSlot {
@@ -44,12 +54,24 @@ impl LinearSlot {
             LinearSlot::Output => TapPoint::AttentionOutput,
             LinearSlot::Gate | LinearSlot::Up | LinearSlot::GateUp => TapPoint::MlpInput,
             LinearSlot::Down => TapPoint::MlpActivation,
+            LinearSlot::ExpertGate(expert) | LinearSlot::ExpertUp(expert) => TapPoint::ExpertInput(expert),
+            LinearSlot::ExpertDown(expert) => TapPoint::ExpertActivation(expert),
         }
     }
 }
 
 impl TapPoint {
-    /// Every point, in the order in which a block reaches them.
-    pub const ALL: [TapPoint; 4] =
-        [TapPoint::AttentionInput, TapPoint::AttentionOutput, TapPoint::MlpInput, TapPoint::MlpActivation];
+    /// Number of the stages of a block.
+    pub const STAGES: usize = 4;
+
+    /// The stage of the block, in the order of computation: what is read at points of one stage does not depend on
+    /// Linears that are read at others of it.
+    pub const fn stage(self) -> usize {
+        match self {
+            TapPoint::AttentionInput => 0,
+            TapPoint::AttentionOutput => 1,
+            TapPoint::MlpInput | TapPoint::ExpertInput(_) => 2,
+            TapPoint::MlpActivation | TapPoint::ExpertActivation(_) => 3,
+        }
+    }
 }

@@ -32,7 +32,7 @@ impl<B: Backend> Model<B> {
         cancel: &CancelToken,
         progress: &Progress,
     ) -> Result<Self> {
-        let spec = DecoderSpec::from_config(checkpoint.config())?;
+        let spec = DecoderSpec::of(checkpoint)?;
         progress.begin("load", spec.layers as u64 + 1);
         let tokenizer = read_tokenizer(checkpoint, &spec)?;
         let factors = if compensation { checkpoint.compensation()? } else { None };

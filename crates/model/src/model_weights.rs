@@ -31,6 +31,10 @@ pub struct BlockWeights {
     pub head_norms: Option<[NormWeight; 2]>,
     /// Of what the attention and the MLP add, `[hiddenSize]`.
     pub branch_norms: Option<[NormWeight; 2]>,
+    /// What chooses experts, `[experts, hiddenSize]`.
+    pub router: Option<LinearWeight>,
+    /// What weighs the expert that sees every token, `[1, hiddenSize]`.
+    pub shared_gate: Option<LinearWeight>,
 }
 
 /// The weights outside the blocks.
@@ -53,6 +57,12 @@ impl BlockWeights {
         let linears = spec.linears.iter().map(|linear| read_linear(checkpoint, spec, block, linear));
         let prefix = spec.block_name(block);
         let norm = |name: &str, width| read_norm(checkpoint, spec, &format!("{prefix}.{name}"), width);
+        let chooser = |name: &str, rows| {
+            let name = format!("{prefix}.{name}");
+            let weight = checkpoint.linear(&name)?;
+            check_shape(&name, (rows, spec.hidden_size), (weight.matrix.rows(), weight.matrix.columns()))?;
+            Ok(weight)
+        };
         let two = |names: Option<[&str; 2]>, width| match names {
             Some([first, second]) => Ok(Some([norm(first, width)?, norm(second, width)?])),
             None => Ok(None),
@@ -63,6 +73,14 @@ impl BlockWeights {
             mlp_norm: norm(spec.family.mlp_norm, spec.hidden_size)?,
             head_norms: two(spec.family.head_norms, spec.head_dim)?,
             branch_norms: two(spec.family.branch_norms, spec.hidden_size)?,
+            router: match (&spec.experts, spec.family.experts) {
+                (Some(experts), Some(rule)) => Some(chooser(rule.router, experts.count)?),
+                _ => None,
+            },
+            shared_gate: match spec.family.experts.and_then(|rule| rule.shared_gate) {
+                Some(name) => Some(chooser(name, 1)?),
+                None => None,
+            },
         })
     }
 }
@@ -74,7 +92,7 @@ impl ModelWeights {
     /// `ERR_CHECKPOINT_TENSOR_MISSING`, `ERR_CHECKPOINT_SHAPE`, and what reading reports.
     pub fn read(checkpoint: &Checkpoint, spec: &DecoderSpec) -> Result<Self> {
         let expected = (spec.vocabulary_size, spec.hidden_size);
-        let embedding_name = format!("{}.weight", spec.family.embedding);
+        let embedding_name = format!("{}.weight", spec.name(spec.family.embedding));
         let head_name = format!("{}.weight", spec.family.head);
         // A tied matrix may be stored under either name.
         let stored =
@@ -83,7 +101,7 @@ impl ModelWeights {
         check_shape(stored, expected, (tokens.rows(), tokens.columns()))?;
         let positions = match spec.family.positions {
             PositionRule::Learned(name) => {
-                let name = format!("{name}.weight");
+                let name = format!("{}.weight", spec.name(name));
                 let positions = checkpoint.dense(&name)?;
                 let shape = (positions.rows(), positions.columns());
                 check_shape(&name, (spec.context_length, spec.hidden_size), shape)?;
@@ -99,7 +117,7 @@ impl ModelWeights {
             check_shape(&head_name, expected, (head.matrix.rows(), head.matrix.columns()))?;
             Some(head)
         };
-        let final_norm = read_norm(checkpoint, spec, spec.family.final_norm, spec.hidden_size)?;
+        let final_norm = read_norm(checkpoint, spec, spec.name(spec.family.final_norm), spec.hidden_size)?;
         Ok(ModelWeights { embedding, head, final_norm })
     }
 

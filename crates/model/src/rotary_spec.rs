@@ -35,11 +35,22 @@ enum LongFrequencies {
 }
 
 impl RotarySpec {
+    /// [`RotarySpec::parse`], whose result must be numbers.
+    pub(crate) fn read(scaling: Option<Fields<'_>>, defaults: &RotaryDefaults) -> Result<Self> {
+        let spec = Self::parse(scaling, defaults)?;
+        let longest = spec.frequencies(defaults.context.max(spec.extended_context));
+        let finite = |values: &[f64]| values.iter().all(|value| value.is_finite());
+        if finite(&spec.frequencies) && finite(&longest) && spec.scale.is_finite() {
+            return Ok(spec);
+        }
+        Err(invalid("rope_parameters", "the parameters of rotary embedding lead to no finite angles".into()))
+    }
+
     /// Reads `scaling`, an object like `rope_parameters` or `rope_scaling`, with `defaults` for what it leaves out.
     ///
     /// # Errors
     /// `ERR_CONFIG_UNSUPPORTED` for an unknown kind, `ERR_CONFIG_INVALID` for missing or impossible parameters.
-    pub(crate) fn read(scaling: Option<Fields<'_>>, defaults: &RotaryDefaults) -> Result<Self> {
+    fn parse(scaling: Option<Fields<'_>>, defaults: &RotaryDefaults) -> Result<Self> {
         let empty = serde_json::Map::new();
         let scaling = scaling.unwrap_or(Fields(&empty));
         let theta = scaling.positive("rope_theta")?.unwrap_or(defaults.theta);

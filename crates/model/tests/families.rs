@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 
 use kintsugi_checkpoint::Checkpoint;
 use kintsugi_kernels::Kernels;
-use kintsugi_model::{Backend, Batch, CandleBackend, CpuBackend, FAMILIES, Model, Precision, Session};
+use kintsugi_model::{Backend, Batch, CandleBackend, CpuBackend, DecoderSpec, FAMILIES, Model, Precision, Session};
 use kintsugi_runtime::{CancelToken, CpuLevel, Progress, ThreadPool};
+use kintsugi_weights::{Adapter, AdapterEntry, ElementType, LowRank};
 use serde::Deserialize;
 
 #[derive(Deserialize)]
@@ -95,6 +96,58 @@ fn a_row_does_not_depend_on_how_its_sequence_was_cut_in_any_family() {
         for passes in [vec![5, 1, 1, tokens.len() - 7], vec![1; tokens.len()]] {
             assert!(logits(&model, &tokens, &passes) == whole, "{} in {passes:?}", folder.display());
         }
+    }
+}
+
+/// A random update of every Linear, half of them shrunk by their scaling.
+fn adapter(spec: &DecoderSpec) -> Adapter {
+    let mut state = 1u32;
+    let mut noise = |count: usize| -> Vec<f32> {
+        let mut next = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 8) as f32 / (1 << 24) as f32 - 0.5
+        };
+        (0..count).map(|_| next()).collect()
+    };
+    let mut adapter = Adapter::default();
+    for block in 0..spec.layers {
+        for (place, linear) in spec.linears.iter().enumerate() {
+            let (b, a) = (noise(linear.rows * 3), noise(3 * linear.columns));
+            let factors = LowRank::new(linear.rows, linear.columns, 3, b, a, ElementType::F32);
+            let scaling = if place % 2 == 0 { 0.5 } else { 0.25 };
+            adapter.linears.insert(spec.linear_name(block, linear), AdapterEntry { factors, scaling });
+        }
+    }
+    adapter
+}
+
+/// Logits of two sequences in one batch, the first of them with the adapter.
+fn two_sequences<B: Backend>(model: &Model<B>, tokens: &[u32]) -> Vec<f32> {
+    let mut session = Session::new(model).unwrap();
+    let mut batch = Batch::new();
+    batch.push(tokens.len(), 0, vec![1], Some(0));
+    batch.push(tokens.len(), 0, vec![0], None);
+    model.forward(&mut session, &[tokens, tokens].concat(), &batch, &CancelToken::new()).unwrap();
+    model.logits(&mut session, 0..2 * tokens.len()).unwrap().into_owned()
+}
+
+#[test]
+fn adapters_reach_every_linear_of_their_rows_and_no_other_row() {
+    for folder in folders() {
+        let tokens = recorded(&folder).tokens;
+        let (mut model, mut reference) = (load(&folder, best()), load(&folder, CandleBackend));
+        let plain = logits(&model, &tokens, &[tokens.len()]);
+        let adapter = adapter(model.spec());
+        model.add_adapter("noise", &adapter).unwrap();
+        reference.add_adapter("noise", &adapter).unwrap();
+        let found = two_sequences(&model, &tokens);
+        let (adapted, untouched) = found.split_at(plain.len());
+        assert!(untouched == plain, "{}", folder.display());
+        assert!(adapted != plain, "{}", folder.display());
+        let expected = two_sequences(&reference, &tokens);
+        let scale = expected.iter().fold(0f32, |largest, value| largest.max(value.abs()));
+        let worst = found.iter().zip(&expected).fold(0f32, |worst, (a, b)| worst.max((a - b).abs())) / scale;
+        assert!(worst <= 2e-5, "{}: {worst:e}", folder.display());
     }
 }
 

@@ -2,7 +2,7 @@ use std::time::Instant;
 
 use kintsugi_calibration::Calibration;
 use kintsugi_compensate::{EoraOptions, ResidualError, eora, residual_error};
-use kintsugi_compress::{LinearMethod, QuantizeOptions};
+use kintsugi_compress::{LinearMethod, QuantizeOptions, linear_method};
 use kintsugi_model::{Backend, Block, BlockWeights, DecoderSpec, LinearSpec, TapPoint};
 use kintsugi_runtime::{CancelToken, Error, ErrorCode, Result, ThreadPool};
 use kintsugi_weights::{DenseMatrix, ElementType, LinearWeight, LowRank, QuantizedMatrix, WeightMatrix};
@@ -64,7 +64,7 @@ impl<'a, B: Backend> BlockCompressor<'a, B> {
             Some(_) => Some(Block::prepare(self.backend, self.spec, index, original)?),
             None => None,
         };
-        for points in self.stages() {
+        for points in &self.stages() {
             let started = Instant::now();
             let statistics = match (&mut self.stream, &runnable) {
                 (Some(stream), Some(block)) => stream.capture(self.backend, block, points, cancel)?,
@@ -96,10 +96,11 @@ impl<'a, B: Backend> BlockCompressor<'a, B> {
     }
 
     /// Tap points whose Linears are compressed from one capture.
-    fn stages(&self) -> Vec<&'static [TapPoint]> {
+    fn stages(&self) -> Vec<Vec<TapPoint>> {
+        let stages = self.spec.tap_stages();
         match &self.recipe.calibration {
-            Some(calibration) if calibration.subset => TapPoint::ALL.chunks(1).collect(),
-            _ => vec![&TapPoint::ALL],
+            Some(calibration) if calibration.subset => stages,
+            _ => vec![stages.concat()],
         }
     }
 
@@ -116,7 +117,10 @@ impl<'a, B: Backend> BlockCompressor<'a, B> {
         };
         let options: QuantizeOptions = self.recipe.quantize_options(dense.element_type());
         let started = Instant::now();
-        let quantized = self.method.compress(dense, statistics, &options, pool)?;
+        // No token of the calibration may reach an expert: nothing but its weights is known then.
+        let blind = statistics.is_none() && self.method.needs_calibration();
+        let method = if blind { linear_method("rtn")? } else { self.method };
+        let quantized = method.compress(dense, statistics, &options, pool)?;
         self.phases.compress += started.elapsed().as_secs_f64();
 
         let started = Instant::now();
@@ -130,6 +134,7 @@ impl<'a, B: Backend> BlockCompressor<'a, B> {
             bits: quantized.bits(),
             group_size: self.recipe.group_size,
             rank: low_rank.as_ref().map_or(0, LowRank::rank),
+            calibration_tokens: statistics.map(Calibration::tokens),
             stored_bits: quantized.stored_bits() + low_rank.as_ref().map_or(0, LowRank::stored_bits),
             error,
         };

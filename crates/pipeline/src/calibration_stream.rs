@@ -2,16 +2,13 @@ use std::collections::BTreeMap;
 
 use kintsugi_calibration::{Calibration, CalibrationBuilder};
 use kintsugi_kernels::PAGE_POSITIONS;
-use kintsugi_model::{Backend, Batch, Block, DecoderSpec, Embedding, RotaryTables, TapPoint, Workspace};
+use kintsugi_model::{Backend, Batch, Block, DecoderSpec, Embedding, RotaryTables, TapPoint, Taps, Workspace};
 use kintsugi_runtime::{CancelToken, Result, ThreadPool};
 
 use crate::CalibrationText;
 
 /// Rows of one forward pass; several sequences share a pass as long as they fit.
 const ROWS_PER_PASS: usize = 1024;
-
-/// Sees the input of the Linears at a tap point, and its number of rows.
-type RowTap<'a, B> = &'a mut dyn FnMut(TapPoint, &<B as Backend>::Tensor, usize) -> Result<()>;
 
 /// The residual stream of all calibration tokens, carried from block to block.
 pub struct CalibrationStream<B: Backend> {
@@ -74,10 +71,11 @@ impl<B: Backend> CalibrationStream<B> {
     ) -> Result<BTreeMap<TapPoint, Calibration>> {
         let pool = ThreadPool::global();
         let mut builders: BTreeMap<TapPoint, CalibrationBuilder> = BTreeMap::new();
-        self.run(backend, block, false, cancel, &mut |point, tensor, rows| {
-            if points.contains(&point) {
+        let spec = self.spec.clone();
+        let width_at = |point| spec.linears.iter().find(|linear| linear.slot.tap() == point).map(|l| l.columns);
+        self.run(backend, block, false, cancel, &mut |point, tensor| {
+            if let Some(width) = width_at(point).filter(|_| points.contains(&point)) {
                 let values = backend.download(tensor)?;
-                let width = values.len() / rows;
                 builders.entry(point).or_insert_with(|| CalibrationBuilder::new(width)).push(&values, pool)?;
             }
             Ok(())
@@ -90,17 +88,10 @@ impl<B: Backend> CalibrationStream<B> {
     /// # Errors
     /// What the backend reports; `ERR_CANCELLED`.
     pub fn advance(&mut self, backend: &B, block: &Block<B>, cancel: &CancelToken) -> Result<()> {
-        self.run(backend, block, true, cancel, &mut |_, _, _| Ok(()))
+        self.run(backend, block, true, cancel, &mut |_, _| Ok(()))
     }
 
-    fn run(
-        &mut self,
-        backend: &B,
-        block: &Block<B>,
-        keep: bool,
-        cancel: &CancelToken,
-        tap: RowTap<'_, B>,
-    ) -> Result<()> {
+    fn run(&mut self, backend: &B, block: &Block<B>, keep: bool, cancel: &CancelToken, tap: Taps<'_, B>) -> Result<()> {
         let pages_per_sequence = self.length.div_ceil(PAGE_POSITIONS);
         let mut cache = backend.kv_cache(block.attention_shape())?;
         let rows_per_pass = (ROWS_PER_PASS / self.length).max(1) * self.length;
@@ -114,15 +105,7 @@ impl<B: Backend> CalibrationStream<B> {
             }
             let rotary = RotaryTables::new(backend, &self.spec, &batch)?;
             backend.upload(part, &mut self.pass)?;
-            block.forward(
-                backend,
-                &rotary,
-                &batch,
-                &mut self.pass,
-                &mut cache,
-                &mut self.workspace,
-                &mut |point, tensor| tap(point, tensor, rows),
-            )?;
+            block.forward(backend, &rotary, &batch, &mut self.pass, &mut cache, &mut self.workspace, tap)?;
             if keep {
                 part.copy_from_slice(&backend.download(&self.pass)?);
             }

@@ -23,7 +23,7 @@ use crate::{
 pub fn plan(recipe: &Recipe) -> Result<Plan> {
     recipe.validate()?;
     let checkpoint = Checkpoint::open(&recipe.source)?;
-    let spec = DecoderSpec::from_config(checkpoint.config())?;
+    let spec = DecoderSpec::of(&checkpoint)?;
     Plan::new(recipe, &checkpoint, &spec)
 }
 
@@ -41,7 +41,7 @@ pub fn compress<B: Backend>(recipe: &Recipe, backend: &B, cancel: &CancelToken, 
     let started = Instant::now();
     recipe.validate()?;
     let checkpoint = Checkpoint::open(&recipe.source)?;
-    let spec = DecoderSpec::from_config(checkpoint.config())?;
+    let spec = DecoderSpec::of(&checkpoint)?;
     let plan = Plan::new(recipe, &checkpoint, &spec)?;
     progress.begin("prepare", spec.layers as u64);
     let tokenizer = read_tokenizer(&checkpoint, &spec)?;
@@ -290,7 +290,7 @@ fn copy_outside(
     spec: &DecoderSpec,
     cancel: &CancelToken,
 ) -> Result<()> {
-    let prefix = format!("{}.", spec.family.blocks);
+    let prefix = format!("{}.", spec.name(spec.family.blocks));
     for tensor in checkpoint.tensors().filter(|tensor| !tensor.name.starts_with(&prefix)) {
         cancel.check()?;
         writer.copy(&tensor.name)?;
@@ -330,7 +330,7 @@ fn quantization_config(recipe: &Recipe, spec: &DecoderSpec) -> QuantizationConfi
         group_size: recipe.group_size(),
         symmetric: recipe.symmetric,
         group_index: recipe.has_group_index(),
-        ignore: vec![spec.family.head.to_owned()],
+        ignore: std::iter::once(spec.family.head.to_owned()).chain(spec.routers()).collect(),
     }
 }
 

@@ -100,7 +100,7 @@ pub struct InspectedSpec {
 /// What opening the folder reports.
 pub fn inspect(path: &Path) -> Result<Inspection> {
     let checkpoint = Checkpoint::open(path)?;
-    let spec = DecoderSpec::from_config(checkpoint.config());
+    let spec = DecoderSpec::of(&checkpoint);
     let mut dtypes = BTreeMap::new();
     let mut bytes = 0;
     let mut tensors = 0;

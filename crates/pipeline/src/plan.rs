@@ -1,5 +1,7 @@
+use std::collections::BTreeMap;
+
 use kintsugi_checkpoint::Checkpoint;
-use kintsugi_model::DecoderSpec;
+use kintsugi_model::{DecoderSpec, TapPoint};
 use kintsugi_runtime::{Error, ErrorCode, Result};
 use serde::Serialize;
 
@@ -105,14 +107,16 @@ fn planned_linear(recipe: &Recipe, name: String, (rows, columns): (usize, usize)
     PlannedLinear { name, rows, columns, bits: recipe.bits, rank, stored_bits }
 }
 
-/// One block three times (as read, as f32 while it is solved, packed), the second moments of its four inputs with the
+/// One block three times (as read, as f32 while it is solved, packed), the second moments of its inputs with the
 /// working copy of a factorization, and the residual stream of all calibration tokens.
 fn memory_estimate(recipe: &Recipe, spec: &DecoderSpec) -> u64 {
     let block = spec.linear_parameters() / spec.layers as u64 * (2 + 4 + 4);
     let Some(calibration) = &recipe.calibration else { return block };
     let square = |width: usize| (width * width * 8) as u64;
-    let moments = 2 * square(spec.hidden_size) + square(spec.query_width()) + square(spec.intermediate_size);
-    let factorization = 3 * square(spec.intermediate_size.max(spec.hidden_size));
+    let widths: BTreeMap<TapPoint, usize> =
+        spec.linears.iter().map(|linear| (linear.slot.tap(), linear.columns)).collect();
+    let moments: u64 = widths.values().copied().map(square).sum();
+    let factorization = 3 * square(widths.values().copied().max().unwrap_or(0));
     let activations = (calibration.sequences * calibration.length * spec.hidden_size * 4) as u64;
     block + moments + factorization + activations
 }

@@ -81,9 +81,11 @@ pub struct LinearReport {
     pub group_size: Option<usize>,
     /// Rank of the factors; 0 without.
     pub rank: usize,
+    /// Calibration tokens that reached it, fewer than all for an expert; `null` when none did or without calibration.
+    pub calibration_tokens: Option<u64>,
     /// Bits of codes, scales, zero points and factors.
     pub stored_bits: u64,
-    /// Of its outputs on the calibration inputs; `null` without calibration.
+    /// Of its outputs on the calibration inputs; `null` where no calibration token reached it.
     pub error: Option<ResidualError>,
 }
 
@@ -102,9 +104,9 @@ impl PhaseSeconds {
 }
 
 impl MeanError {
-    /// Means over the Linears; `None` when one has no error or there are none.
+    /// Means over the Linears that have errors; `None` when none has.
     pub fn over(linears: &[LinearReport]) -> Option<MeanError> {
-        let errors: Vec<ResidualError> = linears.iter().map(|linear| linear.error).collect::<Option<_>>()?;
+        let errors: Vec<ResidualError> = linears.iter().filter_map(|linear| linear.error).collect();
         let mean = |of: fn(&ResidualError) -> f64| errors.iter().map(of).sum::<f64>() / errors.len() as f64;
         (!errors.is_empty())
             .then(|| MeanError { quantized: mean(|e| e.quantized), compensated: mean(|e| e.compensated) })

@@ -125,6 +125,14 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_transposed_matrix_has_rows_as_columns() {
+        let matrix = DenseMatrix::from_f32(2, 3, vec![1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
+        let turned = matrix.transposed();
+        assert_eq!(turned, DenseMatrix::from_f32(3, 2, vec![1.0, 4.0, 2.0, 5.0, 3.0, 6.0]));
+        assert_eq!(turned.transposed(), matrix);
+    }
+
+    #[test]
     fn every_type_gives_the_same_small_integers() {
         let plain: Vec<f32> = (0..6).map(|i| i as f32).collect();
         let matrices = [
