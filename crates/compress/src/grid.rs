@@ -36,16 +36,14 @@ impl GridRule {
     }
 
     /// The grid for a group of weights.
-    pub fn fit(&self, weights: impl Iterator<Item = f64>) -> Grid {
-        let (mut low, mut high) = (0.0f64, 0.0f64);
-        for weight in weights {
-            low = low.min(weight);
-            high = high.max(weight);
-        }
+    pub fn fit(&self, weights: &[f32]) -> Grid {
+        let low = weights.iter().fold(0.0f32, |low, &weight| low.min(weight));
+        let high = weights.iter().fold(0.0f32, |high, &weight| high.max(weight));
+        let (mut low, mut high) = (f64::from(low), f64::from(high));
         if low == 0.0 && high == 0.0 {
             (low, high) = (-1.0, 1.0);
         }
-        let largest_code = ((1u16 << self.bits) - 1) as u8;
+        let largest_code = self.largest_code();
         if self.symmetric {
             high = high.max(-low);
             low = -high;
@@ -57,6 +55,11 @@ impl GridRule {
             (-low / f64::from(scale)).round_ties_even().clamp(0.0, f64::from(largest_code)) as u8
         };
         Grid { scale, zero, largest_code }
+    }
+
+    /// The largest code of every grid; the smallest is 0.
+    pub fn largest_code(&self) -> u8 {
+        ((1u16 << self.bits) - 1) as u8
     }
 
     /// The nearest value of the stored type that is positive and decodes every code to a finite number.
@@ -74,9 +77,9 @@ impl GridRule {
 
 impl Grid {
     /// The code nearest to `weight`; half-way cases go to the even multiple of the scale.
-    pub fn code(&self, weight: f64) -> u8 {
-        let steps = (weight / f64::from(self.scale)).round_ties_even() + f64::from(self.zero);
-        steps.clamp(0.0, f64::from(self.largest_code)) as u8
+    pub fn code(&self, weight: f32) -> u8 {
+        let steps = (weight / self.scale).round_ties_even() + f32::from(self.zero);
+        steps.clamp(0.0, f32::from(self.largest_code)) as u8
     }
 
     /// What `code` stands for, computed as readers of the stored matrix do.
@@ -95,23 +98,23 @@ mod tests {
 
     #[test]
     fn asymmetric_range_holds_zero_and_both_ends() {
-        let grid = rule(4, false, ElementType::F32).fit([-1.0, 0.3, 2.0].into_iter());
+        let grid = rule(4, false, ElementType::F32).fit(&[-1.0, 0.3, 2.0]);
         assert_eq!((grid.scale, grid.zero), (0.2, 5));
         assert_eq!((grid.code(-1.0), grid.code(0.0), grid.code(2.0)), (0, 5, 15));
         assert_eq!((grid.code(-9.0), grid.code(9.0)), (0, 15));
-        let positive = rule(4, false, ElementType::F32).fit([7.0, 7.5].into_iter());
+        let positive = rule(4, false, ElementType::F32).fit(&[7.0, 7.5]);
         assert_eq!((positive.scale, positive.zero, positive.code(7.5)), (0.5, 0, 15));
-        let negative = rule(2, false, ElementType::F32).fit([-3.0].into_iter());
+        let negative = rule(2, false, ElementType::F32).fit(&[-3.0]);
         assert_eq!((negative.scale, negative.zero, negative.value(0)), (1.0, 3, -3.0));
     }
 
     #[test]
     fn symmetric_range_fits_the_largest_magnitude_of_either_sign() {
         for weights in [[-1.5, 0.2], [1.5, 0.2], [1.5, 1.2]] {
-            let grid = rule(4, true, ElementType::F32).fit(weights.into_iter());
+            let grid = rule(4, true, ElementType::F32).fit(&weights);
             assert_eq!((grid.scale, grid.zero), (0.2, 8));
-            assert!((f64::from(grid.value(grid.code(1.5))) - 1.5).abs() <= 0.100_001);
-            assert!((f64::from(grid.value(grid.code(-1.5))) + 1.5).abs() <= 0.100_001);
+            assert!((grid.value(grid.code(1.5)) - 1.5).abs() <= 0.100_001);
+            assert!((grid.value(grid.code(-1.5)) + 1.5).abs() <= 0.100_001);
         }
     }
 
@@ -125,7 +128,7 @@ mod tests {
     fn a_group_of_zeros_stays_zero() {
         for symmetric in [false, true] {
             for bits in [2, 3, 4, 8] {
-                let grid = rule(bits, symmetric, ElementType::Bf16).fit([0.0; 3].into_iter());
+                let grid = rule(bits, symmetric, ElementType::Bf16).fit(&[0.0; 3]);
                 assert_eq!(grid.value(grid.code(0.0)), 0.0);
                 assert!(grid.scale > 0.0 && grid.scale <= 1.0);
             }
@@ -139,10 +142,13 @@ mod tests {
                 for symmetric in [false, true] {
                     for size in [1e-45f32, 1e-39, 1e-9, 1.0, 1e6, 1e37, f32::MAX] {
                         for weights in [[-size, size], [0.0, size], [-size, 0.0]] {
-                            let weights = weights.map(f64::from);
-                            let grid = rule(bits, symmetric, scale_type).fit(weights.into_iter());
+                            let grid = rule(bits, symmetric, scale_type).fit(&weights);
                             assert!(grid.scale > 0.0 && grid.scale == scale_type.round(grid.scale), "{grid:?}");
-                            let span = if symmetric { 2.0 * f64::from(size) } else { weights[1] - weights[0] };
+                            let span = if symmetric {
+                                2.0 * f64::from(size)
+                            } else {
+                                f64::from(weights[1]) - f64::from(weights[0])
+                            };
                             let steps = f64::from((1u16 << bits) - 1);
                             for weight in weights {
                                 let value = grid.value(grid.code(weight));
@@ -153,7 +159,7 @@ mod tests {
                                 // Of ±f32::MAX the range itself is no f32, and 65504 is the end of f16.
                                 let limit = if scale_type == ElementType::F16 { 6e4 } else { 1e37 };
                                 assert!(
-                                    size > limit || (f64::from(value) - weight).abs() <= reach,
+                                    size > limit || (f64::from(value) - f64::from(weight)).abs() <= reach,
                                     "{grid:?} {weight:e}: {value:e}"
                                 );
                             }

@@ -42,7 +42,7 @@ pub fn rtn(weight: &DenseMatrix, options: &QuantizeOptions, pool: &ThreadPool) -
     let grids = pool.map(rows, |row| {
         let mut values = vec![0.0; columns];
         weight.row_to_f32(row, &mut values);
-        values.chunks(size).map(|group| rule.fit(group.iter().map(|&value| f64::from(value)))).collect::<Vec<_>>()
+        values.chunks(size).map(|group| rule.fit(group)).collect::<Vec<_>>()
     });
     let grids = grids.concat();
     let mut codes = vec![0u8; rows * columns];
@@ -52,7 +52,7 @@ pub fn rtn(weight: &DenseMatrix, options: &QuantizeOptions, pool: &ThreadPool) -
         let grids = &grids[row * groups..(row + 1) * groups];
         for ((codes, values), grid) in codes.chunks_mut(size).zip(values.chunks(size)).zip(grids) {
             for (code, &value) in codes.iter_mut().zip(values) {
-                *code = grid.code(f64::from(value));
+                *code = grid.code(value);
             }
         }
     });
