@@ -46,7 +46,7 @@ fn main() {
         println!("factor {factor:.3} s, sweep {:.3} s, whole {whole:.3} s, error {error:.6}", whole - factor);
     }
     let started = Instant::now();
-    let rounded = rtn(&weight, &options, pool).expect("the input is valid");
+    let rounded = rtn(&weight, None, &options, pool).expect("the input is valid");
     let seconds = started.elapsed().as_secs_f64();
     println!("rtn {seconds:.3} s, error {:.6}", (error(&weight, &rounded, moment, pool) / energy).sqrt());
 }

@@ -84,7 +84,7 @@ fn solve(
     check_input(weight, Some(calibration), options)?;
     let columns = weight.columns();
     let moment = calibration.second_moment();
-    let energies: Vec<f64> = (0..columns).map(|j| moment[j * (columns + 1)]).collect();
+    let energies = calibration.energies();
     let mut order: Vec<usize> = (0..columns).collect();
     if options.act_order {
         order.sort_by(|&i, &j| energies[j].total_cmp(&energies[i]));
@@ -117,7 +117,7 @@ fn solve(
         static_groups: options.static_groups,
         size: options.group_size.columns(columns),
         groups: options.group_size.groups(columns),
-        dead: energies.iter().map(|&energy| energy == 0.0).collect(),
+        energies,
         block,
         order,
         unit,
@@ -192,16 +192,16 @@ mod tests {
             .collect();
         let (rule, size) = (GridRule::new(options), options.group_size.columns(n));
         let mut out = vec![0.0; rows * n];
-        let mut grids: Vec<Grid> = vec![rule.fit(&[]); rows];
+        let mut grids: Vec<Grid> = vec![rule.fit(&[], None); rows];
         for p in 0..n {
             let pivot = inverse[p * (n + 1)];
             for row in 0..rows {
                 if options.static_groups {
                     let group = order[p] / size * size;
-                    grids[row] = rule.fit(&original[row * n + group..row * n + n.min(group + size)]);
+                    grids[row] = rule.fit(&original[row * n + group..row * n + n.min(group + size)], None);
                 } else if p % size == 0 {
                     let group: Vec<f32> = w[row * n + p..row * n + n.min(p + size)].iter().map(|&w| w as f32).collect();
-                    grids[row] = rule.fit(&group);
+                    grids[row] = rule.fit(&group, None);
                 }
                 let value = grids[row].value(grids[row].code(w[row * n + p] as f32));
                 out[row * n + order[p]] = value;
@@ -281,7 +281,7 @@ mod tests {
         for (static_groups, act_order) in [(true, true), (true, false), (false, false)] {
             let options = options(64, static_groups, act_order);
             let solved = gptq(&weight, &calibration, &options, &pool).unwrap().matrix;
-            assert_eq!(solved, rtn(&weight, &options, &pool).unwrap());
+            assert_eq!(solved, rtn(&weight, None, &options, &pool).unwrap());
         }
     }
 
@@ -325,7 +325,7 @@ mod tests {
                 let options = QuantizeOptions { damping, ..options(64, true, true) };
                 let solved = gptq(&weight, &calibration, &options, &pool).unwrap();
                 assert!(solved.damping > 0.0 || tokens > columns, "20 tokens leave the moment singular");
-                let rounded = rtn(&weight, &options, &pool).unwrap();
+                let rounded = rtn(&weight, None, &options, &pool).unwrap();
                 let (gptq, rtn) =
                     (energy(&weight, &solved.matrix, &calibration, 0.0), energy(&weight, &rounded, &calibration, 0.0));
                 assert!(gptq < 0.5 * rtn, "{tokens} {damping}: {gptq} {rtn}");

@@ -24,8 +24,8 @@ pub(crate) struct Sweep<'a> {
     /// Columns of a full group.
     pub(crate) size: usize,
     pub(crate) groups: usize,
-    /// Per column: no token ever activated it.
-    pub(crate) dead: Vec<bool>,
+    /// `S_jj` per column; 0 where no token ever activated it.
+    pub(crate) energies: Vec<f64>,
     /// Most positions that are rounded before a product.
     pub(crate) block: usize,
     pub(crate) order: Vec<usize>,
@@ -107,7 +107,7 @@ impl Sweep<'_> {
             codes: vec![[0; LANES]; columns * strips],
             scales: vec![[1.0; LANES]; self.groups * strips],
             zeros: vec![[0.0; LANES]; self.groups * strips],
-            grids: vec![self.rule.fit(&[]); rows.len() * self.groups],
+            grids: vec![self.rule.fit(&[], None); rows.len() * self.groups],
             energy: 0.0,
         };
         let mut values = vec![0.0f32; LANES * columns];
@@ -116,12 +116,13 @@ impl Sweep<'_> {
             values.fill(0.0);
             for (row, values) in (first..rows.len().min(first + LANES)).zip(values.chunks_exact_mut(columns)) {
                 self.weight.row_to_f32(rows.start + row, values);
-                for (value, &dead) in values.iter_mut().zip(&self.dead) {
-                    *value = if dead { 0.0 } else { *value };
+                for (value, &energy) in values.iter_mut().zip(&self.energies) {
+                    *value = if energy == 0.0 { 0.0 } else { *value };
                 }
                 if self.static_groups {
-                    for (group, values) in values.chunks(self.size).enumerate() {
-                        tile.set_grid(self.groups, row, group, self.rule.fit(values));
+                    let groups = values.chunks(self.size).zip(self.energies.chunks(self.size));
+                    for (group, (values, energies)) in groups.enumerate() {
+                        tile.set_grid(self.groups, row, group, self.rule.fit(values, Some(energies)));
                     }
                 }
             }
@@ -172,6 +173,7 @@ impl Sweep<'_> {
         let (columns, strips, count) = (self.order.len(), tile.strips, range.len());
         let mut solved = vec![[0.0f32; LANES]; count];
         let mut values = vec![0.0f32; count];
+        let energies: Vec<f64> = self.order[range.clone()].iter().map(|&column| self.energies[column]).collect();
         for strip in 0..strips {
             for j in 0..count {
                 let mut sum = tile.moves[(range.start + j) * strips + strip];
@@ -188,7 +190,7 @@ impl Sweep<'_> {
                     let weight = tile.weights[(range.start + j) * strips + strip][row % LANES];
                     *value = weight + solved[j][row % LANES];
                 }
-                tile.set_grid(self.groups, row, range.start / self.size, self.rule.fit(&values));
+                tile.set_grid(self.groups, row, range.start / self.size, self.rule.fit(&values, Some(&energies)));
             }
         }
     }
