@@ -26,6 +26,11 @@ impl Calibration {
         &self.second_moment
     }
 
+    /// `S_jj = Σ x_j²`, `[width]`: the diagonal of the second moment.
+    pub fn energies(&self) -> Vec<f64> {
+        self.second_moment.iter().step_by(self.width + 1).copied().collect()
+    }
+
     /// `Σ x`, `[width]`.
     pub fn sums(&self) -> &[f64] {
         &self.sums

@@ -1,6 +1,7 @@
 //! Solvers that turn a weight and its calibration statistics into a quantized weight: RTN, GPTQ.
 
 mod gptq;
+mod gptq_sweep;
 mod grid;
 mod linear_method;
 mod quantize_options;

@@ -13,6 +13,8 @@ pub struct QuantizeOptions {
     pub symmetric: bool,
     /// The type that scales are stored in; solvers see them already rounded to it.
     pub scale_type: ElementType,
+    /// Shrink the range of a group where that lowers its error (see [`crate::GridRule`]).
+    pub clip: bool,
     /// GPTQ: take columns by descending activation energy instead of in order.
     pub act_order: bool,
     /// GPTQ: choose every grid from the original weights before the first column is rounded. Without it a grid is
@@ -23,13 +25,14 @@ pub struct QuantizeOptions {
 }
 
 impl Default for QuantizeOptions {
-    /// 4 bits, groups of 128, asymmetric, bf16 scales, act-order, static groups, damping 0.01.
+    /// 4 bits, groups of 128, asymmetric, bf16 scales, no clipping, act-order, static groups, damping 0.01.
     fn default() -> Self {
         QuantizeOptions {
             bits: 4,
             group_size: GroupSize::Columns(128),
             symmetric: false,
             scale_type: ElementType::Bf16,
+            clip: false,
             act_order: true,
             static_groups: true,
             damping: 0.01,

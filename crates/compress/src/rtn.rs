@@ -25,24 +25,34 @@ impl LinearMethod for Rtn {
         options: &QuantizeOptions,
         pool: &ThreadPool,
     ) -> Result<QuantizedMatrix> {
-        check_input(weight, calibration, options)?;
-        rtn(weight, options, pool)
+        rtn(weight, calibration, options, pool)
     }
 }
 
-/// Rounds each weight to the nearest point of the grid of its group (see [`GridRule`]).
+/// Rounds each weight to the nearest point of the grid of its group (see [`GridRule`]). The calibration serves only the
+/// search for clipped ranges.
 ///
 /// # Errors
-/// `ERR_OPTION_INVALID`; `ERR_VALUE_NOT_FINITE` when a weight is NaN or infinite.
-pub fn rtn(weight: &DenseMatrix, options: &QuantizeOptions, pool: &ThreadPool) -> Result<QuantizedMatrix> {
-    check_input(weight, None, options)?;
+/// Those of [`LinearMethod::compress`].
+pub fn rtn(
+    weight: &DenseMatrix,
+    calibration: Option<&Calibration>,
+    options: &QuantizeOptions,
+    pool: &ThreadPool,
+) -> Result<QuantizedMatrix> {
+    check_input(weight, calibration, options)?;
     let (rows, columns) = (weight.rows(), weight.columns());
     let (size, groups) = (options.group_size.columns(columns), options.group_size.groups(columns));
     let rule = GridRule::new(options);
+    let energies = calibration.map(Calibration::energies);
     let grids = pool.map(rows, |row| {
         let mut values = vec![0.0; columns];
         weight.row_to_f32(row, &mut values);
-        values.chunks(size).map(|group| rule.fit(group.iter().map(|&value| f64::from(value)))).collect::<Vec<_>>()
+        let fit = |(group, values)| {
+            let columns = group * size..columns.min((group + 1) * size);
+            rule.fit(values, energies.as_ref().map(|energies| &energies[columns]))
+        };
+        values.chunks(size).enumerate().map(fit).collect::<Vec<_>>()
     });
     let grids = grids.concat();
     let mut codes = vec![0u8; rows * columns];
@@ -52,7 +62,7 @@ pub fn rtn(weight: &DenseMatrix, options: &QuantizeOptions, pool: &ThreadPool) -
         let grids = &grids[row * groups..(row + 1) * groups];
         for ((codes, values), grid) in codes.chunks_mut(size).zip(values.chunks(size)).zip(grids) {
             for (code, &value) in codes.iter_mut().zip(values) {
-                *code = grid.code(f64::from(value));
+                *code = grid.code(value);
             }
         }
     });
@@ -81,7 +91,7 @@ mod tests {
                     for symmetric in [false, true] {
                         let options = QuantizeOptions { bits, group_size, symmetric, ..Default::default() };
                         let weight = weights(rows, columns);
-                        let matrix = rtn(&weight, &options, &pool).unwrap();
+                        let matrix = rtn(&weight, None, &options, &pool).unwrap();
                         assert_eq!(matrix.zero_points().is_none(), symmetric);
                         let (before, after) = (weight.to_f32(), matrix.to_f32());
                         for (i, (before, after)) in before.iter().zip(&after).enumerate() {
@@ -103,7 +113,7 @@ mod tests {
         let values: Vec<f32> = (0..64).map(|i| (i % 16) as f32 * 0.25 - 1.0).collect();
         let weight = DenseMatrix::from_f32(2, 32, values.clone());
         let options = QuantizeOptions { group_size: GroupSize::Columns(16), ..Default::default() };
-        assert_eq!(rtn(&weight, &options, &ThreadPool::with_threads(1)).unwrap().to_f32(), values);
+        assert_eq!(rtn(&weight, None, &options, &ThreadPool::with_threads(1)).unwrap().to_f32(), values);
     }
 
     #[test]
@@ -113,7 +123,7 @@ mod tests {
             for value in [0.0, 1e-45, 1e-30, 1e30, f32::MAX] {
                 let weight = DenseMatrix::from_f32(1, 4, vec![value, -value, 0.0, value / 3.0]);
                 let options = QuantizeOptions { scale_type, ..Default::default() };
-                let matrix = rtn(&weight, &options, &pool).unwrap();
+                let matrix = rtn(&weight, None, &options, &pool).unwrap();
                 assert!(matrix.to_f32().iter().all(|value| value.is_finite()), "{scale_type:?} {value:e}");
                 assert_eq!(matrix.to_f32()[2], 0.0);
             }
@@ -124,7 +134,7 @@ mod tests {
     fn broken_weights_are_refused() {
         let pool = ThreadPool::with_threads(1);
         let weight = DenseMatrix::from_f32(2, 2, vec![0.0, 1.0, 2.0, f32::NAN]);
-        let error = rtn(&weight, &QuantizeOptions::default(), &pool).unwrap_err();
+        let error = rtn(&weight, None, &QuantizeOptions::default(), &pool).unwrap_err();
         assert_eq!(error.code, ErrorCode::ValueNotFinite);
         assert!(error.message.contains("row 1") && error.message.contains("column 1"));
     }
@@ -132,7 +142,8 @@ mod tests {
     #[test]
     fn threads_do_not_change_a_bit() {
         let weight = weights(37, 150);
-        let run = |threads| rtn(&weight, &QuantizeOptions::default(), &ThreadPool::with_threads(threads)).unwrap();
+        let run =
+            |threads| rtn(&weight, None, &QuantizeOptions::default(), &ThreadPool::with_threads(threads)).unwrap();
         assert_eq!(run(1), run(4));
     }
 }

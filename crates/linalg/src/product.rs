@@ -107,12 +107,12 @@ pub fn quadratic_trace(m: MatrixView<'_, f64>, s: &[f64], pool: &ThreadPool) -> 
     partial.iter().sum::<f64>().max(0.0)
 }
 
-/// `out −= a · b`, in the calling task.
+/// `out += a · b`, in the calling task.
 ///
 /// # Panics
 /// When the shapes do not fit.
-pub fn subtract_product<T: Scalar>(out: MatrixViewMut<'_, T>, a: MatrixView<'_, T>, b: MatrixView<'_, T>) {
-    matmul(out.0, Accum::Add, a.0, b.0, -T::ONE, Par::Seq);
+pub fn add_product<T: Scalar>(out: MatrixViewMut<'_, T>, a: MatrixView<'_, T>, b: MatrixView<'_, T>) {
+    matmul(out.0, Accum::Add, a.0, b.0, T::ONE, Par::Seq);
 }
 
 #[cfg(test)]
@@ -212,12 +212,12 @@ mod tests {
     }
 
     #[test]
-    fn subtract_product_touches_only_its_columns() {
+    fn add_product_touches_only_its_columns() {
         let mut out = vec![1.0f64; 3 * 5];
         let view = MatrixViewMut::new(&mut out, 3, 5).column_range(2..4);
-        subtract_product(view, MatrixView::new(&[1.0, 2.0, 3.0], 3, 1), MatrixView::new(&[10.0, 100.0], 1, 2));
-        assert_eq!(out[..5], [1.0, 1.0, -9.0, -99.0, 1.0]);
-        assert_eq!(out[10..], [1.0, 1.0, -29.0, -299.0, 1.0]);
+        add_product(view, MatrixView::new(&[1.0, 2.0, 3.0], 3, 1), MatrixView::new(&[10.0, 100.0], 1, 2));
+        assert_eq!(out[..5], [1.0, 1.0, 11.0, 101.0, 1.0]);
+        assert_eq!(out[10..], [1.0, 1.0, 31.0, 301.0, 1.0]);
     }
 
     #[test]

@@ -1,0 +1,262 @@
+use std::ops::Range;
+
+use kintsugi_linalg::{MatrixView, MatrixViewMut, add_product};
+use kintsugi_runtime::ThreadPool;
+use kintsugi_weights::DenseMatrix;
+
+use crate::{Grid, GridRule};
+
+/// Rows that one task sweeps: enough to repay the packing of the factor, few enough to keep their weights in a cache.
+const ROWS: usize = 128;
+/// Rows that are rounded side by side.
+const LANES: usize = 16;
+/// Adding 1.5 · 2²³ to a small f32 rounds it to the nearest integer, half-way cases to even, and leaves that integer
+/// in the low bits.
+const ROUND: f32 = 12_582_912.0;
+
+type Lanes = [f32; LANES];
+
+/// What all rows share. A position is a place in the order of the sweep, `order[position]` the column there.
+pub(crate) struct Sweep<'a> {
+    pub(crate) weight: &'a DenseMatrix,
+    pub(crate) rule: GridRule,
+    pub(crate) static_groups: bool,
+    /// Columns of a full group.
+    pub(crate) size: usize,
+    pub(crate) groups: usize,
+    /// `S_jj` per column; 0 where no token ever activated it.
+    pub(crate) energies: Vec<f64>,
+    /// Most positions that are rounded before a product.
+    pub(crate) block: usize,
+    pub(crate) order: Vec<usize>,
+    /// `R_ij / R_jj` by position, `[columns, columns]`; zeros below the diagonal.
+    pub(crate) unit: Vec<f32>,
+    /// `R_jj` by position.
+    pub(crate) diagonal: Vec<f64>,
+}
+
+/// What a sweep over some rows found.
+pub(crate) struct Swept {
+    /// `[rows, columns]`
+    pub(crate) codes: Vec<u8>,
+    /// `[rows, groups]`
+    pub(crate) grids: Vec<Grid>,
+    /// `Σ e²`
+    pub(crate) energy: f64,
+}
+
+/// The rows of one task, by position and then by row, so that [`LANES`] rows go through the same instructions. Rows
+/// that fill the last lanes are zero.
+struct Tile {
+    strips: usize,
+    /// `[columns, strips]`
+    weights: Vec<Lanes>,
+    /// Of positions that are still to come, what the errors so far add to the weight; of the others `w − ŵ`.
+    /// `[columns, strips]`
+    moves: Vec<Lanes>,
+    /// `[columns, strips]`
+    codes: Vec<[u8; LANES]>,
+    /// `[groups, strips]`
+    scales: Vec<Lanes>,
+    /// `[groups, strips]`
+    zeros: Vec<Lanes>,
+    grids: Vec<Grid>,
+    energy: f64,
+}
+
+impl Sweep<'_> {
+    /// Rounds every row.
+    pub(crate) fn run(&self, pool: &ThreadPool) -> Swept {
+        let (rows, columns) = (self.weight.rows(), self.order.len());
+        let mut codes = vec![0; rows * columns];
+        let mut parts: Vec<(&mut [u8], Vec<Grid>, f64)> =
+            codes.chunks_mut(ROWS * columns).map(|codes| (codes, Vec::new(), 0.0)).collect();
+        pool.for_each_chunk(&mut parts, 1, |index, part| {
+            let (codes, grids, energy) = &mut part[0];
+            let first = index * ROWS;
+            let mut tile = self.load(first..rows.min(first + ROWS));
+            self.sweep(&mut tile, 0..columns);
+            self.unload(&tile, codes);
+            (*grids, *energy) = (tile.grids, tile.energy);
+        });
+        let energy = parts.iter().map(|(_, _, energy)| energy).sum();
+        let grids = parts.into_iter().flat_map(|(_, grids, _)| grids).collect();
+        Swept { codes, grids, energy }
+    }
+
+    /// The group of each column, where it is not the column's own position that tells it.
+    pub(crate) fn group_index(&self) -> Option<Vec<u32>> {
+        let mut index = vec![0; self.order.len()];
+        for (position, &column) in self.order.iter().enumerate() {
+            index[column] = self.group_of(position) as u32;
+        }
+        let usual = index.iter().enumerate().all(|(column, &group)| column / self.size == group as usize);
+        (!usual).then_some(index)
+    }
+
+    fn group_of(&self, position: usize) -> usize {
+        if self.static_groups { self.order[position] / self.size } else { position / self.size }
+    }
+
+    fn load(&self, rows: Range<usize>) -> Tile {
+        let (columns, strips) = (self.order.len(), rows.len().div_ceil(LANES));
+        let mut tile = Tile {
+            strips,
+            weights: vec![[0.0; LANES]; columns * strips],
+            moves: vec![[0.0; LANES]; columns * strips],
+            codes: vec![[0; LANES]; columns * strips],
+            scales: vec![[1.0; LANES]; self.groups * strips],
+            zeros: vec![[0.0; LANES]; self.groups * strips],
+            grids: vec![self.rule.fit(&[], None); rows.len() * self.groups],
+            energy: 0.0,
+        };
+        let mut values = vec![0.0f32; LANES * columns];
+        for strip in 0..strips {
+            let first = strip * LANES;
+            values.fill(0.0);
+            for (row, values) in (first..rows.len().min(first + LANES)).zip(values.chunks_exact_mut(columns)) {
+                self.weight.row_to_f32(rows.start + row, values);
+                for (value, &energy) in values.iter_mut().zip(&self.energies) {
+                    *value = if energy == 0.0 { 0.0 } else { *value };
+                }
+                if self.static_groups {
+                    let groups = values.chunks(self.size).zip(self.energies.chunks(self.size));
+                    for (group, (values, energies)) in groups.enumerate() {
+                        tile.set_grid(self.groups, row, group, self.rule.fit(values, Some(energies)));
+                    }
+                }
+            }
+            for (position, &column) in self.order.iter().enumerate() {
+                let weights = &mut tile.weights[position * strips + strip];
+                for (lane, weight) in weights.iter_mut().enumerate() {
+                    *weight = values[lane * columns + column];
+                }
+            }
+        }
+        tile
+    }
+
+    /// Rounds the positions of `range`, whose moves hold the errors of everything before it. The positions are halved
+    /// again and again, so that most of the work is in large products; a group that is fitted during the sweep is
+    /// never cut apart by a range that is larger than the group.
+    fn sweep(&self, tile: &mut Tile, range: Range<usize>) {
+        let columns = self.order.len();
+        let group_end = columns.min(range.start + self.size);
+        if !self.static_groups && range.start.is_multiple_of(self.size) && range.end == group_end {
+            self.fit_group(tile, range.clone());
+        }
+        let unit = if self.static_groups || range.len() <= self.size { self.block } else { self.size };
+        if range.len() <= unit {
+            self.round(tile, range);
+            return;
+        }
+        let middle = range.start + (range.len() / 2).next_multiple_of(unit);
+        self.sweep(tile, range.start..middle);
+        let height = tile.strips * LANES;
+        let (before, behind) = tile.moves.split_at_mut(middle * tile.strips);
+        let before = before[range.start * tile.strips..].as_flattened();
+        let behind = behind[..(range.end - middle) * tile.strips].as_flattened_mut();
+        let factor = MatrixView::new(&self.unit, columns, columns);
+        let factor = factor.row_range(range.start..middle).column_range(middle..range.end);
+        add_product(
+            MatrixViewMut::new(behind, range.end - middle, height),
+            factor.transposed(),
+            MatrixView::new(before, middle - range.start, height),
+        );
+        self.sweep(tile, middle..range.end);
+    }
+
+    /// Chooses the grids of the group at `range` from the weights that the published recursion has there. They make up
+    /// for the errors before the group as well as the group alone can, so with the moves m they are `w + x`, where x
+    /// solves `x_j + Σ_{i<j in the group} x_i R_ij / R_jj = m_j`.
+    fn fit_group(&self, tile: &mut Tile, range: Range<usize>) {
+        let (columns, strips, count) = (self.order.len(), tile.strips, range.len());
+        let mut solved = vec![[0.0f32; LANES]; count];
+        let mut values = vec![0.0f32; count];
+        let energies: Vec<f64> = self.order[range.clone()].iter().map(|&column| self.energies[column]).collect();
+        for strip in 0..strips {
+            for j in 0..count {
+                let mut sum = tile.moves[(range.start + j) * strips + strip];
+                for (i, x) in solved[..j].iter().enumerate() {
+                    let factor = self.unit[(range.start + i) * columns + range.start + j];
+                    for (sum, x) in sum.iter_mut().zip(x) {
+                        *sum -= factor * x;
+                    }
+                }
+                solved[j] = sum;
+            }
+            for row in strip * LANES..(tile.grids.len() / self.groups).min((strip + 1) * LANES) {
+                for (j, value) in values.iter_mut().enumerate() {
+                    let weight = tile.weights[(range.start + j) * strips + strip][row % LANES];
+                    *value = weight + solved[j][row % LANES];
+                }
+                tile.set_grid(self.groups, row, range.start / self.size, self.rule.fit(&values, Some(&energies)));
+            }
+        }
+    }
+
+    /// Rounds the positions of `range` one after the other.
+    fn round(&self, tile: &mut Tile, range: Range<usize>) {
+        let (columns, strips, count) = (self.order.len(), tile.strips, range.len());
+        // Column by column, because each position reads its column.
+        let factor: Vec<f32> = (range.clone())
+            .flat_map(|j| range.clone().map(move |i| (i, j)))
+            .map(|(i, j)| self.unit[i * columns + j])
+            .collect();
+        let largest = f32::from(self.rule.largest_code());
+        let mut moves = vec![[0.0f32; LANES]; count];
+        for strip in 0..strips {
+            let mut energy = [0.0f32; LANES];
+            for (j, factor) in factor.chunks_exact(count).enumerate() {
+                let position = range.start + j;
+                let at = position * strips + strip;
+                let group = self.group_of(position) * strips + strip;
+                let mut sum = tile.moves[at];
+                for (&factor, before) in factor.iter().zip(&moves[..j]) {
+                    for (sum, before) in sum.iter_mut().zip(before) {
+                        *sum += factor * before;
+                    }
+                }
+                let diagonal = self.diagonal[position] as f32;
+                let (weights, scales, zeros) = (&tile.weights[at], &tile.scales[group], &tile.zeros[group]);
+                let (codes, moves) = (&mut tile.codes[at], &mut moves[j]);
+                for lane in 0..LANES {
+                    let (scale, zero) = (scales[lane], zeros[lane]);
+                    let target = weights[lane] + sum[lane];
+                    let rounded = (target / scale).clamp(-zero, largest - zero) + ROUND;
+                    codes[lane] = (rounded.to_bits() as u8).wrapping_add(zero as u8);
+                    let value = (rounded - ROUND) * scale;
+                    moves[lane] = weights[lane] - value;
+                    let error = (target - value) * diagonal;
+                    energy[lane] += error * error;
+                }
+            }
+            for (j, moves) in moves.iter().enumerate() {
+                tile.moves[(range.start + j) * strips + strip] = *moves;
+            }
+            tile.energy += energy.iter().map(|&energy| f64::from(energy)).sum::<f64>();
+        }
+    }
+
+    /// Writes the codes of a tile by row and column.
+    fn unload(&self, tile: &Tile, codes: &mut [u8]) {
+        let columns = self.order.len();
+        for (strip, codes) in codes.chunks_mut(LANES * columns).enumerate() {
+            for (position, &column) in self.order.iter().enumerate() {
+                let lanes = &tile.codes[position * tile.strips + strip];
+                for (row, &code) in codes.chunks_exact_mut(columns).zip(lanes) {
+                    row[column] = code;
+                }
+            }
+        }
+    }
+}
+
+impl Tile {
+    fn set_grid(&mut self, groups: usize, row: usize, group: usize, grid: Grid) {
+        let at = group * self.strips + row / LANES;
+        self.scales[at][row % LANES] = grid.scale;
+        self.zeros[at][row % LANES] = f32::from(grid.zero);
+        self.grids[row * groups + group] = grid;
+    }
+}
