@@ -29,6 +29,11 @@ export interface CompressOptions {
   groupSize?: number | 'whole'
   /** Grids around zero, without zero points; default false. */
   symmetric?: boolean
+  /**
+   * Shrink the range of a group where that lowers its error, weighted by the activations where there is calibration;
+   * default false.
+   */
+  clip?: boolean
   /** Number type of the scales; `auto` (the default) is that of the checkpoint, f16 for f32 checkpoints. */
   scaleType?: 'auto' | 'bf16' | 'f16' | 'f32'
   /** GPTQ: columns in the order of descending second moment; default true. */
@@ -85,6 +90,7 @@ export interface Recipe {
   bits: number
   groupSize: number | null
   symmetric: boolean
+  clip: boolean
   actOrder: boolean
   staticGroups: boolean
   damping: number
@@ -170,6 +176,7 @@ const schema = {
   bits: withDefault(oneOf([2, 3, 4, 8]), 4),
   groupSize: withDefault(groupSize, 128),
   symmetric: withDefault(boolean, false),
+  clip: withDefault(boolean, false),
   scaleType: withDefault(oneOf(['auto', 'bf16', 'f16', 'f32']), 'auto'),
   actOrder: withDefault(boolean, true),
   staticGroups: withDefault(boolean, true),

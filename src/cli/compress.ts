@@ -12,6 +12,7 @@ interface CompressArguments extends ModelArguments {
   bits: NonNullable<CompressOptions['bits']>
   groupSize: number | 'whole'
   symmetric: boolean
+  clip: boolean
   scaleType: NonNullable<CompressOptions['scaleType']>
   actOrder: boolean
   staticGroups: boolean
@@ -39,6 +40,7 @@ export function registerCompress(program: Command): void {
     .option('--bits <n>', '2, 3, 4 or 8', numberArgument, 4)
     .option('--group-size <n>', "inputs that share a scale, or 'whole'", groupSizeArgument, 128)
     .option('--symmetric', 'grids around zero, without zero points', false)
+    .option('--clip', 'shrink the range of a group where that lowers its error', false)
     .option('--scale-type <name>', 'auto, bf16, f16 or f32', 'auto')
     .option('--no-act-order', 'GPTQ: keep the order of the columns')
     .option('--no-static-groups', 'GPTQ: scales from the corrected weights')

@@ -21,6 +21,7 @@ pub struct BindingCompressOptions {
     /// 0 for the whole row.
     pub group_size: u32,
     pub symmetric: bool,
+    pub clip: bool,
     pub act_order: bool,
     pub static_groups: bool,
     pub damping: f64,
@@ -79,6 +80,7 @@ fn recipe(options: &BindingCompressOptions) -> Result<Recipe> {
         bits: u8::try_from(options.bits).unwrap_or(u8::MAX),
         group_size: (options.group_size > 0).then_some(options.group_size as usize),
         symmetric: options.symmetric,
+        clip: options.clip,
         act_order: options.act_order,
         static_groups: options.static_groups,
         damping: options.damping,

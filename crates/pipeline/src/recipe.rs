@@ -21,6 +21,8 @@ pub struct Recipe {
     pub group_size: Option<usize>,
     /// Symmetric grids have no zero points.
     pub symmetric: bool,
+    /// Shrink the range of a group where that lowers its error, weighted by the activations where there is calibration.
+    pub clip: bool,
     /// GPTQ: columns by descending second moment.
     pub act_order: bool,
     /// GPTQ: group parameters from the original weights.
@@ -114,6 +116,7 @@ impl Recipe {
             group_size: self.group_size(),
             symmetric: self.symmetric,
             scale_type,
+            clip: self.clip,
             act_order: self.act_order,
             static_groups: self.static_groups,
             damping: self.damping,

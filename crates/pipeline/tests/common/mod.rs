@@ -28,6 +28,7 @@ pub(crate) fn recipe(source: &Path, out: &Path, method: &str, bits: u8, rank: us
         bits,
         group_size: Some(64),
         symmetric: false,
+        clip: false,
         act_order: true,
         static_groups: true,
         damping: 0.01,
