@@ -69,6 +69,7 @@ export interface BindingCompressOptions {
   /** 0 for the whole row. */
   groupSize: number
   symmetric: boolean
+  clip: boolean
   actOrder: boolean
   staticGroups: boolean
   damping: number
@@ -84,6 +85,7 @@ export interface BindingCompressOptions {
   precision: string
   /** `cpu` or `candle`. */
   backend: string
+  fresh: boolean
   dryRun: boolean
 }
 
