@@ -1,4 +1,4 @@
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use kintsugi_checkpoint::Checkpoint;
@@ -176,13 +176,13 @@ pub fn inspect(path: &Path) -> Result<Inspection> {
 
 /// Bytes of the codes, scales, zero points and dense weights of the Linears of the blocks.
 fn linear_bytes(checkpoint: &Checkpoint, spec: &DecoderSpec) -> u64 {
-    let names: Vec<String> = (0..spec.layers)
+    let names: BTreeSet<String> = (0..spec.layers)
         .flat_map(|block| spec.linears.iter().map(move |linear| spec.linear_name(block, linear)))
         .collect();
     let belongs = |tensor: &str| {
-        tensor.rsplit_once('.').is_some_and(|(linear, part)| {
-            !matches!(part, "bias" | "weight_shape") && names.iter().any(|name| name == linear)
-        })
+        tensor
+            .rsplit_once('.')
+            .is_some_and(|(linear, part)| !matches!(part, "bias" | "weight_shape") && names.contains(linear))
     };
     checkpoint.tensors().filter(|tensor| belongs(&tensor.name)).map(|tensor| tensor.bytes).sum()
 }
