@@ -65,10 +65,12 @@ export interface BindingCompressOptions {
   source: string
   out: string
   method: string
+  rounding: string
   bits: number
   /** 0 for the whole row. */
   groupSize: number
   symmetric: boolean
+  clip: boolean
   actOrder: boolean
   staticGroups: boolean
   damping: number
