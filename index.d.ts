@@ -65,6 +65,7 @@ export interface BindingCompressOptions {
   source: string
   out: string
   method: string
+  rounding: string
   bits: number
   /** 0 for the whole row. */
   groupSize: number

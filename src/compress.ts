@@ -22,27 +22,29 @@ export interface CompressOptions {
   /** Folder to write. It must not exist, or be empty. */
   out: string
   /** Compression method, default `gptq`. */
-  method?: 'gptq' | 'rtn'
+  method?: 'gptq' | 'rtn' | 'awq'
+  /** AWQ: what rounds the scaled weights, default `rtn`. */
+  rounding?: 'rtn' | 'gptq'
   /** Width of a code, default 4. */
   bits?: 2 | 3 | 4 | 8
   /** Inputs that share a scale, or `'whole'` for one scale per output row; default 128. */
   groupSize?: number | 'whole'
   /** Grids around zero, without zero points; default false. */
   symmetric?: boolean
-  /**
-   * Shrink the range of a group where that lowers its error, weighted by the activations where there is calibration;
-   * default false.
-   */
-  clip?: boolean
   /** Number type of the scales; `auto` (the default) is that of the checkpoint, f16 for f32 checkpoints. */
   scaleType?: 'auto' | 'bf16' | 'f16' | 'f32'
+  /**
+   * Shrink the range of a group where that lowers its error, weighted by the activations where there is calibration;
+   * default true for AWQ, else false.
+   */
+  clip?: boolean
   /** GPTQ: columns in the order of descending second moment; default true. */
   actOrder?: boolean
   /** GPTQ: scales from the original weights, so that groups stay contiguous; default true. */
   staticGroups?: boolean
   /** GPTQ: share of the mean diagonal that is added to the second moments; default 0.01. */
   damping?: number
-  /** What the model reads while its statistics are taken. GPTQ and EoRA need it. */
+  /** What the model reads while its statistics are taken. GPTQ, AWQ and EoRA need it. */
   calibration?: CalibrationOptions
   /** Low-rank compensation of what compression broke. */
   eora?: EoraOptions
@@ -87,6 +89,7 @@ export interface Recipe {
   source: string
   out: string
   method: string
+  rounding: string
   bits: number
   groupSize: number | null
   symmetric: boolean
@@ -158,6 +161,8 @@ export interface CompressedLinear {
   columns: number
   bits: number
   groupSize: number | null
+  /** AWQ: exponent of the activations that its inputs are scaled by; `null` without. */
+  alpha: number | null
   /** Rank of the factors; 0 without. */
   rank: number
   /** Calibration tokens that reached it, fewer than all for an expert; `null` when none did or without calibration. */
@@ -173,11 +178,12 @@ export interface CompressedLinear {
 const schema = {
   out: text,
   method: withDefault(text, 'gptq'),
+  rounding: withDefault(text, 'rtn'),
   bits: withDefault(oneOf([2, 3, 4, 8]), 4),
   groupSize: withDefault(groupSize, 128),
   symmetric: withDefault(boolean, false),
-  clip: withDefault(boolean, false),
   scaleType: withDefault(oneOf(['auto', 'bf16', 'f16', 'f32']), 'auto'),
+  clip: optional(boolean),
   actOrder: withDefault(boolean, true),
   staticGroups: withDefault(boolean, true),
   damping: withDefault(number({ min: 0, max: 1 }), 0.01),
@@ -212,10 +218,11 @@ export function compress(source: string | Checkpoint, options: CompressOptions):
 export function compress(source: string | Checkpoint, options: CompressOptions): Job<CompressReport | Plan> {
   return new Job(() => {
     const folder = folderOf(source, 'source')
-    const { calibration, eora, groupSize, signal: _, ...given } = checkOptions(options, schema)
+    const { calibration, clip, eora, groupSize, signal: _, ...given } = checkOptions(options, schema)
     const request = withoutUndefined({
       ...given,
       source: folder,
+      clip: clip ?? given.method === 'awq',
       groupSize: groupSize === 'whole' ? 0 : groupSize,
       calibrationText: calibration?.text,
       calibrationSequences: calibration?.sequences ?? 0,

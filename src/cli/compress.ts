@@ -9,10 +9,11 @@ import { formatPairs, formatTable } from './table.js'
 interface CompressArguments extends ModelArguments {
   out: string
   method: NonNullable<CompressOptions['method']>
+  rounding: NonNullable<CompressOptions['rounding']>
   bits: NonNullable<CompressOptions['bits']>
   groupSize: number | 'whole'
   symmetric: boolean
-  clip: boolean
+  clip?: boolean
   scaleType: NonNullable<CompressOptions['scaleType']>
   actOrder: boolean
   staticGroups: boolean
@@ -36,16 +37,18 @@ export function registerCompress(program: Command): void {
     .description('compress a checkpoint, with or without a low-rank compensation, into a Hugging Face folder')
     .argument('<checkpoint>', 'folder of the checkpoint')
     .requiredOption('-o, --out <folder>', 'folder to write; must not exist, or be empty')
-    .option('--method <name>', 'gptq or rtn', 'gptq')
+    .option('--method <name>', 'gptq, awq or rtn', 'gptq')
+    .option('--rounding <name>', 'AWQ: what rounds the scaled weights, rtn or gptq', 'rtn')
     .option('--bits <n>', '2, 3, 4 or 8', numberArgument, 4)
     .option('--group-size <n>', "inputs that share a scale, or 'whole'", groupSizeArgument, 128)
     .option('--symmetric', 'grids around zero, without zero points', false)
-    .option('--clip', 'shrink the range of a group where that lowers its error', false)
     .option('--scale-type <name>', 'auto, bf16, f16 or f32', 'auto')
+    .option('--clip', 'shrink the range of a group where that lowers its error; AWQ does')
+    .option('--no-clip', 'AWQ: keep every range')
     .option('--no-act-order', 'GPTQ: keep the order of the columns')
     .option('--no-static-groups', 'GPTQ: scales from the corrected weights')
     .option('--damping <share>', 'GPTQ: share of the mean diagonal that is added', numberArgument, 0.01)
-    .option('--calibration <file>', 'UTF-8 text that the statistics are taken from; GPTQ and EoRA need it')
+    .option('--calibration <file>', 'UTF-8 text that the statistics are taken from; GPTQ, AWQ and EoRA need it')
     .option('--sequences <n>', 'most calibration sequences', numberArgument, 128)
     .option('--length <n>', 'tokens of a calibration sequence', numberArgument, 2048)
     .option('--subset', 'take the statistics of each group of Linears after those before it are compressed', false)

@@ -4,7 +4,7 @@ use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use kintsugi_runtime::{Error, ErrorCode, Result, StagedFolder};
-use kintsugi_weights::{Adapter, QuantizedMatrix};
+use kintsugi_weights::{Adapter, ElementType, QuantizedMatrix};
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -12,7 +12,9 @@ use serde_json::{Map, Value};
 use crate::float8_scaling::Float8Scaling;
 use crate::positional_file::PositionalFile;
 use crate::quantization_config::Scheme;
-use crate::safetensors_writer::{SafetensorsWriter, TensorHeader, file_order, unwritable, write_synced};
+use crate::safetensors_writer::{
+    SafetensorsWriter, TensorHeader, file_order, float_bytes, float_dtype, unwritable, write_synced,
+};
 use crate::shard_index::ShardIndex;
 use crate::tensor_set::TensorSet;
 use crate::{Checkpoint, LinearFormat, MatrixForm, PackQuantized, QuantizationConfig, write_adapter};
@@ -232,6 +234,30 @@ impl CheckpointWriter {
             done += count as u64;
         }
         Ok(stored.bytes)
+    }
+
+    /// Writes other values for a float tensor of the source, in its type and shape. Gives its bytes.
+    ///
+    /// # Errors
+    /// `ERR_CHECKPOINT_TENSOR_MISSING`, `ERR_CHECKPOINT_DTYPE` for a tensor that is not of floats, `ERR_SHAPE_MISMATCH`
+    /// for another number of values, `ERR_OUTPUT_UNWRITABLE`; `ERR_INTERNAL` when the tensor was written before.
+    pub fn rewrite(&mut self, tensor: &str, values: &[f32]) -> Result<u64> {
+        let source = self.source.clone();
+        let (_, stored) = source.tensor_set().require(tensor)?;
+        let shape = stored.shape.clone();
+        if shape.iter().product::<usize>() != values.len() {
+            let message = format!("{} values for a tensor of shape {shape:?}", values.len());
+            return Err(Error::new(ErrorCode::ShapeMismatch, message).subject(tensor));
+        }
+        let kinds = [ElementType::F32, ElementType::F16, ElementType::Bf16];
+        let Some(kind) = kinds.into_iter().find(|&kind| float_dtype(kind) == stored.dtype) else {
+            let message = format!("the tensor has type {}, expected floats", stored.dtype);
+            return Err(Error::new(ErrorCode::CheckpointDtype, message).subject(tensor));
+        };
+        let bytes = float_bytes(values, kind);
+        self.begin_tensor(tensor, stored.dtype, shape, bytes.len() as u64)?;
+        self.append(&bytes)?;
+        Ok(bytes.len() as u64)
     }
 
     /// Closes the part file of a unit: what was written until now is on the disk. Gives what it holds, `None` when

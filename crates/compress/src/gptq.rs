@@ -117,6 +117,7 @@ fn solve(
         static_groups: options.static_groups,
         size: options.group_size.columns(columns),
         groups: options.group_size.groups(columns),
+        moment,
         energies,
         block,
         order,

@@ -4,7 +4,7 @@ use kintsugi_linalg::{MatrixView, MatrixViewMut, add_product};
 use kintsugi_runtime::ThreadPool;
 use kintsugi_weights::DenseMatrix;
 
-use crate::{Grid, GridRule};
+use crate::{Grid, GridRule, GroupInputs};
 
 /// Rows that one task sweeps: enough to repay the packing of the factor, few enough to keep their weights in a cache.
 const ROWS: usize = 128;
@@ -24,6 +24,8 @@ pub(crate) struct Sweep<'a> {
     /// Columns of a full group.
     pub(crate) size: usize,
     pub(crate) groups: usize,
+    /// S, by column.
+    pub(crate) moment: &'a [f64],
     /// `S_jj` per column; 0 where no token ever activated it.
     pub(crate) energies: Vec<f64>,
     /// Most positions that are rounded before a product.
@@ -122,7 +124,8 @@ impl Sweep<'_> {
                 if self.static_groups {
                     let groups = values.chunks(self.size).zip(self.energies.chunks(self.size));
                     for (group, (values, energies)) in groups.enumerate() {
-                        tile.set_grid(self.groups, row, group, self.rule.fit(values, Some(energies)));
+                        let inputs = GroupInputs { energies, moment: Some((self.moment, columns, group * self.size)) };
+                        tile.set_grid(self.groups, row, group, self.rule.fit(values, Some(inputs)));
                     }
                 }
             }
@@ -174,6 +177,7 @@ impl Sweep<'_> {
         let mut solved = vec![[0.0f32; LANES]; count];
         let mut values = vec![0.0f32; count];
         let energies: Vec<f64> = self.order[range.clone()].iter().map(|&column| self.energies[column]).collect();
+        let inputs = GroupInputs { energies: &energies, moment: None };
         for strip in 0..strips {
             for j in 0..count {
                 let mut sum = tile.moves[(range.start + j) * strips + strip];
@@ -190,7 +194,7 @@ impl Sweep<'_> {
                     let weight = tile.weights[(range.start + j) * strips + strip][row % LANES];
                     *value = weight + solved[j][row % LANES];
                 }
-                tile.set_grid(self.groups, row, range.start / self.size, self.rule.fit(&values, Some(&energies)));
+                tile.set_grid(self.groups, row, range.start / self.size, self.rule.fit(&values, Some(inputs)));
             }
         }
     }

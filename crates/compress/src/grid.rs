@@ -1,6 +1,6 @@
 use kintsugi_weights::ElementType;
 
-use crate::QuantizeOptions;
+use crate::{Clip, QuantizeOptions};
 
 /// How the grid of a group is chosen from the smallest and the largest weight of the group.
 ///
@@ -13,19 +13,28 @@ use crate::QuantizeOptions;
 /// The scale is rounded to the type that it will be stored in before the zero point and the codes are chosen. It never
 /// becomes zero, and never so large that a code decodes to infinity.
 ///
-/// With clipping, the range is multiplied by the factor among `1 − i/100`, `i < 80`, whose grid has the least error
-/// (the search of the reference implementation). The error is `Σ |w − ŵ|^2.4`, or `Σ S_jj (w_j − ŵ_j)²` where the second
-/// moments of the inputs are known. Factor 1 is among them, so by that measure clipping never loses.
+/// With clipping, the range is multiplied by the factor whose grid has the least error. Factor 1 is among those that
+/// are tried, so by its own measure clipping never loses. With [`Clip::Weights`] factors are `1 − i/100`, `i < 80`, and
+/// the error is `Σ |w − ŵ|^2.4`, both as in the reference implementation, or `Σ S_jj (w_j − ŵ_j)²` where the second moments
+/// of the inputs are known. With [`Clip::Outputs`] factors are `1 − i/20`, `i < 10`, and the error is that of what the
+/// group adds to the output, `δ S δᵀ` with `δ = w − ŵ`, as in AWQ (arXiv 2306.00978, its reference implementation).
 #[derive(Clone, Copy, Debug)]
 pub struct GridRule {
     bits: u8,
     symmetric: bool,
     scale_type: ElementType,
-    clip: bool,
+    clip: Clip,
 }
 
-/// Factors that clipping tries, in hundredths below 1.
-const CLIP_STEPS: usize = 80;
+/// What is known of the inputs that a group multiplies.
+#[derive(Clone, Copy, Debug)]
+pub struct GroupInputs<'a> {
+    /// `S_jj` of each.
+    pub energies: &'a [f64],
+    /// All of S and its width, where the group is a run of neighbours, and the first of them.
+    pub moment: Option<(&'a [f64], usize, usize)>,
+}
+
 /// Exponent of the error without statistics.
 const CLIP_EXPONENT: f32 = 2.4;
 
@@ -46,9 +55,8 @@ impl GridRule {
         GridRule { bits, symmetric, scale_type, clip }
     }
 
-    /// The grid for a group of weights. `energies` are the second moments `S_jj` of the inputs that the weights
-    /// multiply, where they are known; only clipping asks for them.
-    pub fn fit(&self, weights: &[f32], energies: Option<&[f64]>) -> Grid {
+    /// The grid for a group of weights. Only clipping asks for their inputs.
+    pub fn fit(&self, weights: &[f32], inputs: Option<GroupInputs<'_>>) -> Grid {
         let low = weights.iter().fold(0.0f32, |low, &weight| low.min(weight));
         let high = weights.iter().fold(0.0f32, |high, &weight| high.max(weight));
         let (mut low, mut high) = (f64::from(low), f64::from(high));
@@ -60,14 +68,16 @@ impl GridRule {
             low = -high;
         }
         let whole = self.over(low, high);
-        if !self.clip {
-            return whole;
-        }
-        let mut best = (clip_error(whole, weights, energies, f64::INFINITY), whole);
-        for step in 1..CLIP_STEPS {
-            let factor = 1.0 - step as f64 / 100.0;
+        let (steps, parts) = match self.clip {
+            Clip::Never => return whole,
+            Clip::Weights => (80, 100.0),
+            Clip::Outputs => (10, 20.0),
+        };
+        let mut best = (self.clip_error(whole, weights, inputs, f64::INFINITY), whole);
+        for step in 1..steps {
+            let factor = 1.0 - f64::from(step) / parts;
             let grid = self.over(low * factor, high * factor);
-            let error = clip_error(grid, weights, energies, best.0);
+            let error = self.clip_error(grid, weights, inputs, best.0);
             if error < best.0 {
                 best = (error, grid);
             }
@@ -92,6 +102,22 @@ impl GridRule {
         ((1u16 << self.bits) - 1) as u8
     }
 
+    /// The error that clipping minimises; any number that is not below `limit` once it is clear that the error is not.
+    fn clip_error(&self, grid: Grid, weights: &[f32], inputs: Option<GroupInputs<'_>>, limit: f64) -> f64 {
+        let errors = weights.iter().map(|&weight| weight - grid.value(grid.code(weight)));
+        match (self.clip, inputs) {
+            (Clip::Outputs, Some(GroupInputs { moment: Some((moment, width, first)), .. })) => {
+                let errors: Vec<f64> = errors.map(f64::from).collect();
+                quadratic_form(&errors, &moment[first * width + first..], width)
+            }
+            (_, Some(GroupInputs { energies, .. })) => {
+                let terms = errors.zip(energies).map(|(error, energy)| energy * f64::from(error) * f64::from(error));
+                sum_below(terms, limit)
+            }
+            (_, None) => sum_below(errors.map(|error| f64::from(error.abs().powf(CLIP_EXPONENT))), limit),
+        }
+    }
+
     /// The nearest value of the stored type that is positive and decodes every code to a finite number.
     fn storable(&self, scale: f64, largest_code: u8) -> f32 {
         let (smallest, largest) = match self.scale_type {
@@ -105,20 +131,38 @@ impl GridRule {
     }
 }
 
-/// The error that clipping minimises; any number that is not below `limit` once it is clear that the error is not.
-fn clip_error(grid: Grid, weights: &[f32], energies: Option<&[f64]>, limit: f64) -> f64 {
+/// The sum of terms that are not negative, given up when it reaches `limit`.
+fn sum_below(terms: impl Iterator<Item = f64>, limit: f64) -> f64 {
     let mut sum = 0.0;
-    for (index, &weight) in weights.iter().enumerate() {
-        let error = (weight - grid.value(grid.code(weight))).abs();
-        sum += match energies {
-            Some(energies) => energies[index] * f64::from(error) * f64::from(error),
-            None => f64::from(error.powf(CLIP_EXPONENT)),
-        };
+    for term in terms {
+        sum += term;
         if sum >= limit {
             break;
         }
     }
     sum
+}
+
+/// `δ S δᵀ` of a symmetric S whose rows begin every `stride` values.
+fn quadratic_form(delta: &[f64], s: &[f64], stride: usize) -> f64 {
+    const LANES: usize = 4;
+    let mut total = 0.0;
+    for (i, &value) in delta.iter().enumerate() {
+        let (row, behind) = (&s[i * stride + i..i * stride + delta.len()], &delta[i + 1..]);
+        let (mut lanes, mut sum) = ([0.0; LANES], 0.0);
+        let (rows, deltas) = (row[1..].chunks_exact(LANES), behind.chunks_exact(LANES));
+        for (s, d) in rows.remainder().iter().zip(deltas.remainder()) {
+            sum += s * d;
+        }
+        for (s, d) in rows.zip(deltas) {
+            for lane in 0..LANES {
+                lanes[lane] += s[lane] * d[lane];
+            }
+        }
+        sum += lanes.iter().sum::<f64>();
+        total += value * (row[0] * value + 2.0 * sum);
+    }
+    total
 }
 
 impl Grid {
@@ -141,7 +185,7 @@ mod tests {
     use super::*;
 
     fn rule(bits: u8, symmetric: bool, scale_type: ElementType) -> GridRule {
-        GridRule { bits, symmetric, scale_type, clip: false }
+        GridRule { bits, symmetric, scale_type, clip: Clip::Never }
     }
 
     #[test]
@@ -221,20 +265,28 @@ mod tests {
     #[test]
     fn clipping_never_loses_by_its_own_measure_and_gains_on_long_tails() {
         let mut random = Random::new(3);
+        let (first, count, width) = (5, 128, 140);
+        let x: Vec<f64> = (0..30 * width).map(|_| random.normal()).collect();
+        let moment: Vec<f64> = (0..width * width)
+            .map(|at| x.chunks_exact(width).map(|row| row[at / width] * row[at % width]).sum())
+            .collect();
+        let energies: Vec<f64> = (first..first + count).map(|j| moment[j * (width + 1)]).collect();
+        let inputs = GroupInputs { energies: &energies, moment: Some((&moment, width, first)) };
         let (mut gained, mut cases) = (0, 0);
         for bits in [2, 3, 4, 8] {
             for symmetric in [false, true] {
-                let plain = rule(bits, symmetric, ElementType::Bf16);
-                let clipping = GridRule { clip: true, ..plain };
-                for tail in [1.0, 3.0] {
+                for (tail, clip) in
+                    [(1.0, Clip::Weights), (3.0, Clip::Weights), (1.0, Clip::Outputs), (3.0, Clip::Outputs)]
+                {
+                    let clipping = GridRule { clip, ..rule(bits, symmetric, ElementType::Bf16) };
                     let weights: Vec<f32> =
-                        (0..128).map(|_| random.normal()).map(|z| (z.abs().powf(tail) * z.signum()) as f32).collect();
-                    let energies: Vec<f64> = (0..128).map(|_| random.normal().powi(2)).collect();
-                    for energies in [None, Some(&energies[..])] {
-                        let error = |grid| clip_error(grid, &weights, energies, f64::INFINITY);
-                        let before = error(plain.fit(&weights, energies));
-                        let after = error(clipping.fit(&weights, energies));
-                        assert!(after <= before, "{bits} {symmetric} {tail}: {after} {before}");
+                        (0..count).map(|_| random.normal()).map(|z| (z.abs().powf(tail) * z.signum()) as f32).collect();
+                    for inputs in [None, Some(inputs)] {
+                        let error = |rule: GridRule| {
+                            clipping.clip_error(rule.fit(&weights, inputs), &weights, inputs, f64::INFINITY)
+                        };
+                        let (before, after) = (error(GridRule { clip: Clip::Never, ..clipping }), error(clipping));
+                        assert!(after <= before, "{bits} {symmetric} {tail} {clip:?}: {after} {before}");
                         gained += usize::from(after < 0.9 * before);
                         cases += 1;
                     }
@@ -242,5 +294,20 @@ mod tests {
             }
         }
         assert!(gained * 2 > cases, "{gained} of {cases}");
+    }
+
+    #[test]
+    fn the_error_of_the_outputs_is_the_quadratic_form() {
+        let mut random = Random::new(4);
+        for count in [1, 2, 5, 13, 64] {
+            let delta: Vec<f64> = (0..count).map(|_| random.normal()).collect();
+            let x: Vec<f64> = (0..7 * count).map(|_| random.normal()).collect();
+            let s: Vec<f64> = (0..count * count)
+                .map(|at| x.chunks_exact(count).map(|row| row[at / count] * row[at % count]).sum())
+                .collect();
+            let output = |row: &[f64]| row.iter().zip(&delta).map(|(x, d)| x * d).sum::<f64>();
+            let expected: f64 = x.chunks_exact(count).map(|row| output(row).powi(2)).sum();
+            assert!((quadratic_form(&delta, &s, count) - expected).abs() < 1e-12 * expected.max(1.0) * count as f64);
+        }
     }
 }

@@ -1,5 +1,7 @@
-//! Solvers that turn a weight and its calibration statistics into a quantized weight: RTN, GPTQ.
+//! Solvers that turn a weight and its calibration statistics into a quantized weight: RTN, GPTQ, AWQ.
 
+mod awq;
+mod block_method;
 mod gptq;
 mod gptq_sweep;
 mod grid;
@@ -7,8 +9,10 @@ mod linear_method;
 mod quantize_options;
 mod rtn;
 
+pub use awq::{Awq, awq_scales, scale_columns};
+pub use block_method::{BLOCK_METHODS, BlockLoss, BlockMethod, GroupScales, ScaleGroup, block_method};
 pub use gptq::{Gptq, GptqSolution, gptq};
-pub use grid::{Grid, GridRule};
+pub use grid::{Grid, GridRule, GroupInputs};
 pub use linear_method::{LinearMethod, METHODS, linear_method};
-pub use quantize_options::QuantizeOptions;
+pub use quantize_options::{Clip, QuantizeOptions};
 pub use rtn::{Rtn, rtn};

@@ -2,7 +2,7 @@ use kintsugi_calibration::Calibration;
 use kintsugi_runtime::{Error, ErrorCode, Result, ThreadPool, nearest};
 use kintsugi_weights::{DenseMatrix, QuantizedMatrix, QuantizedParts};
 
-use crate::{Gptq, Grid, QuantizeOptions, Rtn};
+use crate::{BLOCK_METHODS, Gptq, Grid, QuantizeOptions, Rtn};
 
 /// A method that compresses one Linear from its weight and the statistics of its input.
 pub trait LinearMethod: Sync {
@@ -35,7 +35,8 @@ pub const METHODS: &[&dyn LinearMethod] = &[&Rtn, &Gptq];
 /// `ERR_OPTION_INVALID`, with the nearest name and all names in the hint.
 pub fn linear_method(name: &str) -> Result<&'static dyn LinearMethod> {
     METHODS.iter().find(|method| method.name() == name).copied().ok_or_else(|| {
-        let names: Vec<&str> = METHODS.iter().map(|method| method.name()).collect();
+        let blocks = BLOCK_METHODS.iter().map(|method| method.name());
+        let names: Vec<&str> = METHODS.iter().map(|method| method.name()).chain(blocks).collect();
         let closest = nearest(name, names.iter().copied()).unwrap_or_default();
         Error::new(ErrorCode::OptionInvalid, format!("{name:?} is not a compression method"))
             .subject("method")

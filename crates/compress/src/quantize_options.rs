@@ -13,8 +13,8 @@ pub struct QuantizeOptions {
     pub symmetric: bool,
     /// The type that scales are stored in; solvers see them already rounded to it.
     pub scale_type: ElementType,
-    /// Shrink the range of a group where that lowers its error (see [`crate::GridRule`]).
-    pub clip: bool,
+    /// Whether the range of a group shrinks where that lowers its error.
+    pub clip: Clip,
     /// GPTQ: take columns by descending activation energy instead of in order.
     pub act_order: bool,
     /// GPTQ: choose every grid from the original weights before the first column is rounded. Without it a grid is
@@ -22,6 +22,17 @@ pub struct QuantizeOptions {
     pub static_groups: bool,
     /// GPTQ: added to the diagonal of the second moment, relative to its mean over live channels.
     pub damping: f64,
+}
+
+/// The error by which the range of a group may shrink (see [`crate::GridRule`]).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Clip {
+    /// No range shrinks.
+    Never,
+    /// Of the weights, each with the energy of its input where that is known.
+    Weights,
+    /// Of what the group adds to the outputs; that of the weights where the inputs are not known together.
+    Outputs,
 }
 
 impl Default for QuantizeOptions {
@@ -32,7 +43,7 @@ impl Default for QuantizeOptions {
             group_size: GroupSize::Columns(128),
             symmetric: false,
             scale_type: ElementType::Bf16,
-            clip: false,
+            clip: Clip::Never,
             act_order: true,
             static_groups: true,
             damping: 0.01,

@@ -3,7 +3,7 @@ use kintsugi_runtime::{Result, ThreadPool};
 use kintsugi_weights::{DenseMatrix, QuantizedMatrix};
 
 use crate::linear_method::{assemble, check_input};
-use crate::{GridRule, LinearMethod, QuantizeOptions};
+use crate::{GridRule, GroupInputs, LinearMethod, QuantizeOptions};
 
 /// Rounding to nearest: every weight alone, no calibration.
 #[derive(Clone, Copy, Debug)]
@@ -44,13 +44,17 @@ pub fn rtn(
     let (rows, columns) = (weight.rows(), weight.columns());
     let (size, groups) = (options.group_size.columns(columns), options.group_size.groups(columns));
     let rule = GridRule::new(options);
-    let energies = calibration.map(Calibration::energies);
+    let statistics = calibration.map(|calibration| (calibration.energies(), calibration.second_moment()));
     let grids = pool.map(rows, |row| {
         let mut values = vec![0.0; columns];
         weight.row_to_f32(row, &mut values);
         let fit = |(group, values)| {
-            let columns = group * size..columns.min((group + 1) * size);
-            rule.fit(values, energies.as_ref().map(|energies| &energies[columns]))
+            let range = group * size..columns.min((group + 1) * size);
+            let inputs = statistics.as_ref().map(|(energies, moment)| GroupInputs {
+                energies: &energies[range.clone()],
+                moment: Some((moment, columns, range.start)),
+            });
+            rule.fit(values, inputs)
         };
         values.chunks(size).enumerate().map(fit).collect::<Vec<_>>()
     });

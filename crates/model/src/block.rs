@@ -124,6 +124,64 @@ impl<B: Backend> Block<B> {
         workspace: &mut Workspace<B>,
         taps: Taps<'_, B>,
     ) -> Result<()> {
+        self.attend(backend, rotary, batch, hidden, cache, workspace, taps)?;
+        if self.parallel {
+            backend.norm(hidden, &self.mlp_norm, self.epsilon, &mut workspace.normed)?;
+        }
+        backend.add_assign(hidden, &workspace.projected)?;
+        if !self.parallel {
+            backend.norm(hidden, &self.mlp_norm, self.epsilon, &mut workspace.normed)?;
+        }
+        self.add_mlp(backend, batch, hidden, workspace, taps)
+    }
+
+    /// The first half of [`Block::forward`]: norm, attention, and the sum with the input. A parallel block has no
+    /// halves.
+    ///
+    /// # Errors
+    /// Those of [`Block::forward`].
+    pub fn forward_attention(
+        &self,
+        backend: &B,
+        rotary: &RotaryTables<B>,
+        batch: &Batch,
+        hidden: &mut B::Tensor,
+        cache: &mut B::KvCache,
+        workspace: &mut Workspace<B>,
+        taps: Taps<'_, B>,
+    ) -> Result<()> {
+        self.attend(backend, rotary, batch, hidden, cache, workspace, taps)?;
+        backend.add_assign(hidden, &workspace.projected)
+    }
+
+    /// The second half of [`Block::forward`]: norm, MLP, and the sum with its input. A parallel block has no halves.
+    ///
+    /// # Errors
+    /// Those of [`Block::forward`].
+    pub fn forward_mlp(
+        &self,
+        backend: &B,
+        batch: &Batch,
+        hidden: &mut B::Tensor,
+        workspace: &mut Workspace<B>,
+        taps: Taps<'_, B>,
+    ) -> Result<()> {
+        workspace.set_rows(backend, batch.rows())?;
+        backend.norm(hidden, &self.mlp_norm, self.epsilon, &mut workspace.normed)?;
+        self.add_mlp(backend, batch, hidden, workspace, taps)
+    }
+
+    /// What the attention adds to `hidden`, in `workspace.projected`.
+    fn attend(
+        &self,
+        backend: &B,
+        rotary: &RotaryTables<B>,
+        batch: &Batch,
+        hidden: &B::Tensor,
+        cache: &mut B::KvCache,
+        workspace: &mut Workspace<B>,
+        taps: Taps<'_, B>,
+    ) -> Result<()> {
         workspace.set_rows(backend, batch.rows())?;
         let w = workspace;
         let adapted = adapted_rows(batch, None);
@@ -145,14 +203,19 @@ impl<B: Backend> Block<B> {
         if let Some([attention_norm, _]) = &self.branch_norms {
             backend.norm_assign(&mut w.projected, attention_norm, self.epsilon)?;
         }
-        if !self.parallel {
-            backend.add_assign(hidden, &w.projected)?;
-        }
-        backend.norm(hidden, &self.mlp_norm, self.epsilon, &mut w.normed)?;
-        if self.parallel {
-            backend.add_assign(hidden, &w.projected)?;
-        }
+        Ok(())
+    }
 
+    /// Adds what the MLP makes of the normed input.
+    fn add_mlp(
+        &self,
+        backend: &B,
+        batch: &Batch,
+        hidden: &mut B::Tensor,
+        w: &mut Workspace<B>,
+        taps: Taps<'_, B>,
+    ) -> Result<()> {
+        let adapted = adapted_rows(batch, None);
         taps(TapPoint::MlpInput, &w.normed)?;
         if let Some(mlp) = &mut w.mlp {
             self.activate(backend, &adapted, &w.normed, mlp)?;

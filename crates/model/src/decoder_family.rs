@@ -1,6 +1,7 @@
 use kintsugi_kernels::Activation;
 
-use crate::LinearSlot;
+use crate::scale_fold::{ATTENTION_FOLDS, FUSED_FOLDS, GATED_FOLDS, PLAIN_MLP_FOLDS, SHARED_EXPERT_FOLDS};
+use crate::{LinearSlot, ScaleFold};
 
 /// When a Linear has a bias.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -147,6 +148,9 @@ pub struct DecoderFamily {
     pub residual: ResidualRule,
     /// What each Linear of a block does, its name inside the block and its bias, in the order of their computation.
     pub linears: &'static [(LinearSlot, &'static str, BiasRule)],
+    /// Factors per channel that operations can take from the Linears that read them, so that the block computes the same.
+    /// None where attention and MLP both start from the input of the block.
+    pub folds: &'static [ScaleFold],
     /// Experts of which each token goes through a few.
     pub experts: Option<ExpertRule>,
     /// Whether plain weights are stored as `[in, out]`.
@@ -200,6 +204,7 @@ const LLAMA: DecoderFamily = DecoderFamily {
         (LinearSlot::Up, "mlp.up_proj", LLAMA_MLP_BIAS),
         (LinearSlot::Down, "mlp.down_proj", LLAMA_MLP_BIAS),
     ],
+    folds: GATED_FOLDS,
     experts: None,
     transposed: false,
     fused_heads: FusedHeads::Apart,
@@ -281,6 +286,7 @@ pub const FAMILIES: &[DecoderFamily] = &[
             (LinearSlot::Value, "self_attn.v_proj", BiasRule::Never),
             (LinearSlot::Output, "self_attn.o_proj", BiasRule::Never),
         ],
+        folds: ATTENTION_FOLDS,
         experts: Some(ExpertRule {
             router: "block_sparse_moe.gate",
             experts: "block_sparse_moe.experts",
@@ -306,6 +312,7 @@ pub const FAMILIES: &[DecoderFamily] = &[
             (LinearSlot::Up, "mlp.shared_expert.up_proj", BiasRule::Never),
             (LinearSlot::Down, "mlp.shared_expert.down_proj", BiasRule::Never),
         ],
+        folds: SHARED_EXPERT_FOLDS,
         experts: Some(ExpertRule { shared_gate: Some("mlp.shared_expert_gate"), ..QWEN_EXPERTS }),
         sizes: SizeFields { intermediate: ("shared_expert_intermediate_size", false), ..LLAMA.sizes },
         refused_flags: &["use_sliding_window"],
@@ -321,6 +328,7 @@ pub const FAMILIES: &[DecoderFamily] = &[
             (LinearSlot::Value, "self_attn.v_proj", LLAMA_ATTENTION_BIAS),
             (LinearSlot::Output, "self_attn.o_proj", LLAMA_ATTENTION_BIAS),
         ],
+        folds: ATTENTION_FOLDS,
         experts: Some(QWEN_EXPERTS),
         refused_flags: &["use_sliding_window"],
         ..LLAMA
@@ -334,6 +342,7 @@ pub const FAMILIES: &[DecoderFamily] = &[
             (LinearSlot::GateUp, "mlp.gate_up_proj", BiasRule::Never),
             (LinearSlot::Down, "mlp.down_proj", BiasRule::Never),
         ],
+        folds: FUSED_FOLDS,
         windows: WindowRule::Everywhere,
         ..LLAMA
     },
@@ -370,6 +379,7 @@ pub const FAMILIES: &[DecoderFamily] = &[
             (LinearSlot::Up, "mlp.c_fc", BiasRule::Always),
             (LinearSlot::Down, "mlp.c_proj", BiasRule::Always),
         ],
+        folds: PLAIN_MLP_FOLDS,
         transposed: true,
         activation: ("activation_function", Activation::GeluTanh),
         positions: PositionRule::Learned("transformer.wpe"),
@@ -400,6 +410,7 @@ pub const FAMILIES: &[DecoderFamily] = &[
             (LinearSlot::Up, "mlp.dense_h_to_4h", BiasRule::Always),
             (LinearSlot::Down, "mlp.dense_4h_to_h", BiasRule::Always),
         ],
+        folds: &[],
         fused_heads: FusedHeads::Together,
         activation: ("hidden_act", Activation::Gelu),
         positions: PositionRule::Rotary {

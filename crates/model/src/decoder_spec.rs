@@ -241,6 +241,11 @@ impl DecoderSpec {
         format!("{}.{}", self.block_name(block), linear.name)
     }
 
+    /// Place in [`DecoderSpec::linears`] of what does this.
+    pub fn place_of(&self, slot: LinearSlot) -> Option<usize> {
+        self.linears.iter().position(|linear| linear.slot == slot)
+    }
+
     /// Weights in the Linears of all blocks: those that compression works on.
     pub fn linear_parameters(&self) -> u64 {
         let block: u64 = self.linears.iter().map(|linear| linear.rows as u64 * linear.columns as u64).sum();

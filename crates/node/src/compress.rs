@@ -17,6 +17,7 @@ pub struct BindingCompressOptions {
     pub source: String,
     pub out: String,
     pub method: String,
+    pub rounding: String,
     pub bits: u32,
     /// 0 for the whole row.
     pub group_size: u32,
@@ -77,6 +78,7 @@ fn recipe(options: &BindingCompressOptions) -> Result<Recipe> {
         source: options.source.clone().into(),
         out: options.out.clone().into(),
         method: options.method.clone(),
+        rounding: options.rounding.clone(),
         bits: u8::try_from(options.bits).unwrap_or(u8::MAX),
         group_size: (options.group_size > 0).then_some(options.group_size as usize),
         symmetric: options.symmetric,

@@ -2,11 +2,12 @@ use std::time::Instant;
 
 use kintsugi_calibration::Calibration;
 use kintsugi_compensate::{EoraOptions, ResidualError, eora, residual_error};
-use kintsugi_compress::{LinearMethod, QuantizeOptions, linear_method};
+use kintsugi_compress::{BlockMethod, LinearMethod, linear_method};
 use kintsugi_model::{Backend, Block, BlockWeights, DecoderSpec, LinearSpec, TapPoint};
 use kintsugi_runtime::{CancelToken, Error, ErrorCode, Result, ThreadPool};
 use kintsugi_weights::{DenseMatrix, ElementType, LinearWeight, LowRank, QuantizedMatrix, WeightMatrix};
 
+use crate::scale_folding::{FoldedBlock, ScaleFolding};
 use crate::{CalibrationStream, LinearReport, PhaseSeconds, Recipe};
 
 /// Compresses one decoder block after another and carries the calibration activations along.
@@ -14,6 +15,7 @@ pub struct BlockCompressor<'a, B: Backend> {
     recipe: &'a Recipe,
     spec: &'a DecoderSpec,
     backend: &'a B,
+    block_method: Option<&'static dyn BlockMethod>,
     method: &'static dyn LinearMethod,
     stream: Option<CalibrationStream<B>>,
     phases: PhaseSeconds,
@@ -26,6 +28,8 @@ pub struct CompressedBlock {
     pub weights: BlockWeights,
     /// What was done to each Linear, in the order of [`DecoderSpec::linears`].
     pub linears: Vec<LinearReport>,
+    /// Norms and biases that have changed: names inside the block, and values.
+    pub rewritten: Vec<(String, Vec<f32>)>,
 }
 
 impl<'a, B: Backend> BlockCompressor<'a, B> {
@@ -40,7 +44,8 @@ impl<'a, B: Backend> BlockCompressor<'a, B> {
         stream: Option<CalibrationStream<B>>,
     ) -> Result<Self> {
         let method = recipe.method()?;
-        Ok(BlockCompressor { recipe, spec, backend, method, stream, phases: PhaseSeconds::default() })
+        let block_method = recipe.block_method();
+        Ok(BlockCompressor { recipe, spec, backend, block_method, method, stream, phases: PhaseSeconds::default() })
     }
 
     /// The calibration activations, at the input of the next block.
@@ -58,10 +63,12 @@ impl<'a, B: Backend> BlockCompressor<'a, B> {
     /// # Errors
     /// What the solvers report, with the Linear as subject; `ERR_CANCELLED`.
     pub fn compress(&mut self, index: usize, original: &BlockWeights, cancel: &CancelToken) -> Result<CompressedBlock> {
+        let types: Vec<ElementType> = original.linears.iter().map(element_type).collect();
+        let FoldedBlock { weights: original, alphas, rewritten } = self.fold(index, original, cancel)?;
         let mut weights = original.clone();
         let mut linears: Vec<Option<LinearReport>> = vec![None; self.spec.linears.len()];
         let mut runnable = match &self.stream {
-            Some(_) => Some(Block::prepare(self.backend, self.spec, index, original)?),
+            Some(_) => Some(Block::prepare(self.backend, self.spec, index, &original)?),
             None => None,
         };
         for points in &self.stages() {
@@ -77,9 +84,10 @@ impl<'a, B: Backend> BlockCompressor<'a, B> {
                 cancel.check()?;
                 let name = spec.linear_name(index, linear);
                 let statistics = statistics.get(&linear.slot.tap());
-                let (weight, report) = self
-                    .compress_linear(&name, &original.linears[place], statistics)
+                let (weight, mut report) = self
+                    .compress_linear(&name, &original.linears[place], types[place], statistics)
                     .map_err(|error| with_subject(error, &name))?;
+                report.alpha = alphas[place];
                 if let Some(block) = &mut runnable {
                     block.replace(place, self.backend.prepare(&weight)?);
                 }
@@ -92,7 +100,23 @@ impl<'a, B: Backend> BlockCompressor<'a, B> {
             stream.advance(self.backend, block, cancel)?;
             self.phases.calibrate += started.elapsed().as_secs_f64();
         }
-        Ok(CompressedBlock { weights, linears: linears.into_iter().flatten().collect() })
+        Ok(CompressedBlock { weights, linears: linears.into_iter().flatten().collect(), rewritten })
+    }
+
+    /// The block as the block method rewrites it, or as it is without one.
+    fn fold(&mut self, index: usize, original: &BlockWeights, cancel: &CancelToken) -> Result<FoldedBlock> {
+        let started = Instant::now();
+        let folded = match (self.block_method, &mut self.stream) {
+            (Some(method), Some(stream)) => {
+                let stored = original.linears.first().map_or(ElementType::F32, element_type);
+                let options = self.recipe.quantize_options(stored);
+                let folding = ScaleFolding { method, options, spec: self.spec, backend: self.backend };
+                folding.fold(index, original, stream, cancel)?
+            }
+            _ => FoldedBlock::unchanged(original),
+        };
+        self.phases.compress += started.elapsed().as_secs_f64();
+        Ok(folded)
     }
 
     /// Tap points whose Linears are compressed from one capture.
@@ -108,6 +132,7 @@ impl<'a, B: Backend> BlockCompressor<'a, B> {
         &mut self,
         name: &str,
         original: &LinearWeight,
+        stored: ElementType,
         statistics: Option<&Calibration>,
     ) -> Result<(LinearWeight, LinearReport)> {
         let pool = ThreadPool::global();
@@ -115,7 +140,7 @@ impl<'a, B: Backend> BlockCompressor<'a, B> {
             return Err(Error::new(ErrorCode::QuantizationUnsupported, "the Linear is compressed already")
                 .hint("Compress the original checkpoint"));
         };
-        let options: QuantizeOptions = self.recipe.quantize_options(dense.element_type());
+        let options = self.recipe.quantize_options(stored);
         let started = Instant::now();
         // No token of the calibration may reach an expert: nothing but its weights is known then.
         let blind = statistics.is_none() && self.method.needs_calibration();
@@ -133,6 +158,7 @@ impl<'a, B: Backend> BlockCompressor<'a, B> {
             columns: dense.columns(),
             bits: quantized.bits(),
             group_size: self.recipe.group_size,
+            alpha: None,
             rank: low_rank.as_ref().map_or(0, LowRank::rank),
             calibration_tokens: statistics.map(Calibration::tokens),
             stored_bits: quantized.stored_bits() + low_rank.as_ref().map_or(0, LowRank::stored_bits),
@@ -158,6 +184,14 @@ impl<'a, B: Backend> BlockCompressor<'a, B> {
         let options = EoraOptions { rank: recipe.rank, factor_type: ElementType::Bf16 };
         let solved = eora(dense, quantized, statistics, &options, pool)?;
         Ok((solved.factors, Some(solved.error)))
+    }
+}
+
+/// The type that a Linear is stored in.
+fn element_type(linear: &LinearWeight) -> ElementType {
+    match &linear.matrix {
+        WeightMatrix::Dense(matrix) => matrix.element_type(),
+        WeightMatrix::Quantized(matrix) => matrix.scale_type(),
     }
 }
 

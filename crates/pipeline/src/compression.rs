@@ -298,7 +298,7 @@ fn copy_outside(
     Ok(())
 }
 
-/// Writes the Linears of a block in their compressed form and copies the rest of it.
+/// Writes the Linears of a block in their compressed form and what has changed beside them, and copies the rest.
 fn write_block(
     writer: &mut CheckpointWriter,
     checkpoint: &Checkpoint,
@@ -307,12 +307,17 @@ fn write_block(
     compressed: &CompressedBlock,
 ) -> Result<()> {
     let mut replaced = HashSet::new();
+    for (tensor, values) in &compressed.rewritten {
+        let name = format!("{}.{tensor}", spec.block_name(block));
+        writer.rewrite(&name, values)?;
+        replaced.insert(name);
+    }
     for (linear, weight) in spec.linears.iter().zip(&compressed.weights.linears) {
         let name = spec.linear_name(block, linear);
         if let WeightMatrix::Quantized(matrix) = &weight.matrix {
             writer.write_linear(&name, matrix)?;
         }
-        replaced.extend(checkpoint.parts_of(&name).map(|tensor| &tensor.name));
+        replaced.extend(checkpoint.parts_of(&name).map(|tensor| tensor.name.clone()));
     }
     let prefix = format!("{}.", spec.block_name(block));
     for tensor in checkpoint.tensors().filter(|tensor| tensor.name.starts_with(&prefix)) {

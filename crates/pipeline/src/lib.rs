@@ -11,6 +11,7 @@ mod ledger;
 mod plan;
 mod recipe;
 mod report;
+mod scale_folding;
 
 pub use block_compressor::{BlockCompressor, CompressedBlock};
 pub use calibration_stream::CalibrationStream;

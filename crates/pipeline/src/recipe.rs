@@ -1,6 +1,6 @@
 use std::path::PathBuf;
 
-use kintsugi_compress::{Gptq, LinearMethod, QuantizeOptions, linear_method};
+use kintsugi_compress::{BlockMethod, Clip, Gptq, LinearMethod, QuantizeOptions, block_method, linear_method};
 use kintsugi_runtime::{Error, ErrorCode, Result};
 use kintsugi_weights::{ElementType, GroupSize};
 use serde::Serialize;
@@ -15,13 +15,16 @@ pub struct Recipe {
     pub out: PathBuf,
     /// Name of a compression method.
     pub method: String,
+    /// AWQ: name of the method that rounds the scaled weights.
+    pub rounding: String,
     /// Width of a code: 2, 3, 4 or 8.
     pub bits: u8,
     /// Columns that share a scale; `null` for the whole row.
     pub group_size: Option<usize>,
     /// Symmetric grids have no zero points.
     pub symmetric: bool,
-    /// Shrink the range of a group where that lowers its error, weighted by the activations where there is calibration.
+    /// Shrink the range of a group where that lowers its error: of the weights, weighted by the activations where there is
+    /// calibration, or with AWQ of the outputs.
     pub clip: bool,
     /// GPTQ: columns by descending second moment.
     pub act_order: bool,
@@ -70,8 +73,9 @@ impl Recipe {
     pub fn validate(&self) -> Result<()> {
         self.quantize_options(ElementType::F16).validate()?;
         let method = self.method()?;
-        if self.calibration.is_none() && method.needs_calibration() {
-            return Err(missing_text(format!("the method '{}' needs calibration text", method.name())));
+        let needs_calibration = method.needs_calibration() || self.block_method().is_some();
+        if self.calibration.is_none() && needs_calibration {
+            return Err(missing_text(format!("the method '{}' needs calibration text", self.method)));
         }
         if let Some(eora) = &self.eora {
             if eora.rank == 0 {
@@ -97,12 +101,20 @@ impl Recipe {
         Ok(())
     }
 
-    /// The compression method.
+    /// The method that turns each Linear into codes.
     ///
     /// # Errors
     /// `ERR_OPTION_INVALID`, with the nearest name.
     pub fn method(&self) -> Result<&'static dyn LinearMethod> {
-        linear_method(&self.method)
+        match self.block_method() {
+            Some(_) => linear_method(&self.rounding).map_err(|error| error.subject("rounding")),
+            None => linear_method(&self.method),
+        }
+    }
+
+    /// The method that rewrites each block before, if the recipe names one.
+    pub fn block_method(&self) -> Option<&'static dyn BlockMethod> {
+        block_method(&self.method)
     }
 
     /// What the compression method is told; `checkpoint_type` decides the scale type where the recipe does not.
@@ -116,7 +128,11 @@ impl Recipe {
             group_size: self.group_size(),
             symmetric: self.symmetric,
             scale_type,
-            clip: self.clip,
+            clip: match (self.clip, self.block_method()) {
+                (false, _) => Clip::Never,
+                (true, None) => Clip::Weights,
+                (true, Some(_)) => Clip::Outputs,
+            },
             act_order: self.act_order,
             static_groups: self.static_groups,
             damping: self.damping,
@@ -126,7 +142,8 @@ impl Recipe {
     /// Whether columns may belong to groups that are not runs of neighbours, so that each Linear stores the group of
     /// every column.
     pub fn has_group_index(&self) -> bool {
-        self.method == Gptq.name() && self.act_order && !self.static_groups && self.group_size.is_some()
+        let gptq = self.method().is_ok_and(|method| method.name() == Gptq.name());
+        gptq && self.act_order && !self.static_groups && self.group_size.is_some()
     }
 
     /// Columns that share a scale.

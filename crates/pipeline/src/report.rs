@@ -79,6 +79,8 @@ pub struct LinearReport {
     pub bits: u8,
     /// Columns per group; `null` for the whole row.
     pub group_size: Option<usize>,
+    /// AWQ: exponent of the activations that its inputs are scaled by; `null` without.
+    pub alpha: Option<f64>,
     /// Rank of the factors; 0 without.
     pub rank: usize,
     /// Calibration tokens that reached it, fewer than all for an expert; `null` when none did or without calibration.

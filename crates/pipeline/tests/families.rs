@@ -61,6 +61,30 @@ fn every_family_is_compressed_written_loaded_and_run() {
 }
 
 #[test]
+fn scales_are_folded_in_every_family_that_takes_them() {
+    let scratch = tempfile::tempdir().unwrap();
+    let calibration = scratch.path().join("text.txt");
+    std::fs::write(&calibration, text()).unwrap();
+    for source in folders() {
+        let name = source.file_name().unwrap().to_string_lossy().into_owned();
+        let out = scratch.path().join(&name);
+        let mut recipe = recipe(&source, &out, "awq", 8, 0);
+        (recipe.group_size, recipe.clip) = (Some(16), true);
+        let settings = recipe.calibration.as_mut().unwrap();
+        settings.text.clone_from(&calibration);
+        (settings.sequences, settings.length) = (16, 32);
+        let report = compress(&recipe, &backend(), &CancelToken::new(), &Progress::new()).unwrap();
+
+        let spec = DecoderSpec::of(&Checkpoint::open(&source).unwrap()).unwrap();
+        let readers: usize = spec.family.folds.iter().map(|fold| fold.readers.len()).sum();
+        let scaled = report.linears.iter().filter(|linear| linear.alpha.is_some()).count();
+        assert_eq!(scaled, spec.layers * readers, "{name}");
+        let (before, after) = (mean_loss(&source), mean_loss(&out));
+        assert!((after - before).abs() < 0.02 * before, "{name}: mean loss {before} became {after}");
+    }
+}
+
+#[test]
 fn an_expert_that_no_token_reaches_is_compressed_all_the_same() {
     let scratch = tempfile::tempdir().unwrap();
     let source = folders().into_iter().find(|folder| folder.ends_with("qwen2-moe")).unwrap();

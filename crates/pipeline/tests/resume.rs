@@ -47,6 +47,11 @@ fn finish(recipe: &Recipe) -> Report {
     compress(recipe, &backend(), &CancelToken::new(), &Progress::new()).unwrap()
 }
 
+/// Everything of the report but times and memory.
+fn facts_of(report: &Report) -> (String, u64) {
+    (serde_json::to_string(&report.linears).unwrap(), report.summary.bytes)
+}
+
 /// Every file but the report, which has times in it.
 fn bytes_of(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     let mut files = BTreeMap::new();
@@ -83,6 +88,21 @@ fn an_interrupted_job_ends_in_the_bytes_of_an_undisturbed_one() {
         assert_eq!(resumed.summary.mean_error, report.summary.mean_error);
         assert!(!partial(&recipe).exists());
     }
+}
+
+#[test]
+fn a_job_that_folds_scales_ends_in_the_same_bytes_too() {
+    let (_root, mut recipe) = scene();
+    recipe.method = "awq".to_owned();
+    recipe.clip = true;
+    let report = finish(&recipe);
+    let undisturbed = bytes_of(&recipe.out);
+    fs::remove_dir_all(&recipe.out).unwrap();
+    assert_eq!(interrupt_after(&recipe, 3).unwrap_err().code, ErrorCode::Cancelled);
+    let resumed = finish(&recipe);
+    assert!(bytes_of(&recipe.out) == undisturbed);
+    assert_eq!(facts_of(&resumed), facts_of(&report));
+    assert!(resumed.linears.iter().all(|linear| linear.alpha.is_some()));
 }
 
 #[test]

@@ -25,6 +25,7 @@ pub(crate) fn recipe(source: &Path, out: &Path, method: &str, bits: u8, rank: us
         source: source.to_path_buf(),
         out: out.to_path_buf(),
         method: method.to_owned(),
+        rounding: "rtn".to_owned(),
         bits,
         group_size: Some(64),
         symmetric: false,
