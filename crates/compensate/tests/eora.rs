@@ -104,7 +104,6 @@ fn the_error_reaches_the_optimum_on_every_case() {
 #[test]
 fn no_input_is_made_worse_after_rounding_to_bf16() {
     let mut tried = 0;
-    let mut worst = 0.0f64;
     for case in EORA_CASES {
         let instance = case.instance();
         let calibration = calibrate(&instance.inputs, case.columns);
@@ -115,14 +114,10 @@ fn no_input_is_made_worse_after_rounding_to_bf16() {
         let after = repaired(&delta, factors);
         for (kind, x) in probes(case, &instance, factors) {
             let (before, after) = (norm(&outputs(&delta, case.columns, &x)), norm(&outputs(&after, case.columns, &x)));
-            if before > 0.0 {
-                worst = worst.max(after / before);
-            }
             assert!(after <= (1.0 + 1e-3) * before, "{case:?} {kind}: {after:e} instead of {before:e}");
             tried += 1;
         }
     }
-    assert!(worst > 0.0);
     assert!(tried >= 10_000, "only {tried} inputs were tried");
 }
 
