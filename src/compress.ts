@@ -26,7 +26,7 @@ export interface CompressOptions {
   /** AWQ: what rounds the scaled weights, default `rtn`. */
   rounding?: 'rtn' | 'gptq'
   /** Width of a code, default 4. */
-  bits?: 2 | 3 | 4 | 8
+  bits?: 2 | 3 | 4 | 5 | 6 | 8
   /** Inputs that share a scale, or `'whole'` for one scale per output row; default 128. */
   groupSize?: number | 'whole'
   /** Grids around zero, without zero points; default false. */
@@ -179,7 +179,7 @@ const schema = {
   out: text,
   method: withDefault(text, 'gptq'),
   rounding: withDefault(text, 'rtn'),
-  bits: withDefault(oneOf([2, 3, 4, 8]), 4),
+  bits: withDefault(oneOf([2, 3, 4, 5, 6, 8]), 4),
   groupSize: withDefault(groupSize, 128),
   symmetric: withDefault(boolean, false),
   scaleType: withDefault(oneOf(['auto', 'bf16', 'f16', 'f32']), 'auto'),

@@ -39,7 +39,7 @@ export function registerCompress(program: Command): void {
     .requiredOption('-o, --out <folder>', 'folder to write; must not exist, or be empty')
     .option('--method <name>', 'gptq, awq or rtn', 'gptq')
     .option('--rounding <name>', 'AWQ: what rounds the scaled weights, rtn or gptq', 'rtn')
-    .option('--bits <n>', '2, 3, 4 or 8', numberArgument, 4)
+    .option('--bits <n>', '2, 3, 4, 5, 6 or 8', numberArgument, 4)
     .option('--group-size <n>', "inputs that share a scale, or 'whole'", groupSizeArgument, 128)
     .option('--symmetric', 'grids around zero, without zero points', false)
     .option('--scale-type <name>', 'auto, bf16, f16 or f32', 'auto')

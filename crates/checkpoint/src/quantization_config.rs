@@ -1,7 +1,7 @@
 use std::fmt;
 
 use kintsugi_runtime::Result;
-use kintsugi_weights::{GroupSize, INTEGER_BITS, QuantizedMatrix};
+use kintsugi_weights::{CODE_BITS, GroupSize, QuantizedMatrix};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -19,7 +19,7 @@ const METHOD: &str = "quant_method";
 pub struct QuantizationConfig {
     /// The layout of the tensors.
     pub format: &'static dyn LinearFormat,
-    /// Width of a code: 2, 3, 4 or 8.
+    /// Width of a code: 2, 3, 4, 5, 6 or 8.
     pub bits: u8,
     /// Columns that share a scale.
     pub group_size: GroupSize,
@@ -127,7 +127,7 @@ impl Scheme {
     /// # Errors
     /// `ERR_QUANTIZATION_UNSUPPORTED`.
     pub(crate) fn width(bits: i64, field: &str) -> Result<u8> {
-        let known = u8::try_from(bits).ok().filter(|bits| INTEGER_BITS.contains(bits));
+        let known = u8::try_from(bits).ok().filter(|bits| CODE_BITS.contains(bits));
         known.ok_or_else(|| unsupported(field, &bits.to_string()))
     }
 }

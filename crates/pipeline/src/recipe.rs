@@ -17,7 +17,7 @@ pub struct Recipe {
     pub method: String,
     /// AWQ: name of the method that rounds the scaled weights.
     pub rounding: String,
-    /// Width of a code: 2, 3, 4 or 8.
+    /// Width of a code: 2, 3, 4, 5, 6 or 8.
     pub bits: u8,
     /// Columns that share a scale; `null` for the whole row.
     pub group_size: Option<usize>,

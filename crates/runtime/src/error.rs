@@ -190,7 +190,8 @@ mod tests {
 
     #[test]
     fn display_has_every_part() {
-        let error = Error::new(ErrorCode::OptionInvalid, "bits must be 2, 3, 4 or 8").subject("bits").hint("Use 4");
-        assert_eq!(error.to_string(), "ERR_OPTION_INVALID: bits must be 2, 3, 4 or 8 (bits). Use 4");
+        let error =
+            Error::new(ErrorCode::OptionInvalid, "bits must be 2, 3, 4, 5, 6 or 8").subject("bits").hint("Use 4");
+        assert_eq!(error.to_string(), "ERR_OPTION_INVALID: bits must be 2, 3, 4, 5, 6 or 8 (bits). Use 4");
     }
 }

@@ -163,7 +163,7 @@ impl LinearFormat for Awq {
                 scales: transposed(&scales, groups, rows),
                 scale_type,
                 zero_points,
-                group_index: None,
+                ..QuantizedParts::default()
             },
         )
     }

@@ -223,7 +223,7 @@ mod tests {
             ("/config_groups", json!({ "W4A16": ["Linear"] }), ErrorCode::QuantizationUnsupported),
             ("/config_groups/group_0", json!(3), ErrorCode::ConfigInvalid),
             ("/config_groups/group_0/input_activations", json!({ "num_bits": 8 }), ErrorCode::QuantizationUnsupported),
-            ("/config_groups/group_0/weights/num_bits", json!(5), ErrorCode::QuantizationUnsupported),
+            ("/config_groups/group_0/weights/num_bits", json!(7), ErrorCode::QuantizationUnsupported),
             ("/config_groups/group_0/weights/num_bits", json!("4"), ErrorCode::ConfigInvalid),
             ("/config_groups/group_0/weights/type", json!("float"), ErrorCode::QuantizationUnsupported),
             ("/config_groups/group_0/weights/group_size", json!(0), ErrorCode::ConfigInvalid),

@@ -18,6 +18,9 @@ const ZERO_POINTS: &str = "qzeros";
 const SCALES: &str = "scales";
 const GROUP_INDEX: &str = "g_idx";
 
+/// Widths of a code that programs for the format know.
+const BITS: [u8; 4] = [2, 3, 4, 8];
+
 /// The head, which the format speaks of in a field of its own.
 const HEAD: &str = "lm_head";
 
@@ -125,6 +128,9 @@ impl LinearFormat for Gptq {
         let bits = integer(config, "bits")?.ok_or_else(|| invalid("bits", "there"))?;
         let size = integer(config, "group_size")?.ok_or_else(|| invalid("group_size", "there"))?;
         let (bits, group_size) = Scheme::grid(bits, size)?;
+        if !BITS.contains(&bits) {
+            return Err(unsupported("bits", &bits.to_string()));
+        }
         let pack_type = string_or(config, "pack_dtype", "int32")?;
         if pack_type != "int32" {
             return Err(unsupported("pack_dtype", pack_type));
@@ -207,6 +213,9 @@ impl LinearFormat for Gptq {
     }
 
     fn check(&self, form: &MatrixForm) -> Result<(), String> {
+        if !BITS.contains(&form.bits) {
+            return Err(format!("its codes have {} bits, the format has 2, 3, 4 or 8", form.bits));
+        }
         // Readers of the format count words by the 32.
         for (what, count) in [("outputs", form.rows), ("inputs", form.columns)] {
             if !count.is_multiple_of(32) {
@@ -262,8 +271,18 @@ impl LinearFormat for Gptq {
 
         let group_size = config.group_size;
         let group_index = Self::group_index(config, linear, columns, groups)?;
-        let parts =
-            QuantizedParts { rows, columns, bits, group_size, codes, scales, scale_type, zero_points, group_index };
+        let parts = QuantizedParts {
+            rows,
+            columns,
+            bits,
+            group_size,
+            codes,
+            scales,
+            scale_type,
+            zero_points,
+            group_index,
+            ..QuantizedParts::default()
+        };
         assemble(linear, parts)
     }
 
@@ -303,6 +322,7 @@ impl LinearFormat for Gptq {
 /// # Errors
 /// What stands against it, as a clause.
 pub(super) fn check_groups_and_scales(form: &MatrixForm) -> Result<(), String> {
+    form.check_integers()?;
     if let (true, GroupSize::Columns(size)) = (form.is_ragged(), form.group_size) {
         return Err(format!("its {} inputs are no multiple of the group size {size}", form.columns));
     }
