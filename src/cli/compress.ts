@@ -1,7 +1,13 @@
 import type { Command } from 'commander'
 
-import { compress, type CompressOptions, type CompressReport, type Plan } from '../index.js'
-import { groupSizeArgument, type ModelArguments, numberArgument, withModelOptions } from './arguments.js'
+import { compress, type CompressOptions, type CompressReport, type LinearOverride, type Plan } from '../index.js'
+import {
+  groupSizeArgument,
+  type ModelArguments,
+  numberArgument,
+  overrideArgument,
+  withModelOptions,
+} from './arguments.js'
 import { formatBytes, formatCount, formatSeconds, formatShare } from './format.js'
 import { runCommand } from './run-command.js'
 import { formatPairs, formatTable } from './table.js'
@@ -12,6 +18,8 @@ interface CompressArguments extends ModelArguments {
   rounding: NonNullable<CompressOptions['rounding']>
   bits: NonNullable<CompressOptions['bits']>
   groupSize: number | 'whole'
+  override?: LinearOverride[]
+  format: NonNullable<CompressOptions['format']>
   symmetric: boolean
   clip?: boolean
   scaleType: NonNullable<CompressOptions['scaleType']>
@@ -41,6 +49,12 @@ export function registerCompress(program: Command): void {
     .option('--rounding <name>', 'AWQ: what rounds the scaled weights, rtn or gptq', 'rtn')
     .option('--bits <n>', '2, 3, 4, 5, 6 or 8', numberArgument, 4)
     .option('--group-size <n>', "inputs that share a scale, or 'whole'", groupSizeArgument, 128)
+    .option(
+      '--override <linears=bits[:group]>',
+      "other bits or groups for some Linears, e.g. '*.down_proj=8:64'; may be repeated",
+      overrideArgument,
+    )
+    .option('--format <name>', 'auto, compressed-tensors/pack-quantized, gptq, gptq_v2 or awq', 'auto')
     .option('--symmetric', 'grids around zero, without zero points', false)
     .option('--scale-type <name>', 'auto, bf16, f16 or f32', 'auto')
     .option('--clip', 'shrink the range of a group where that lowers its error; AWQ does')
@@ -58,9 +72,10 @@ export function registerCompress(program: Command): void {
     .option('--json', 'print one JSON document')
   withModelOptions(command).action((checkpoint: string, given: CompressArguments) =>
     runCommand(given.json, async ({ signal, follow }) => {
-      const { json: _, calibration, sequences, length, subset, eoraRank, dryRun, ...rest } = given
+      const { json: _, calibration, sequences, length, subset, eoraRank, dryRun, override, ...rest } = given
       const options: CompressOptions = {
         ...rest,
+        ...(override !== undefined && { overrides: override }),
         ...(calibration !== undefined && { calibration: { text: calibration, sequences, length, subset } }),
         ...(eoraRank !== undefined && { eora: { rank: eoraRank } }),
         signal,
@@ -88,6 +103,7 @@ function describePlan(plan: Plan): string {
   const pairs = formatPairs(
     [
       ['architecture', plan.architecture],
+      ['format', plan.format],
       ['weights to quantize', formatCount(plan.quantizedWeights)],
       ['bits per weight', plan.bitsPerWeight.toFixed(2)],
       ['size', `${formatBytes(plan.sourceBytes)} → ${formatBytes(plan.bytes)}`],

@@ -23,6 +23,7 @@ mod positional_file;
 mod quantization_config;
 mod safetensors_file;
 mod safetensors_writer;
+mod scheme;
 mod shard_index;
 mod tensor_set;
 
@@ -33,4 +34,5 @@ pub use linear_format::{CodeGrid, EncodedTensor, FORMATS, LinearFormat, MatrixFo
 pub use linear_tensors::LinearTensors;
 pub use peft_adapter::{read_adapter, write_adapter};
 pub use quantization_config::QuantizationConfig;
+pub use scheme::{LinearTarget, Scheme, SchemeException};
 pub use tensor_set::TensorInfo;

@@ -6,6 +6,7 @@
 
 mod checkpoint;
 mod compress;
+mod convert;
 mod control;
 mod doctor;
 mod error;

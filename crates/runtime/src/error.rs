@@ -56,6 +56,8 @@ error_codes! {
     ConfigUnsupported = "ERR_CONFIG_UNSUPPORTED",
     /// The checkpoint is quantized in a way that is not supported.
     QuantizationUnsupported = "ERR_QUANTIZATION_UNSUPPORTED",
+    /// A conversion would change weights, and that was not allowed.
+    ConversionInexact = "ERR_CONVERSION_INEXACT",
     /// `tokenizer.json` is missing, damaged, or does not fit the vocabulary of the model.
     TokenizerInvalid = "ERR_TOKENIZER_INVALID",
     /// The adapter folder is damaged or does not fit the model.

@@ -9,9 +9,9 @@ use super::assemble;
 use crate::config_fields::{bool_or, integer, invalid, object, string_or, unsupported};
 use crate::linear_format::{EncodedTensor, LinearFormat, MatrixForm};
 use crate::packed_rows::{pack_rows, transposed, unpack_rows};
-use crate::quantization_config::{Scheme, group_size_number};
 use crate::safetensors_writer::{float_bytes, float_dtype};
-use crate::{LinearTensors, QuantizationConfig};
+use crate::scheme::group_size_number;
+use crate::{LinearTarget, LinearTensors, QuantizationConfig, Scheme, SchemeException};
 
 const CODES: &str = "qweight";
 const ZERO_POINTS: &str = "qzeros";
@@ -142,21 +142,18 @@ impl LinearFormat for Gptq {
         if !bool_or(config, HEAD, false)? {
             ignore.push(HEAD.to_string());
         }
+        let (symmetric, group_index) = (bool_or(config, "sym", true)?, bool_or(config, "desc_act", false)?);
+        let usual = Scheme { bits, group_size, symmetric, group_index };
+        let mut exceptions = Vec::new();
         if let Some(rules) = config.get("dynamic").filter(|rules| !rules.is_null()) {
-            for (rule, _) in object(rules, "dynamic")? {
-                // Rules without the sign of exclusion give other bits or groups to some Linears.
-                let excluded = rule.strip_prefix("-:").ok_or_else(|| unsupported("dynamic", rule))?;
-                ignore.push(format!("re:{excluded}"));
+            for (rule, fields) in object(rules, "dynamic")? {
+                match rule.strip_prefix("-:") {
+                    Some(excluded) => ignore.push(format!("re:{excluded}")),
+                    None => exceptions.push(read_rule(rule, object(fields, rule)?, usual)?),
+                }
             }
         }
-        Ok(QuantizationConfig {
-            format: self.shared(),
-            bits,
-            group_size,
-            symmetric: bool_or(config, "sym", true)?,
-            group_index: bool_or(config, "desc_act", false)?,
-            ignore,
-        })
+        Ok(QuantizationConfig { exceptions, ..QuantizationConfig::uniform(self.shared(), usual, ignore) })
     }
 
     fn write_config(&self, config: &QuantizationConfig) -> Result<Value> {
@@ -164,12 +161,21 @@ impl LinearFormat for Gptq {
             Some(pattern) => format!("-:{pattern}"),
             None => format!("-:^{}$", entry.replace('.', r"\.")),
         };
-        let rules: Map<String, Value> = config
+        let mut rules: Map<String, Value> = config
             .ignore
             .iter()
             .filter(|entry| *entry != HEAD)
             .map(|entry| (excluded(entry), Value::Object(Map::new())))
             .collect();
+        for SchemeException { linears, scheme } in &config.exceptions {
+            let fields = json!({
+                "bits": scheme.bits,
+                "group_size": group_size_number(scheme.group_size),
+                "desc_act": scheme.group_index,
+                "sym": scheme.symmetric,
+            });
+            rules.insert(format!("+:{}", linears.to_expression()), fields);
+        }
         let mut json = json!({
             "quant_method": self.method(),
             "checkpoint_format": self.name(),
@@ -331,6 +337,27 @@ pub(super) fn check_groups_and_scales(form: &MatrixForm) -> Result<(), String> {
         return Err("its scales are f32, readers of the format take 16 bits".into());
     }
     Ok(())
+}
+
+/// A rule of `dynamic`: an expression, marked as positive or not at all, and the fields in which its Linears differ.
+///
+/// # Errors
+/// `ERR_QUANTIZATION_UNSUPPORTED`, `ERR_CONFIG_INVALID`.
+fn read_rule(rule: &str, fields: &Map<String, Value>, usual: Scheme) -> Result<SchemeException> {
+    let known = ["bits", "group_size", "sym", "desc_act"];
+    if let Some(stranger) = fields.keys().find(|field| !known.contains(&field.as_str())) {
+        return Err(unsupported("dynamic", &format!("{rule} with {stranger}")));
+    }
+    let bits = integer(fields, "bits")?.unwrap_or(i64::from(usual.bits));
+    let size = integer(fields, "group_size")?.unwrap_or(group_size_number(usual.group_size));
+    let (bits, group_size) = Scheme::grid(bits, size)?;
+    if !BITS.contains(&bits) {
+        return Err(unsupported("bits", &bits.to_string()));
+    }
+    let symmetric = bool_or(fields, "sym", usual.symmetric)?;
+    let group_index = bool_or(fields, "desc_act", usual.group_index)?;
+    let linears = LinearTarget::expression(rule.strip_prefix("+:").unwrap_or(rule))?;
+    Ok(SchemeException { linears, scheme: Scheme { bits, group_size, symmetric, group_index } })
 }
 
 /// Words that `count` codes fill without a rest.
