@@ -6,8 +6,8 @@
 
 mod checkpoint;
 mod compress;
-mod convert;
 mod control;
+mod convert;
 mod doctor;
 mod error;
 mod generation;
