@@ -286,6 +286,7 @@ pub(crate) fn metadata_of(config: &Map<String, Value>, architecture: &GgufArchit
     let head = field_of("head_dim").and_then(Value::as_u64).unwrap_or(width / heads);
     let kv_heads = size("attention.head_count_kv").unwrap_or(heads);
     let feed_forward = size("feed_forward_length");
+    let blocks = size("block_count").unwrap_or(0);
     let epsilon = metadata.get(&key("attention.layer_norm_rms_epsilon")).is_none();
     let small = |value: u64| GgufValue::U32(u32::try_from(value).unwrap_or(u32::MAX));
     metadata.set(key("attention.head_count_kv"), small(kv_heads));
@@ -301,7 +302,55 @@ pub(crate) fn metadata_of(config: &Map<String, Value>, architecture: &GgufArchit
     let share = architecture.rotary_share.and_then(field_of).and_then(Value::as_f64);
     let share = share.unwrap_or(if architecture.name == "gptneox" { 0.25 } else { 1.0 });
     metadata.set(key("rope.dimension_count"), small((head as f64 * share) as u64));
+    check_implied(config, architecture, blocks, width / heads, head)?;
     Ok(metadata)
+}
+
+/// Refuses what GGUF does not say, because readers know it from the architecture, where this model has it otherwise.
+fn check_implied(
+    config: &Map<String, Value>,
+    architecture: &GgufArchitecture,
+    blocks: u64,
+    width_of_heads: u64,
+    head: u64,
+) -> Result<()> {
+    let other = |field: &str, message: String| {
+        Err(Error::new(ErrorCode::ConfigUnsupported, message)
+            .subject(field)
+            .hint("The file would compute something else; keep the model in the layout of Hugging Face"))
+    };
+    let name = architecture.name;
+    if let Some(largest) = architecture.score_width {
+        let implied = if blocks == largest { width_of_heads } else { head };
+        let stated = config.get("query_pre_attn_scalar").and_then(Value::as_f64);
+        if stated.is_some_and(|stated| stated != implied as f64) {
+            let message = format!("{name} models of GGUF with {blocks} blocks scale scores by {implied}");
+            return other("query_pre_attn_scalar", message);
+        }
+    }
+    if let Some(period) = architecture.full_attention_every {
+        let types = config.get("layer_types").and_then(Value::as_array);
+        let is_full = |kind: &Value| kind == "full_attention";
+        let differs = |(block, kind): (usize, &Value)| is_full(kind) != (block + 1).is_multiple_of(period);
+        if types.is_some_and(|types| types.iter().enumerate().any(differs)) {
+            let message = format!("{name} models of GGUF attend to all positions in every block number {period}");
+            return other("layer_types", message);
+        }
+        let stated =
+            ["sliding_window_pattern", "_sliding_window_pattern"].iter().find_map(|field| config.get(*field)?.as_u64());
+        if types.is_none() && stated.is_some_and(|stated| stated != period as u64) {
+            return other("sliding_window_pattern", format!("{name} models of GGUF have the pattern {period}"));
+        }
+    }
+    let normalized = match name {
+        "qwen3moe" => true,
+        "qwen2moe" => false,
+        _ => return Ok(()),
+    };
+    if config.get("norm_topk_prob").and_then(Value::as_bool).is_some_and(|stated| stated != normalized) {
+        return other("norm_topk_prob", format!("{name} models of GGUF imply {normalized}"));
+    }
+    Ok(())
 }
 
 /// Says the rotary base and scaling of `config` in `metadata`; gives the divisors that become tensors.

@@ -101,8 +101,8 @@ impl GgufTensors {
                 tensors.insert(name.clone(), (info(name, shape, tensor.bytes), place));
                 continue;
             }
-            let &[experts, rows, columns] = tensor.shape.as_slice() else {
-                return Err(wrong_shape(stored, &tensor.shape, "[experts, rows, columns]"));
+            let (&[experts, rows, columns], true) = (tensor.shape.as_slice(), tensor.bytes > 0) else {
+                return Err(wrong_shape(stored, &tensor.shape, "[experts, rows, columns] without a zero"));
             };
             for expert in 0..experts {
                 let name = format!("{}.{part}", hugging_face.replace("{}", &expert.to_string()));
@@ -122,11 +122,6 @@ impl GgufTensors {
     /// The values before the tensor table.
     pub(crate) fn metadata(&self) -> &GgufMetadata {
         self.file.metadata()
-    }
-
-    /// How the file names its tensors.
-    pub(crate) fn architecture(&self) -> &'static GgufArchitecture {
-        self.architecture
     }
 
     /// In name order.
@@ -242,11 +237,6 @@ impl GgufTensors {
         }
         let (&id, _) = weights.iter().max_by_key(|&(_, count)| count)?;
         GgufType::by_id(id)
-    }
-
-    /// The divisors of rotary frequencies.
-    pub(crate) fn rotary_divisors(&self) -> Result<RotaryDivisors> {
-        rotary_divisors(&self.file)
     }
 
     /// The file.

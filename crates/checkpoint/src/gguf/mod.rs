@@ -5,13 +5,16 @@
 //! of Hugging Face.
 
 mod block_decoder;
+mod block_encoder;
 mod block_format;
 mod code_tables;
 mod gguf_config;
+mod gguf_export;
 mod gguf_file;
 mod gguf_metadata;
 mod gguf_tensors;
 mod gguf_vocabulary;
+mod gguf_writer;
 mod header_reader;
 mod k_quants;
 mod legacy_blocks;
@@ -19,10 +22,14 @@ mod names;
 mod pre_tokenizers;
 mod rounding;
 mod ternary;
+mod vocabulary_writer;
 
+pub use block_encoder::exact_type;
 pub use block_format::{BlockCodes, BlockContent, BlockGrid, BlockParts, GGUF_TYPES, GgufType};
+pub use gguf_export::{GgufPlan, GgufSummary, write_gguf};
 pub use gguf_file::{GgufFile, GgufHeader, GgufTensor};
 pub use gguf_metadata::{GgufArray, GgufMetadata, GgufValue};
 pub(crate) use gguf_tensors::{GgufTensors, is_gguf, only_file_of};
 pub(crate) use gguf_vocabulary::chat_template_of;
 pub use gguf_vocabulary::tokenizer_of;
+pub use gguf_writer::{GgufEntry, GgufWriter};

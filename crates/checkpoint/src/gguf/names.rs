@@ -24,10 +24,15 @@ pub(crate) struct GgufArchitecture {
     pub(crate) transposed: bool,
     /// Sizes: what follows the name of the architecture, the field of `config.json`, kind.
     pub(crate) sizes: &'static [(&'static str, &'static str, FieldKind)],
+    /// Fields of `config.json` with the activation of the MLP, the first that is there counts, and its names for the
+    /// only one that llama.cpp computes.
+    pub(crate) activations: &'static [(&'static str, &'static [&'static str])],
     /// The share of a head that turns: field of `config.json`, if the architecture knows one.
     pub(crate) rotary_share: Option<&'static str>,
     /// `query_pre_attn_scalar` is the width of a head, but for this number of blocks that of the model over its heads.
     pub(crate) score_width: Option<u64>,
+    /// Blocks attend to a window, but for every one of that number.
+    pub(crate) full_attention_every: Option<usize>,
 }
 
 /// A module of a block.
@@ -121,6 +126,9 @@ const GEMMA_SIZES: &[(&str, &str, FieldKind)] = &[
     ("final_logit_softcapping", "final_logit_softcapping", Number),
 ];
 
+/// llama.cpp computes the approximation by tanh for all of them.
+const GELU: &[&str] = &["gelu_pytorch_tanh", "gelu_new", "gelu", "gelu_fast"];
+
 const OUTSIDE: &[(&str, &str)] =
     &[("token_embd", "model.embed_tokens"), ("output_norm", "model.norm"), ("output", "lm_head")];
 
@@ -155,8 +163,10 @@ const QWEN2: GgufArchitecture = GgufArchitecture {
     shifted_norms: false,
     transposed: false,
     sizes: LLAMA_SIZES,
+    activations: &[("hidden_act", &["silu", "swish"])],
     rotary_share: None,
     score_width: None,
+    full_attention_every: None,
 };
 
 const GEMMA2: GgufArchitecture = GgufArchitecture {
@@ -179,7 +189,9 @@ const GEMMA2: GgufArchitecture = GgufArchitecture {
     ],
     shifted_norms: true,
     sizes: GEMMA_SIZES,
+    activations: &[("hidden_activation", GELU), ("hidden_act", GELU)],
     score_width: Some(46),
+    full_attention_every: Some(2),
     ..QWEN2
 };
 
@@ -228,6 +240,7 @@ pub(crate) const ARCHITECTURES: &[GgufArchitecture] = &[
         name: "gemma3",
         families: &[("gemma3_text", "Gemma3ForCausalLM")],
         score_width: Some(62),
+        full_attention_every: Some(6),
         ..GEMMA2
     },
     GgufArchitecture {
@@ -283,6 +296,7 @@ pub(crate) const ARCHITECTURES: &[GgufArchitecture] = &[
             ("attention.head_count", "n_head", Size),
             ("attention.layer_norm_epsilon", "layer_norm_epsilon", Number),
         ],
+        activations: &[("activation_function", GELU)],
         ..QWEN2
     },
     GgufArchitecture {
@@ -312,6 +326,7 @@ pub(crate) const ARCHITECTURES: &[GgufArchitecture] = &[
             ("rope.freq_base", "rotary_emb_base", Number),
             ("use_parallel_residual", "use_parallel_residual", Flag),
         ],
+        activations: &[("hidden_act", GELU)],
         rotary_share: Some("rotary_pct"),
         ..QWEN2
     },

@@ -1,0 +1,182 @@
+//! The canonical matrix into blocks of a tensor.
+
+use half::{bf16, f16};
+use kintsugi_runtime::{Error, ErrorCode, Result, ThreadPool};
+use kintsugi_weights::{ElementType, GroupAxis, QuantizedMatrix, WeightMatrix};
+
+use super::block_format::{BlockCodes, BlockContent, BlockGrid, BlockParts};
+use super::{GGUF_TYPES, GgufType};
+
+/// The smallest type that holds every value of `matrix` exactly, `None` when none of those that are written does.
+pub fn exact_type(matrix: &QuantizedMatrix) -> Option<&'static GgufType> {
+    let mut candidates: Vec<&'static GgufType> = GGUF_TYPES.iter().filter(|known| packer(known).is_some()).collect();
+    candidates.sort_by_key(|known| known.block_bytes * 256 / known.block_elements);
+    candidates.into_iter().find(|known| {
+        let mut row_bytes = vec![0; row_bytes(known, matrix.columns()).unwrap_or(0)];
+        (0..matrix.rows()).all(|row| pack_row(matrix, row, known, &mut row_bytes))
+    })
+}
+
+/// Bytes of a row, `None` when it is no whole number of blocks.
+pub(crate) fn row_bytes(gguf_type: &GgufType, columns: usize) -> Option<usize> {
+    columns.is_multiple_of(gguf_type.block_elements).then(|| columns / gguf_type.block_elements * gguf_type.block_bytes)
+}
+
+/// The rows of `matrix` as blocks, row `i` being its row `order(i)`. Codes that the type holds exactly are packed as
+/// they are, all else is rounded.
+///
+/// # Errors
+/// `ERR_QUANTIZATION_UNSUPPORTED` for a type that is not written, or rows that are no whole blocks;
+/// `ERR_VALUE_NOT_FINITE` for a weight that half precision cannot hold.
+pub(crate) fn encode(
+    matrix: &WeightMatrix,
+    gguf_type: &'static GgufType,
+    order: impl Fn(usize) -> usize + Sync + Send,
+) -> Result<Vec<u8>> {
+    let unsupported = |message: String| Err(Error::new(ErrorCode::QuantizationUnsupported, message));
+    let Some(width) = row_bytes(gguf_type, matrix.columns()) else {
+        return unsupported(format!(
+            "rows of {} weights are no whole blocks of {}",
+            matrix.columns(),
+            gguf_type.block_elements
+        ));
+    };
+    if !gguf_type.is_written() {
+        return unsupported(format!("the type {} is not written", gguf_type.name));
+    }
+    let exact = match matrix {
+        WeightMatrix::Quantized(codes) => {
+            let mut row_bytes = vec![0; width];
+            packer(gguf_type).is_some() && (0..codes.rows()).all(|row| pack_row(codes, row, gguf_type, &mut row_bytes))
+        }
+        WeightMatrix::Dense(_) => false,
+    };
+    let mut bytes = vec![0; matrix.rows() * width];
+    ThreadPool::global().for_each_chunk(&mut bytes, width.max(1), |row, bytes| {
+        let row = order(row);
+        match matrix {
+            WeightMatrix::Quantized(codes) if exact => {
+                pack_row(codes, row, gguf_type, bytes);
+            }
+            _ => {
+                let mut values = vec![0.0; matrix.columns()];
+                matrix.row_to_f32(row, &mut values);
+                round_row(&values, gguf_type, bytes);
+            }
+        }
+    });
+    let too_large = gguf_type.content.is_half() && bytes.chunks_exact(2).any(|half| half[1] & 0x7c == 0x7c);
+    if too_large {
+        return Err(Error::new(ErrorCode::ValueNotFinite, "a weight is larger than half precision can hold")
+            .hint("Write it as BF16 or F32"));
+    }
+    Ok(bytes)
+}
+
+/// A vector in the type that GGUF keeps vectors in.
+pub(crate) fn encode_vector(values: &[f32]) -> Vec<u8> {
+    values.iter().flat_map(|value| value.to_le_bytes()).collect()
+}
+
+fn round_row(values: &[f32], gguf_type: &GgufType, bytes: &mut [u8]) {
+    match gguf_type.content {
+        BlockContent::Float(ElementType::F32) => {
+            bytes.chunks_exact_mut(4).zip(values).for_each(|(out, value)| out.copy_from_slice(&value.to_le_bytes()));
+        }
+        BlockContent::Float(ElementType::F16) => {
+            let halves = values.iter().map(|&value| f16::from_f32(value).to_le_bytes());
+            bytes.chunks_exact_mut(2).zip(halves).for_each(|(out, half)| out.copy_from_slice(&half));
+        }
+        BlockContent::Float(ElementType::Bf16) => {
+            let halves = values.iter().map(|&value| bf16::from_f32(value).to_le_bytes());
+            bytes.chunks_exact_mut(2).zip(halves).for_each(|(out, half)| out.copy_from_slice(&half));
+        }
+        BlockContent::Codes(BlockCodes { round: Some(round), .. }) => {
+            let blocks = bytes.chunks_exact_mut(gguf_type.block_bytes);
+            blocks.zip(values.chunks_exact(gguf_type.block_elements)).for_each(|(block, values)| round(values, block));
+        }
+        BlockContent::Codes(_) | BlockContent::Other => {}
+    }
+}
+
+type Pack = fn(&BlockParts<'_>, &mut [u8]) -> bool;
+
+fn packer(gguf_type: &GgufType) -> Option<(BlockCodes, Pack)> {
+    match gguf_type.content {
+        BlockContent::Codes(codes) => codes.pack.map(|pack| (codes, pack)),
+        _ => None,
+    }
+}
+
+/// Packs a row into `bytes`; false when the type cannot hold it exactly, or its rows are no whole blocks.
+fn pack_row(matrix: &QuantizedMatrix, row: usize, gguf_type: &GgufType, bytes: &mut [u8]) -> bool {
+    let Some((target, pack)) = packer(gguf_type) else { return false };
+    let columns = matrix.columns();
+    let group = matrix.group_size().columns(columns);
+    let fits = matrix.group_axis() == GroupAxis::Input
+        && matrix.group_index().is_none()
+        && matrix.code_table().is_none()
+        && columns.is_multiple_of(gguf_type.block_elements)
+        && group.is_multiple_of(target.group);
+    if !fits {
+        return false;
+    }
+    let groups = target.groups(gguf_type.block_elements);
+    let mut codes = vec![0; gguf_type.block_elements];
+    let mut scales = vec![0.0; groups];
+    let mut offsets = vec![0.0; if target.has_offsets() { groups } else { 0 }];
+    for (place, block) in bytes.chunks_exact_mut(gguf_type.block_bytes).enumerate() {
+        let start = place * gguf_type.block_elements;
+        for of_block in 0..groups {
+            let inside = of_block * target.group..(of_block + 1) * target.group;
+            let column = start + inside.start;
+            let at = matrix.scale_index(row, column);
+            let source = &matrix.codes()[row * columns + column..][..target.group];
+            scales[of_block] = matrix.scales()[at];
+            let taken = take_group(matrix, at, source, &target, &mut codes[inside]);
+            match (taken, offsets.get_mut(of_block)) {
+                (None, _) => return false,
+                (Some(offset), Some(place)) => *place = offset,
+                (Some(_), None) => {}
+            }
+        }
+        if !pack(&BlockParts { codes: &mut codes, scales: &mut scales, offsets: &mut offsets }, block) {
+            return false;
+        }
+    }
+    true
+}
+
+/// The codes of a group on the grid of `target`, and the offset that goes with them; `None` when it has no such codes.
+fn take_group(
+    matrix: &QuantizedMatrix,
+    at: usize,
+    source: &[u8],
+    target: &BlockCodes,
+    codes: &mut [u8],
+) -> Option<f32> {
+    let zero = match matrix.zero_points() {
+        Some(zero_points) => i32::from(zero_points[at]),
+        None => 1 << (matrix.bits() - 1),
+    };
+    let most = (1i32 << target.bits) - 1;
+    match (target.grid, matrix.offsets()) {
+        (BlockGrid::Centered, None) => {
+            let shift = (1 << (target.bits - 1)) - zero;
+            for (code, &source) in codes.iter_mut().zip(source) {
+                *code = u8::try_from(i32::from(source) + shift).ok().filter(|&code| i32::from(code) <= most)?;
+            }
+            Some(0.0)
+        }
+        (BlockGrid::Offset, offsets) if matrix.bits() <= target.bits => {
+            codes.copy_from_slice(source);
+            let Some(offsets) = offsets else {
+                let scale = matrix.scales()[at];
+                let offset = -(zero as f32 * scale);
+                return (f64::from(offset) == -(f64::from(zero) * f64::from(scale))).then_some(offset);
+            };
+            Some(offsets[at])
+        }
+        _ => None,
+    }
+}
