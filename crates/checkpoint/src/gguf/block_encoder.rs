@@ -65,10 +65,15 @@ pub(crate) fn encode(
             }
         }
     });
-    let too_large = gguf_type.content.is_half() && bytes.chunks_exact(2).any(|half| half[1] & 0x7c == 0x7c);
+    let words = || bytes.chunks_exact(2).map(|word| u16::from_le_bytes([word[0], word[1]]));
+    let too_large = match gguf_type.content {
+        BlockContent::Float(ElementType::F16) => words().any(|word| !f16::from_bits(word).is_finite()),
+        BlockContent::Float(ElementType::Bf16) => words().any(|word| !bf16::from_bits(word).is_finite()),
+        _ => false,
+    };
     if too_large {
-        return Err(Error::new(ErrorCode::ValueNotFinite, "a weight is larger than half precision can hold")
-            .hint("Write it as BF16 or F32"));
+        let message = format!("a weight is larger than {} can hold", gguf_type.name);
+        return Err(Error::new(ErrorCode::ValueNotFinite, message).hint("Write it as BF16 or F32"));
     }
     Ok(bytes)
 }
@@ -178,5 +183,74 @@ fn take_group(
             Some(offsets[at])
         }
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kintsugi_weights::{GroupSize, QuantizedParts};
+
+    use super::super::block_decoder::decode;
+    use super::*;
+
+    /// Two rows of a superblock each, on the grid of `codes`, with scales that the type can hold.
+    fn matrix(codes: &BlockCodes) -> QuantizedMatrix {
+        let (rows, columns) = (2, 256);
+        let groups = rows * columns / codes.group;
+        let small = |place: usize, factor: f32| ((place * 11 + 5) % 60) as f32 * factor;
+        QuantizedMatrix::new(QuantizedParts {
+            rows,
+            columns,
+            bits: codes.bits,
+            group_size: GroupSize::Columns(codes.group),
+            codes: (0..rows * columns).map(|place| (place * 29 % (1 << codes.bits)) as u8).collect(),
+            scales: (0..groups).map(|place| small(place, 0.0625)).collect(),
+            scale_type: ElementType::F16,
+            offsets: codes.has_offsets().then(|| (0..groups).map(|place| -small(place + 3, 0.125)).collect()),
+            ..QuantizedParts::default()
+        })
+        .unwrap()
+    }
+
+    #[test]
+    fn what_is_packed_is_unpacked_bit_for_bit() {
+        let written = GGUF_TYPES.iter().filter_map(|known| Some((known, packer(known)?.0)));
+        let mut count = 0;
+        for (known, codes) in written {
+            let source = matrix(&codes);
+            let bytes = encode(&WeightMatrix::Quantized(source.clone()), known, |row| 1 - row).unwrap();
+            let WeightMatrix::Quantized(found) = decode("w", known, 2, 256, &bytes).unwrap() else { panic!() };
+            let turned = |values: Vec<f32>| [&values[256..], &values[..256]].concat();
+            assert_eq!(found.to_f32(), turned(source.to_f32()), "{}", known.name);
+            assert_eq!(found.codes()[..256], source.codes()[256..], "{}", known.name);
+            count += 1;
+        }
+        assert_eq!(count, 5);
+    }
+
+    #[test]
+    fn blocks_of_one_value_and_of_tiny_and_huge_values_stay_finite() {
+        let types = GGUF_TYPES.iter().filter(|known| packer(known).is_some());
+        for known in types {
+            for value in [0.0, -0.0, 3.5, -3.5, 1e-30, -1e-42, 1e30, f32::MAX, f32::MIN] {
+                let source = WeightMatrix::Dense(kintsugi_weights::DenseMatrix::from_f32(1, 256, vec![value; 256]));
+                let bytes = encode(&source, known, |row| row).unwrap();
+                let found = decode("w", known, 1, 256, &bytes).unwrap().to_f32();
+                if (1e-3..1e3).contains(&value.abs()) {
+                    assert!(
+                        found.iter().all(|found| (found - value).abs() < 0.07 * value.abs()),
+                        "{} {value}",
+                        known.name
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn half_precision_refuses_what_it_cannot_hold() {
+        let source = WeightMatrix::Dense(kintsugi_weights::DenseMatrix::from_f32(1, 2, vec![1.0, 1e5]));
+        let half = GgufType::written("F16").unwrap();
+        assert_eq!(encode(&source, half, |row| row).unwrap_err().code, ErrorCode::ValueNotFinite);
     }
 }

@@ -180,13 +180,6 @@ impl GgufType {
     }
 }
 
-impl BlockContent {
-    /// Whether these are half-precision floats.
-    pub(crate) fn is_half(&self) -> bool {
-        matches!(self, BlockContent::Float(ElementType::F16))
-    }
-}
-
 impl BlockCodes {
     /// Groups of a block.
     pub(crate) fn groups(&self, elements: usize) -> usize {

@@ -2,7 +2,7 @@
 //! half-precision number per superblock. Both products are exact in f32.
 
 use super::block_format::{BlockCodes, BlockGrid, BlockParts, half_at, put_exact_half};
-use super::rounding::{ScaleStorage, round_offset_group, round_symmetric_group};
+use super::rounding::{ScaleStorage, nearest_half, round_offset_group, round_symmetric_group};
 
 /// Elements of a superblock.
 const SUPERBLOCK: usize = 256;
@@ -229,7 +229,7 @@ fn round_q4_k(values: &[f32], block: &mut [u8]) {
 /// The half-precision number whose multiples up to `most` come nearest to `values`, none of them negative.
 fn small_multiples(values: &[f32; 8], most: u8) -> (f32, [u8; 8]) {
     let largest = values.iter().copied().fold(0f32, f32::max);
-    let factor = half::f16::from_f32(largest / f32::from(most)).to_f32();
+    let factor = nearest_half(largest / f32::from(most));
     if factor == 0.0 {
         return (0.0, [0; 8]);
     }
@@ -245,7 +245,7 @@ fn round_q6_k(values: &[f32], block: &mut [u8]) {
     }
     let largest = scales.iter().copied().max_by(|a, b| a.abs().total_cmp(&b.abs())).unwrap_or(0.0);
     // The multiple −128 has the widest range, so the common scale has the sign that the largest lacks.
-    let scale = half::f16::from_f32(largest / -128.0).to_f32();
+    let scale = nearest_half(largest / -128.0);
     for (group, values) in values.chunks_exact(16).enumerate() {
         let multiple = if scale == 0.0 { 0.0 } else { (scales[group] / scale).round_ties_even().clamp(-128.0, 127.0) };
         block[192 + group] = multiple as i8 as u8;

@@ -20,10 +20,15 @@ const STARTS: [f32; 7] = [-0.9, -0.6, -0.3, 0.0, 0.3, 0.6, 0.9];
 impl ScaleStorage {
     fn round(self, value: f32) -> f32 {
         match self {
-            ScaleStorage::Half => f16::from_f32(value.clamp(f16::MIN.to_f32(), f16::MAX.to_f32())).to_f32(),
+            ScaleStorage::Half => nearest_half(value),
             ScaleStorage::Multiple => value,
         }
     }
+}
+
+/// The half-precision number next to `value`; the largest one for values beyond.
+pub(crate) fn nearest_half(value: f32) -> f32 {
+    f16::from_f32(value.clamp(f16::MIN.to_f32(), f16::MAX.to_f32())).to_f32()
 }
 
 /// Codes of `bits` bits such that `(code − 2^(bits−1)) · scale` is near `values`; gives the scale.
