@@ -79,10 +79,8 @@ pub(crate) fn config_of(
     config.insert("tie_word_embeddings".into(), json!(!facts.has_head));
     config.insert("attention_bias".into(), json!(facts.attention_bias));
     config.insert("mlp_bias".into(), json!(facts.mlp_bias));
-    match architecture.name {
-        "qwen3moe" => drop(config.insert("norm_topk_prob".into(), json!(true))),
-        "qwen2moe" => drop(config.insert("norm_topk_prob".into(), json!(false))),
-        _ => {}
+    for &(field, implied, _) in architecture.flags {
+        config.insert(field.into(), json!(implied));
     }
     add_heads(metadata, architecture, &mut config)?;
     add_rotary_scaling(metadata, architecture, facts, &mut config)?;
@@ -256,7 +254,13 @@ pub(crate) fn metadata_of(config: &Map<String, Value>, architecture: &GgufArchit
     let mut metadata = GgufMetadata::default();
     metadata.set_text("general.architecture", architecture.name);
     let key = |suffix: &str| format!("{}.{suffix}", architecture.name);
-    let field_of = |name: &str| config.get(name).filter(|value| !value.is_null());
+    // The number of experts has two spellings.
+    let spellings = |name: &str| match name {
+        "num_experts" | "num_local_experts" => ["num_experts", "num_local_experts"],
+        _ => ["", ""],
+    };
+    let there = |name: &str| config.get(name).filter(|value| !value.is_null());
+    let field_of = |name: &str| there(name).or_else(|| spellings(name).iter().find_map(|name| there(name)));
     let wrong = |field: &str, expected: &str| {
         Error::new(ErrorCode::ConfigInvalid, format!("'{field}' of config.json is not {expected}"))
             .subject(field)
@@ -299,8 +303,16 @@ pub(crate) fn metadata_of(config: &Map<String, Value>, architecture: &GgufArchit
     }
     metadata.set(key("attention.key_length"), small(head));
     metadata.set(key("attention.value_length"), small(head));
-    let share = architecture.rotary_share.and_then(field_of).and_then(Value::as_f64);
+    let own_share = || architecture.rotary_share.and_then(field_of).and_then(Value::as_f64);
+    let share = config.get("rope_parameters").and_then(|parameters| parameters.get("partial_rotary_factor")?.as_f64());
+    let share = share.or_else(own_share);
     let share = share.unwrap_or(if architecture.name == "gptneox" { 0.25 } else { 1.0 });
+    if share != 1.0 && architecture.rotary_share.is_none() {
+        let message = format!("in {} models of GGUF all dimensions of a head turn", architecture.name);
+        return Err(Error::new(ErrorCode::ConfigUnsupported, message)
+            .subject("partial_rotary_factor")
+            .hint("The file would compute something else; keep the model in the layout of Hugging Face"));
+    }
     metadata.set(key("rope.dimension_count"), small((head as f64 * share) as u64));
     check_implied(config, architecture, blocks, width / heads, head)?;
     Ok(metadata)
@@ -342,13 +354,10 @@ fn check_implied(
             return other("sliding_window_pattern", format!("{name} models of GGUF have the pattern {period}"));
         }
     }
-    let normalized = match name {
-        "qwen3moe" => true,
-        "qwen2moe" => false,
-        _ => return Ok(()),
-    };
-    if config.get("norm_topk_prob").and_then(Value::as_bool).is_some_and(|stated| stated != normalized) {
-        return other("norm_topk_prob", format!("{name} models of GGUF imply {normalized}"));
+    for &(field, implied, default) in architecture.flags {
+        if config.get(field).and_then(Value::as_bool).unwrap_or(default) != implied {
+            return other(field, format!("{name} models of GGUF imply that this is {implied}"));
+        }
     }
     Ok(())
 }
@@ -431,10 +440,13 @@ pub(crate) fn set_rotary_scaling(
             let factor = number("factor").unwrap_or(context as f64 / original);
             let recommended = (1.0 + factor.max(1.0).ln() / original.ln()).sqrt();
             let attention = number("attention_factor").unwrap_or(recommended);
+            if long == short && attention == 1.0 {
+                return Ok(RotaryDivisors { short: Some(short), long: None });
+            }
+            metadata.set_text(key("scaling.type"), "longrope");
             metadata.set(key("scaling.attn_factor"), GgufValue::F32(attention as f32));
             metadata.set(key("scaling.original_context_length"), original_value);
-            let long = if long == short && attention == 1.0 { None } else { Some(long) };
-            return Ok(RotaryDivisors { short: Some(short), long });
+            return Ok(RotaryDivisors { short: Some(short), long: Some(long) });
         }
         other => return unsupported(format!("the rotary scaling '{other}'")),
     }

@@ -250,7 +250,7 @@ impl FolderPlan<'_> {
     fn notice_what_stays(&mut self, config: &Map<String, Value>) -> Result<()> {
         let window = config.get("sliding_window").is_some_and(|window| !window.is_null());
         let used = config.get("use_sliding_window").and_then(Value::as_bool).unwrap_or(true);
-        if window && used && matches!(self.architecture.name, "llama" | "qwen2" | "qwen3") {
+        if window && used && matches!(self.architecture.name, "llama" | "qwen2" | "qwen3" | "phi3") {
             let notice = "the sliding window of the attention is not written: llama.cpp attends to all positions";
             self.summary.notices.push(notice.into());
         }
@@ -328,9 +328,19 @@ impl FolderPlan<'_> {
             _ if self.source.has_linear(&name) => self.add_matrix(gguf, &name, order)?,
             _ => {}
         }
-        let bias = format!("{name}.bias");
+        let (bias, gguf_bias) = (format!("{name}.bias"), format!("{gguf}.bias"));
         if self.source.tensor(&bias).is_some() {
-            self.add_vector(&format!("{gguf}.bias"), &bias, order)?;
+            if gguf.ends_with("attn_output") && self.architecture.name.starts_with("qwen") {
+                let message = format!("{} models of GGUF have no such bias", self.architecture.name);
+                return Err(Error::new(ErrorCode::ConfigUnsupported, message)
+                    .subject(bias)
+                    .hint("llama.cpp would not load the file; keep the model in the layout of Hugging Face"));
+            }
+            return self.add_vector(&gguf_bias, &bias, order);
+        }
+        let rows = self.planned.last().map_or(0, |planned| planned.entry.shape[0]);
+        if self.architecture.needs_biases && gguf.starts_with("blk.") {
+            return self.push(&gguf_bias, "F32", vec![rows], Origin::Values(vec![0.0; rows]));
         }
         Ok(())
     }
@@ -422,9 +432,10 @@ fn write_tensor(source: &Checkpoint, entry: &GgufEntry, origin: &Origin, writer:
             writer.write(&encode_vector(&stored))
         }
         Origin::Matrix { name, order, heads, transposed } => {
-            let matrix = match source.linear(name)?.matrix {
-                WeightMatrix::Dense(matrix) if *transposed => WeightMatrix::Dense(matrix.transposed()),
-                matrix => matrix,
+            let matrix = if *transposed {
+                WeightMatrix::Dense(source.dense(&format!("{name}.weight"))?.transposed())
+            } else {
+                source.linear(name)?.matrix
             };
             let mut rows: Vec<usize> = (0..matrix.rows()).collect();
             for row in 0..matrix.rows() {

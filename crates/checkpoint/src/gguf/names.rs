@@ -22,6 +22,8 @@ pub(crate) struct GgufArchitecture {
     pub(crate) shifted_norms: bool,
     /// Hugging Face stores the weights of blocks as `[in, out]`.
     pub(crate) transposed: bool,
+    /// llama.cpp asks for every bias of a block.
+    pub(crate) needs_biases: bool,
     /// Sizes: what follows the name of the architecture, the field of `config.json`, kind.
     pub(crate) sizes: &'static [(&'static str, &'static str, FieldKind)],
     /// Fields of `config.json` with the activation of the MLP, the first that is there counts, and its names for the
@@ -33,6 +35,8 @@ pub(crate) struct GgufArchitecture {
     pub(crate) score_width: Option<u64>,
     /// Blocks attend to a window, but for every one of that number.
     pub(crate) full_attention_every: Option<usize>,
+    /// Booleans of `config.json` that the architecture implies, and what they are in `config.json` when missing.
+    pub(crate) flags: &'static [(&'static str, bool, bool)],
 }
 
 /// A module of a block.
@@ -162,11 +166,13 @@ const QWEN2: GgufArchitecture = GgufArchitecture {
     blocks: "model.layers",
     shifted_norms: false,
     transposed: false,
+    needs_biases: false,
     sizes: LLAMA_SIZES,
     activations: &[("hidden_act", &["silu", "swish"])],
     rotary_share: None,
     score_width: None,
     full_attention_every: None,
+    flags: &[],
 };
 
 const GEMMA2: GgufArchitecture = GgufArchitecture {
@@ -226,12 +232,14 @@ pub(crate) const ARCHITECTURES: &[GgufArchitecture] = &[
     GgufArchitecture {
         name: "qwen2moe",
         families: &[("qwen2_moe", "Qwen2MoeForCausalLM")],
+        flags: &[("norm_topk_prob", false, false)],
         sizes: QWEN_EXPERT_SIZES,
         ..QWEN2
     },
     GgufArchitecture {
         name: "qwen3moe",
         families: &[("qwen3_moe", "Qwen3MoeForCausalLM")],
+        flags: &[("norm_topk_prob", true, false)],
         sizes: QWEN_EXPERT_SIZES,
         ..QWEN2
     },
@@ -288,6 +296,7 @@ pub(crate) const ARCHITECTURES: &[GgufArchitecture] = &[
         ],
         blocks: "transformer.h",
         transposed: true,
+        needs_biases: true,
         sizes: &[
             ("context_length", "n_positions", Size),
             ("embedding_length", "n_embd", Size),
@@ -297,6 +306,7 @@ pub(crate) const ARCHITECTURES: &[GgufArchitecture] = &[
             ("attention.layer_norm_epsilon", "layer_norm_epsilon", Number),
         ],
         activations: &[("activation_function", GELU)],
+        flags: &[("scale_attn_weights", true, true)],
         ..QWEN2
     },
     GgufArchitecture {
@@ -316,6 +326,7 @@ pub(crate) const ARCHITECTURES: &[GgufArchitecture] = &[
             module("ffn_down", "mlp.dense_4h_to_h"),
         ],
         blocks: "gpt_neox.layers",
+        needs_biases: true,
         sizes: &[
             ("context_length", "max_position_embeddings", Size),
             ("embedding_length", "hidden_size", Size),
