@@ -55,3 +55,17 @@ impl ByteSource for &[u8] {
         Ok(())
     }
 }
+
+impl ByteSource for Vec<u8> {
+    fn name(&self) -> String {
+        ByteSource::name(&self.as_slice())
+    }
+
+    fn length(&self) -> u64 {
+        self.len() as u64
+    }
+
+    fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
+        self.as_slice().read_exact_at(buffer, offset)
+    }
+}

@@ -64,7 +64,7 @@ impl Checkpoint {
         })?;
         let file = if entry.is_dir() {
             let lacks_weights = !TensorSet::is_in(path);
-            if lacks_weights { only_file_of(path) } else { None }
+            if lacks_weights { only_file_of(path)? } else { None }
         } else if is_gguf(path) {
             Some(path.to_path_buf())
         } else {

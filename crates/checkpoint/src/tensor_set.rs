@@ -197,8 +197,5 @@ fn hint_for_other_formats(folder: &Path) -> String {
     if names.iter().any(|name| name.starts_with("pytorch_model") && name.contains(".bin")) {
         return "It holds pytorch_model.bin; save the model again with safe_serialization=True".into();
     }
-    if names.iter().any(|name| name.ends_with(".gguf")) {
-        return "It holds several GGUF files; give the path of one of them".into();
-    }
     "Give the folder of a Hugging Face checkpoint in safetensors".into()
 }

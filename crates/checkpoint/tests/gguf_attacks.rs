@@ -332,7 +332,10 @@ fn models_that_contradict_themselves() {
     type Spoil = fn(&mut Raw);
     let checkpoint = open(&model()).unwrap();
     assert_eq!(checkpoint.linear("model.layers.0.self_attn.q_proj").unwrap().matrix.rows(), 32);
-    let cases: [(&str, ErrorCode, Spoil); 9] = [
+    let cases: [(&str, ErrorCode, Spoil); 10] = [
+        ("a second name of a block", ErrorCode::ConfigUnsupported, |raw| {
+            raw.tensors[1].name = "blk.00.attn_q.weight".into();
+        }),
         ("another architecture", ErrorCode::ConfigArchitecture, |raw| raw.values[0].1 = string("whale")),
         ("no architecture", ErrorCode::ConfigInvalid, |raw| drop(raw.values.remove(0))),
         ("an architecture that is a number", ErrorCode::ConfigInvalid, |raw| raw.values[0].1 = number(1)),

@@ -59,7 +59,12 @@ fn prepared(family: &Path, target: &Path) -> bool {
     std::fs::copy(family.join("model.safetensors"), target.join("model.safetensors")).unwrap();
     let mut config: Value = serde_json::from_slice(&std::fs::read(family.join("config.json")).unwrap()).unwrap();
     let is_gemma = config["model_type"].as_str().unwrap().starts_with("gemma");
-    let changed = is_gemma || config["scale_attn_weights"] == false;
+    let has_window = config["use_sliding_window"] == true;
+    let changed = is_gemma || has_window || config["scale_attn_weights"] == false;
+    if has_window {
+        config["use_sliding_window"] = json!(false);
+        config["layer_types"] = Value::Null;
+    }
     if config["scale_attn_weights"] == false {
         config["scale_attn_weights"] = json!(true);
     }

@@ -53,9 +53,15 @@ pub(crate) fn config_of(
 ) -> Result<Map<String, Value>> {
     let key = |suffix: &str| format!("{}.{suffix}", architecture.name);
     let experts = metadata.unsigned(&key("expert_count"))?.unwrap_or(0) > 0;
+    let windowed = metadata.unsigned(&key("attention.sliding_window"))?.is_some();
+    let special = match architecture.name {
+        "llama" if experts => Some("mixtral"),
+        "llama" if windowed => Some("mistral"),
+        _ => None,
+    };
     let families = architecture.families;
-    let mixture = families.iter().find(|(model, _)| model.contains("mixtral") && experts);
-    let (model_type, class) = mixture.unwrap_or(&families[0]);
+    let family = families.iter().find(|(model_type, _)| Some(*model_type) == special);
+    let (model_type, class) = family.unwrap_or(&families[0]);
     let mut config = Map::new();
     config.insert("architectures".into(), json!([class]));
     config.insert("model_type".into(), json!(model_type));
@@ -266,7 +272,11 @@ pub(crate) fn metadata_of(config: &Map<String, Value>, architecture: &GgufArchit
             .subject(field)
             .hint("Take config.json from the folder that the weights come from")
     };
+    let is_llama = config.get("model_type").is_some_and(|model_type| model_type == "llama");
     for &(suffix, field, kind) in architecture.sizes {
+        if is_llama && field == "sliding_window" {
+            continue;
+        }
         let value = match (field_of(field), kind) {
             (None, FieldKind::Size) => return Err(wrong(field, "there, but needed")),
             (None, _) => continue,

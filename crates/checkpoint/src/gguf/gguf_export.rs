@@ -251,7 +251,7 @@ impl FolderPlan<'_> {
         let window = config.get("sliding_window").is_some_and(|window| !window.is_null());
         let used = config.get("use_sliding_window").and_then(Value::as_bool).unwrap_or(true);
         if window && used && matches!(self.architecture.name, "llama" | "qwen2" | "qwen3" | "phi3") {
-            let notice = "the sliding window of the attention is not written: llama.cpp attends to all positions";
+            let notice = "llama.cpp does not compute the sliding window of this model: it attends to all positions";
             self.summary.notices.push(notice.into());
         }
         if self.source.compensation()?.is_some() {

@@ -285,7 +285,7 @@ fn facts_of(file: &GgufFile) -> Result<TensorFacts> {
     Ok(TensorFacts {
         vocabulary,
         has_head: has("output.weight"),
-        attention_bias: has("blk.0.attn_q.bias"),
+        attention_bias: has("blk.0.attn_q.bias") || has("blk.0.attn_qkv.bias"),
         mlp_bias: has("blk.0.ffn_up.bias"),
         rotary_divisors: rotary_divisors(file)?,
     })
@@ -307,13 +307,21 @@ fn rotary_divisors(file: &GgufFile) -> Result<RotaryDivisors> {
     Ok(RotaryDivisors { short: read(short)?.or(read(all)?), long: read(long)? })
 }
 
-/// The path of the only GGUF file of a folder without other weights.
-pub(crate) fn only_file_of(folder: &Path) -> Option<PathBuf> {
-    let entries = std::fs::read_dir(folder).ok()?;
+/// The path of the only GGUF file of a folder, `None` when there is none.
+///
+/// # Errors
+/// `ERR_CHECKPOINT_NOT_FOUND` when there are several.
+pub(crate) fn only_file_of(folder: &Path) -> Result<Option<PathBuf>> {
+    let Ok(entries) = std::fs::read_dir(folder) else { return Ok(None) };
     let paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
     let mut files = paths.filter(|path| is_gguf(path) && path.is_file());
-    let first = files.next()?;
-    files.next().is_none().then_some(first)
+    let first = files.next();
+    if first.is_some() && files.next().is_some() {
+        return Err(Error::new(ErrorCode::CheckpointNotFound, "the folder holds several GGUF files")
+            .subject(folder.display())
+            .hint("Give the path of one of them"));
+    }
+    Ok(first)
 }
 
 /// Whether the name of a file says that it is GGUF.

@@ -10,8 +10,12 @@ use super::pre_tokenizers::{PRE_TOKENIZERS, PreTokenizer};
 
 /// What stands for a space in vocabularies of SentencePiece.
 pub(crate) const SPACE: char = '\u{2581}';
-/// Longer tokens are not made by merges: a bound for the work that a vocabulary asks for.
-const LONGEST_MERGED: usize = 1024;
+/// Longer tokens, in bytes, are not made by merges: a bound for the work that a vocabulary asks for.
+const LONGEST_MERGED: usize = 256;
+/// Most merges for each token. Vocabularies in use have two or three.
+const MOST_MERGES: usize = 16;
+/// Longer words, in characters, are unknown.
+const LONGEST_WORD: usize = 1024;
 
 /// Kinds of tokens in `tokenizer.ggml.token_type`.
 pub(crate) mod token_kind {
@@ -116,13 +120,13 @@ impl<'a> Vocabulary<'a> {
             json!({
                 "type": "BPE", "dropout": null, "continuing_subword_prefix": null, "end_of_word_suffix": null,
                 "unk_token": unknown.map(|id| &self.tokens[id]), "fuse_unk": true, "byte_fallback": has_bytes,
-                "ignore_merges": false, "vocab": self.ids(), "merges": self.merges_by_score(scores),
+                "ignore_merges": false, "vocab": self.ids(), "merges": self.merges_by_score(scores)?,
             }),
         ))
     }
 
     /// All pairs of tokens that make up a token, those with the best results first.
-    fn merges_by_score(&self, scores: &[f32]) -> Vec<[&str; 2]> {
+    fn merges_by_score(&self, scores: &[f32]) -> Result<Vec<[&str; 2]>> {
         let ids: HashMap<&str, usize> =
             self.tokens.iter().enumerate().map(|(id, token)| (token.as_str(), id)).collect();
         let mut merges: Vec<(f32, usize, [&str; 2])> = Vec::new();
@@ -136,10 +140,14 @@ impl<'a> Vocabulary<'a> {
                     merges.push((scores[id], id, [left, right]));
                 }
             }
+            if merges.len() > MOST_MERGES * self.tokens.len() {
+                let message = format!("{} tokens are made by more than {} merges", self.tokens.len(), merges.len());
+                return Err(invalid("tokenizer.ggml.tokens", message, "This is no vocabulary of a language model"));
+            }
         }
         // Of the ways to one token the longest left part first: between equal scores the leftmost pair counts.
         merges.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)).then(b.2[0].len().cmp(&a.2[0].len())));
-        merges.into_iter().map(|(_, _, pair)| pair).collect()
+        Ok(merges.into_iter().map(|(_, _, pair)| pair).collect())
     }
 
     /// Bytes as visible characters, merged in the order of a list.
@@ -212,7 +220,7 @@ impl<'a> Vocabulary<'a> {
             json!({ "type": "WordPiece", "prefix": "##", "cleanup": true }),
             json!({
                 "type": "WordPiece", "unk_token": unknown, "continuing_subword_prefix": "##",
-                "max_input_chars_per_word": LONGEST_MERGED, "vocab": ids,
+                "max_input_chars_per_word": LONGEST_WORD, "vocab": ids,
             }),
         ))
     }

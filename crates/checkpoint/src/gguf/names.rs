@@ -9,8 +9,8 @@ use FieldKind::{Flag, Number, OptionalSize, Size};
 pub(crate) struct GgufArchitecture {
     /// `general.architecture`, which also begins the names of its sizes.
     pub(crate) name: &'static str,
-    /// `model_type` and `architectures[0]` of the checkpoints that are written so; reading gives the first, or the
-    /// first with experts where there are experts.
+    /// `model_type` and `architectures[0]` of the checkpoints that are written so; reading gives the first, of
+    /// `llama` Mixtral where there are experts, and Mistral where there is a window.
     pub(crate) families: &'static [(&'static str, &'static str)],
     /// Modules outside of blocks: in GGUF, in Hugging Face.
     pub(crate) outside: &'static [(&'static str, &'static str)],
@@ -94,8 +94,22 @@ const LLAMA_SIZES: &[(&str, &str, FieldKind)] = &[
     ("attention.key_length", "head_dim", OptionalSize),
     ("attention.layer_norm_rms_epsilon", "rms_norm_eps", Number),
     ("rope.freq_base", "rope_theta", Number),
+    // What Mistral has and llama.cpp does not read.
+    ("attention.sliding_window", "sliding_window", OptionalSize),
     ("expert_count", "num_local_experts", OptionalSize),
     ("expert_used_count", "num_experts_per_tok", OptionalSize),
+];
+
+const QWEN_SIZES: &[(&str, &str, FieldKind)] = &[
+    ("context_length", "max_position_embeddings", Size),
+    ("embedding_length", "hidden_size", Size),
+    ("block_count", "num_hidden_layers", Size),
+    ("feed_forward_length", "intermediate_size", OptionalSize),
+    ("attention.head_count", "num_attention_heads", Size),
+    ("attention.head_count_kv", "num_key_value_heads", OptionalSize),
+    ("attention.key_length", "head_dim", OptionalSize),
+    ("attention.layer_norm_rms_epsilon", "rms_norm_eps", Number),
+    ("rope.freq_base", "rope_theta", Number),
 ];
 
 const QWEN_EXPERT_SIZES: &[(&str, &str, FieldKind)] = &[
@@ -167,7 +181,7 @@ const QWEN2: GgufArchitecture = GgufArchitecture {
     shifted_norms: false,
     transposed: false,
     needs_biases: false,
-    sizes: LLAMA_SIZES,
+    sizes: QWEN_SIZES,
     activations: &[("hidden_act", &["silu", "swish"])],
     rotary_share: None,
     score_width: None,
@@ -225,6 +239,7 @@ pub(crate) const ARCHITECTURES: &[GgufArchitecture] = &[
             ordered("ffn_up_exps", "block_sparse_moe.experts.{}.w3", RowOrder::Experts),
             ordered("ffn_down_exps", "block_sparse_moe.experts.{}.w2", RowOrder::Experts),
         ],
+        sizes: LLAMA_SIZES,
         ..QWEN2
     },
     QWEN2,
@@ -371,7 +386,8 @@ impl GgufArchitecture {
     pub(crate) fn module(&self, gguf: &str) -> Option<(String, RowOrder)> {
         if let Some(inside) = gguf.strip_prefix("blk.") {
             let (block, module) = inside.split_once('.')?;
-            let block: u32 = block.parse().ok()?;
+            // "00" and "+0" would be second names of block 0.
+            let block = block.parse::<u32>().ok().filter(|number| number.to_string() == block)?;
             let module = self.inside.iter().find(|known| known.gguf == module)?;
             return Some((format!("{}.{block}.{}", self.blocks, module.hugging_face), module.rows));
         }
