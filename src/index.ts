@@ -15,7 +15,7 @@ export {
   type Precision,
   type Recipe,
 } from './compress.js'
-export { type ConversionReport, convert, type ConvertedLinear, type ConvertOptions } from './convert.js'
+export { type ConversionReport, convert, type ConvertedLinear, type ConvertOptions, type GgufType } from './convert.js'
 export { doctor, type DoctorReport, type SelfCheck } from './doctor.js'
 export { ERROR_CODES, type ErrorCode, KintsugiError } from './errors.js'
 export { Generation, type GenerationSummary, type Piece } from './generation.js'

@@ -15,7 +15,7 @@ use crate::safetensors_writer::{
     SafetensorsWriter, TensorHeader, file_order, float_bytes, float_dtype, unwritable, write_synced,
 };
 use crate::shard_index::ShardIndex;
-use crate::tensor_set::TensorSet;
+use crate::tensor_set::{TensorSet, missing_tensor};
 use crate::{Checkpoint, LinearFormat, MatrixForm, PackQuantized, QuantizationConfig, Scheme, write_adapter};
 
 /// Files beside the weights that other programs need to use the model, taken over as they are.
@@ -220,7 +220,13 @@ impl CheckpointWriter {
     /// `ERR_OUTPUT_UNWRITABLE`; `ERR_INTERNAL` when the tensor was written before.
     pub fn copy(&mut self, tensor: &str) -> Result<u64> {
         let source = self.source.clone();
-        let (file, stored) = source.tensor_set().require(tensor)?;
+        if let Some(gguf) = source.gguf() {
+            let (kind, shape, bytes) = gguf.plain(tensor)?;
+            self.begin_tensor(tensor, float_dtype(kind), shape, bytes.len() as u64)?;
+            self.append(&bytes)?;
+            return Ok(bytes.len() as u64);
+        }
+        let (file, stored) = source.stored(tensor)?;
         if stored.dtype == Dtype::F8_E4M3 {
             return Err(Float8Scaling::refuse_copy(tensor));
         }
@@ -243,19 +249,19 @@ impl CheckpointWriter {
     /// for another number of values, `ERR_OUTPUT_UNWRITABLE`; `ERR_INTERNAL` when the tensor was written before.
     pub fn rewrite(&mut self, tensor: &str, values: &[f32]) -> Result<u64> {
         let source = self.source.clone();
-        let (_, stored) = source.tensor_set().require(tensor)?;
+        let stored = source.tensor(tensor).ok_or_else(|| missing_tensor(tensor))?;
         let shape = stored.shape.clone();
         if shape.iter().product::<usize>() != values.len() {
             let message = format!("{} values for a tensor of shape {shape:?}", values.len());
             return Err(Error::new(ErrorCode::ShapeMismatch, message).subject(tensor));
         }
         let kinds = [ElementType::F32, ElementType::F16, ElementType::Bf16];
-        let Some(kind) = kinds.into_iter().find(|&kind| float_dtype(kind) == stored.dtype) else {
+        let Some(kind) = kinds.into_iter().find(|&kind| float_dtype(kind).to_string() == stored.dtype) else {
             let message = format!("the tensor has type {}, expected floats", stored.dtype);
             return Err(Error::new(ErrorCode::CheckpointDtype, message).subject(tensor));
         };
         let bytes = float_bytes(values, kind);
-        self.begin_tensor(tensor, stored.dtype, shape, bytes.len() as u64)?;
+        self.begin_tensor(tensor, float_dtype(kind), shape, bytes.len() as u64)?;
         self.append(&bytes)?;
         Ok(bytes.len() as u64)
     }
@@ -477,9 +483,19 @@ impl CheckpointWriter {
         shards
     }
 
-    /// The model card of the source describes the source: it is kept under another name.
+    /// The model card of the source describes the source: it is kept under another name. A GGUF file carries its
+    /// tokenizer and template inside.
     fn copy_companions(&self) -> Result<()> {
         let folder = self.source.path();
+        if self.source.gguf().is_some() {
+            write_synced(&self.folder().join("tokenizer.json"), &self.source.tokenizer_json()?)?;
+            if let Some(template) = self.source.chat_template()? {
+                write_synced(&self.folder().join("chat_template.jinja"), template.as_bytes())?;
+            }
+            if !folder.is_dir() {
+                return Ok(());
+            }
+        }
         let unreadable = |error: std::io::Error| {
             Error::io(ErrorCode::Io, folder, &error).hint("Check that the source folder may be read")
         };

@@ -149,11 +149,7 @@ pub(crate) fn identity(
     engine: &str,
 ) -> Result<Value> {
     let mut inputs = Map::new();
-    let mut files: Vec<PathBuf> = checkpoint.tensors().map(|tensor| tensor.file.clone()).collect();
-    files.push(checkpoint.path().join("config.json"));
-    files.sort();
-    files.dedup();
-    for file in files {
+    for file in checkpoint.files() {
         let state = fs::metadata(&file).and_then(|metadata| {
             let modified = metadata.modified()?.duration_since(UNIX_EPOCH).unwrap_or_default();
             Ok(format!("{} bytes of {}.{:09}", metadata.len(), modified.as_secs(), modified.subsec_nanos()))
