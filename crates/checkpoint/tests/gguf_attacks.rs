@@ -298,6 +298,18 @@ fn a_part_of_a_model() {
     assert_refused(GgufFile::open(&path), ErrorCode::CheckpointShardMissing);
 }
 
+#[test]
+fn a_folder_with_a_broken_file_and_with_two() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("config.json"), "{}").unwrap();
+    fs::write(folder.path().join("model.gguf"), "x").unwrap();
+    let error = assert_refused(Checkpoint::open(folder.path()), CORRUPT);
+    assert!(error.subject.ends_with("model.gguf"), "{error}");
+    fs::write(folder.path().join("second.GGUF"), "x").unwrap();
+    let error = assert_refused(Checkpoint::open(folder.path()), ErrorCode::CheckpointNotFound);
+    assert!(error.message.contains("several GGUF"), "{error}");
+}
+
 /// A file that opens as a checkpoint: one block of llama, all of it zeros.
 fn model() -> Raw {
     let sizes = [
