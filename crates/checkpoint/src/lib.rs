@@ -7,6 +7,8 @@
 #[cfg(target_endian = "big")]
 compile_error!("safetensors is little-endian and tensors are read in place; a big-endian target needs byte swaps");
 
+mod adapter_folder;
+mod adapter_writer;
 mod checkpoint;
 mod checkpoint_writer;
 mod config_fields;
@@ -25,7 +27,11 @@ mod safetensors_file;
 mod safetensors_writer;
 mod shard_index;
 mod tensor_set;
+mod torch_archive;
+mod torch_pickle;
 
+pub use adapter_folder::{AdapterFolder, AdapterModule, ModuleKind};
+pub use adapter_writer::{AdapterDescription, AdapterWriter, MergedModule};
 pub use checkpoint::Checkpoint;
 pub use checkpoint_writer::{CheckpointWriter, UnitRecord};
 pub use formats::{Awq, Gptq, IntQuantized, PackQuantized};

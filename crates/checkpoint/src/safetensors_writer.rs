@@ -76,6 +76,11 @@ impl SafetensorsWriter {
         Ok(SafetensorsWriter { output, path: path.to_path_buf(), temporary, left: end as u64, total })
     }
 
+    /// Bytes of the whole file.
+    pub(crate) fn total(&self) -> u64 {
+        self.total
+    }
+
     /// Appends bytes of the tensors.
     pub(crate) fn write(&mut self, bytes: &[u8]) -> Result<()> {
         self.left = self.left.checked_sub(bytes.len() as u64).ok_or_else(|| {

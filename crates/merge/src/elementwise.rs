@@ -132,10 +132,12 @@ struct Rule {
     seed: u64,
 }
 
+/// Writes some rows of a matrix, `[rows, columns]`.
+type FillRows<'a> = Box<dyn Fn(Range<usize>, &mut [f32]) + Sync + 'a>;
+
 /// The elements of one adapter: a matrix that is written band by band.
 struct Elements<'a> {
-    /// Writes some rows, `[rows, columns]`.
-    fill: Box<dyn Fn(Range<usize>, &mut [f32]) + Sync + 'a>,
+    fill: FillRows<'a>,
     weight: f64,
 }
 

@@ -19,6 +19,8 @@ pub struct LinearMergeReport {
     pub cosine: Option<f64>,
     /// `‖M‖ / ‖T‖`; `None` where T is zero.
     pub norm_ratio: Option<f64>,
+    /// `‖T‖`.
+    pub sum_norm: f64,
     /// By source, in the order that was given.
     pub sources: Vec<SourceShare>,
     /// By pair of sources `i < j`.
@@ -147,6 +149,7 @@ impl LinearMergeReport {
             error: if total > 0.0 { (wrong / total).sqrt() } else { merged.sqrt() },
             cosine: (merged > 0.0 && total > 0.0).then(|| common / (merged.sqrt() * total.sqrt())),
             norm_ratio: (total > 0.0).then(|| (merged / total).sqrt()),
+            sum_norm: total.sqrt(),
             sources,
             overlaps: overlaps(linear, gram_b, gram_a)?,
         })

@@ -1,4 +1,5 @@
-//! The long jobs: walk a checkpoint block by block, calibrate, compress, compensate, write, report.
+//! The long jobs: walk a checkpoint block by block, calibrate, compress, compensate, write, report; merge adapters
+//! module by module.
 //!
 //! Bounded memory: the weights of one decoder block and the calibration activations are all that is held.
 
@@ -6,8 +7,10 @@ mod block_compressor;
 mod calibration_stream;
 mod calibration_text;
 mod compression;
+mod factor_spill;
 mod inspection;
 mod ledger;
+mod merging;
 mod plan;
 mod recipe;
 mod report;
@@ -18,6 +21,10 @@ pub use calibration_stream::CalibrationStream;
 pub use calibration_text::CalibrationText;
 pub use compression::{compress, plan};
 pub use inspection::{Inspection, inspect};
+pub use merging::{
+    AdapterShare, MergePlan, MergeRecipe, MergeReport, MergeSummary, ModuleMergeReport, PlannedMerge, RankPadding,
+    VLLM_RANKS, merge_adapters, plan_merge,
+};
 pub use plan::{Plan, PlannedLinear};
 pub use recipe::{CalibrationRecipe, EoraRecipe, Recipe};
 pub use report::{LinearReport, MeanError, PhaseSeconds, Report, Summary};
