@@ -4,7 +4,7 @@
     python make_merge.py
 
 Recorded with these versions on 2026-11-26. `merge/NAME/` are adapters as peft saves them, `merge/expected/` the factors
-of the merges as peft keeps them (scaling 1), `merge/cases.json` says how each was made. `binary` is an adapter in the
+of the merges as peft keeps them (scaling 1), as folders, `merge/cases.json` says how each was made. `binary` is an adapter in the
 older `adapter_model.bin`.
 """
 
@@ -68,7 +68,7 @@ def factors(model, name):
                 for key in [a, b]:
                     value = getattr(module, key)[name]
                     value = value.weight if suffix else value
-                    found[f"{path}.{key}"] = value.detach().contiguous().clone()
+                    found[f"base_model.model.{path}.{key}{suffix}"] = value.detach().contiguous().clone()
                 assert module.scaling[name] == 1.0, (path, module.scaling[name])
     return found
 
@@ -97,7 +97,12 @@ def main():
             majority_sign_method=case.get("election", "total"), svd_full_matrices=False,
         )
         case["expected"] = f"{index:02}-{case['kind']}"
-        save_file(factors(model, "merged"), HERE / "expected" / f"{case['expected']}.safetensors")
+        folder = HERE / "expected" / case["expected"]
+        folder.mkdir()
+        save_file(factors(model, "merged"), folder / "adapter_model.safetensors")
+        rank = model.peft_config["merged"].r
+        config = dict(peft_type="LORA", r=rank, lora_alpha=rank, target_modules=[], base_model_name_or_path="tiny-llama")
+        (folder / "adapter_config.json").write_text(json.dumps(config) + "\n")
     (HERE / "cases.json").write_text(json.dumps(dict(rank=RANK, density=0.4, cases=CASES), indent=1) + "\n")
 
 

@@ -77,6 +77,7 @@ impl<'a> LeadingDirections<'a> {
         if rows <= COMPLETE {
             return Self::from_gram(Elements::F32(a), &row_gram(a, rows, columns, pool), rows, columns);
         }
+        let rank = rank.min(rows);
         let carried = (rank + EXTRA.max(rank / 4)).min(rows);
         let mut random = SplitMix64::new(0x6b69_6e74);
         let start: Vec<f32> = (0..carried * columns).map(|_| (random.uniform() - 0.5) as f32).collect();

@@ -55,7 +55,7 @@ impl FactorSpill {
         if rank == 0 {
             return Ok(None);
         }
-        let mut read = |count: usize, input: &mut BufReader<&File>| -> io::Result<Vec<f32>> {
+        let read = |count: usize, input: &mut BufReader<&File>| -> io::Result<Vec<f32>> {
             let mut values = vec![0.0f32; count];
             input.read_exact(bytemuck::cast_slice_mut(&mut values))?;
             Ok(values)

@@ -8,6 +8,7 @@ mod calibration_stream;
 mod calibration_text;
 mod compression;
 mod factor_spill;
+mod folding;
 mod inspection;
 mod ledger;
 mod merging;
@@ -20,6 +21,7 @@ pub use block_compressor::{BlockCompressor, CompressedBlock};
 pub use calibration_stream::CalibrationStream;
 pub use calibration_text::CalibrationText;
 pub use compression::{compress, plan};
+pub use folding::{FoldRecipe, FoldReport, fold_adapter};
 pub use inspection::{Inspection, inspect};
 pub use merging::{
     AdapterShare, MergePlan, MergeRecipe, MergeReport, MergeSummary, ModuleMergeReport, PlannedMerge, RankPadding,
