@@ -33,8 +33,7 @@ fn main() {
                 .map(|factors| MergeSource { factors, scaling: 2.0, weight: 1.0 / ADAPTERS as f64 })
                 .collect();
             let linear = LinearSources::new("q_proj", &sources, ADAPTERS).unwrap();
-            let options =
-                MergeOptions { rank: Some(RankRule::Fixed(RANK)), report: false, ..MergeOptions::default() };
+            let options = MergeOptions { rank: Some(RankRule::Fixed(RANK)), report: false, ..MergeOptions::default() };
             black_box(merge_linear(method, &linear, &options, pool).unwrap());
             seconds.push(started.elapsed().as_secs_f64());
         }

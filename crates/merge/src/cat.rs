@@ -27,7 +27,7 @@ impl MergeMethod for Cat {
         true
     }
 
-    fn rank_of(&self, ranks: &[usize]) -> usize {
+    fn rank_of(&self, ranks: &[usize], _smaller_side: usize) -> usize {
         ranks.iter().sum()
     }
 

@@ -96,8 +96,8 @@ impl MergeMethod for Elementwise {
         self.options
     }
 
-    fn rank_of(&self, _ranks: &[usize]) -> usize {
-        usize::MAX
+    fn rank_of(&self, _ranks: &[usize], smaller_side: usize) -> usize {
+        smaller_side
     }
 
     fn solve(&self, linear: &LinearSources<'_>, options: &MergeOptions, pool: &ThreadPool) -> Result<Solution> {

@@ -31,7 +31,7 @@ impl MergeMethod for GaugeFreeLego {
         true
     }
 
-    fn rank_of(&self, ranks: &[usize]) -> usize {
+    fn rank_of(&self, ranks: &[usize], _smaller_side: usize) -> usize {
         ranks.iter().sum()
     }
 

@@ -25,8 +25,8 @@ impl MergeMethod for IsoC {
         &[]
     }
 
-    fn rank_of(&self, ranks: &[usize]) -> usize {
-        ranks.iter().sum()
+    fn rank_of(&self, ranks: &[usize], smaller_side: usize) -> usize {
+        ranks.iter().sum::<usize>().min(smaller_side)
     }
 
     fn solve(&self, linear: &LinearSources<'_>, options: &MergeOptions, pool: &ThreadPool) -> Result<Solution> {

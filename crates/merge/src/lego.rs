@@ -40,7 +40,7 @@ impl MergeMethod for Lego {
         true
     }
 
-    fn rank_of(&self, ranks: &[usize]) -> usize {
+    fn rank_of(&self, ranks: &[usize], _smaller_side: usize) -> usize {
         ranks.iter().sum()
     }
 

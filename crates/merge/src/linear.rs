@@ -26,7 +26,7 @@ impl MergeMethod for Linear {
         true
     }
 
-    fn rank_of(&self, ranks: &[usize]) -> usize {
+    fn rank_of(&self, ranks: &[usize], _smaller_side: usize) -> usize {
         ranks.iter().copied().max().unwrap_or(0)
     }
 

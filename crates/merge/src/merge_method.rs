@@ -43,8 +43,9 @@ pub trait MergeMethod: Sync {
         false
     }
 
-    /// The rank of the result for sources of these ranks, before terms that turn out to be zero are left out.
-    fn rank_of(&self, ranks: &[usize]) -> usize;
+    /// The most that the rank of the result can be for sources of these ranks, whatever the rank option says; the
+    /// update has `smaller_side` rows or columns, whichever are fewer.
+    fn rank_of(&self, ranks: &[usize], smaller_side: usize) -> usize;
 
     /// Merges.
     ///

@@ -123,12 +123,13 @@ named! {
 }
 
 /// What all methods may be told; each reads its own part.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct MergeOptions {
     /// Terms of the result; `None` for the largest rank of the sources.
     pub rank: Option<RankRule>,
     /// Type of the factors that are stored.
+    #[serde(skip)]
     pub factor_type: ElementType,
     /// Elementwise methods: coordinates; `None` for the default of the method.
     pub coordinates: Option<Coordinates>,

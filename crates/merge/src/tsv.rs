@@ -24,8 +24,8 @@ impl MergeMethod for Tsv {
         &[]
     }
 
-    fn rank_of(&self, ranks: &[usize]) -> usize {
-        ranks.iter().sum()
+    fn rank_of(&self, ranks: &[usize], smaller_side: usize) -> usize {
+        ranks.iter().sum::<usize>().min(smaller_side)
     }
 
     fn solve(&self, linear: &LinearSources<'_>, options: &MergeOptions, pool: &ThreadPool) -> Result<Solution> {

@@ -63,7 +63,7 @@ pub struct MergeRecipe {
     pub out: PathBuf,
     /// Name of a merge method.
     pub method: String,
-    /// What the method is told. The type of the factors here is that of the adapters when `factor_type` is `None`.
+    /// What the method is told; `factor_type` beside it decides about the type.
     pub options: MergeOptions,
     /// Type of the factors; `null` for that of the adapters, f32 where they differ.
     pub factor_type: Option<ElementType>,
@@ -292,14 +292,13 @@ impl<'a> Merging<'a> {
             let first = sources[0].1;
             let ranks: Vec<usize> = sources.iter().map(|(_, module)| module.rank).collect();
             let (out_features, in_features) = (first.out_features, first.in_features);
-            let most = if pairs { usize::MAX } else { out_features.min(in_features) };
             let asked = options.rank.map_or(usize::MAX, RankRule::most);
             let of_method = if pairs && !method.keeps_rank() {
                 ranks.iter().copied().max().unwrap_or(0)
             } else {
-                method.rank_of(&ranks)
+                method.rank_of(&ranks, out_features.min(in_features))
             };
-            let rank = of_method.min(asked).min(most);
+            let rank = of_method.min(asked);
             memory = memory.max(working_bytes(method, &ranks, out_features, in_features));
             for (_, module) in &sources {
                 let values = module.rank * (out_features + in_features);
