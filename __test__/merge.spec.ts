@@ -5,12 +5,42 @@ import test from 'ava'
 import fc from 'fast-check'
 import { fold, loadModel, merge, type MergeReport, metricWeights, type Progress } from 'kintsugi'
 
+import { native } from '../src/native.js'
 import { asset, failsWith, LLAMA, readSafetensors, ROOT, SHAKESPEARE, temporaryFolder, textSlice } from './fixtures.js'
 
 const PYTHON = asset('adapters/python')
 const TEXT = asset('text/eval-shakespeare.txt')
 const VECTORS = join(ROOT, '__test__/vectors/merge')
 const MODULES = 56
+const METHODS = [
+  'lego',
+  'lego-gauge-free',
+  'cat',
+  'svd',
+  'linear',
+  'ties',
+  'dare-linear',
+  'dare-ties',
+  'magnitude-prune',
+  'knots',
+  'tsv',
+  'iso-c',
+] as const
+
+/** The options that only some methods read. */
+const EVERY_OPTION = {
+  coordinates: 'core',
+  density: 0.4,
+  signElection: 'frequency',
+  seed: 3,
+  restarts: 2,
+  iterations: 50,
+  gauge: 'svd',
+  normalize: true,
+  parameterReweighting: false,
+  outputReweighting: false,
+  referenceRank: 4,
+} as const
 
 test('svd: report, folder and progress', async (t) => {
   const out = join(temporaryFolder(t), 'both')
@@ -81,11 +111,9 @@ test('every method runs, also on adapters of other ranks, files and targets', as
   const folder = temporaryFolder(t)
   const equal = ['first', 'second', 'third'].map((name) => join(VECTORS, name))
   const mixed = ['first', 'small', 'stable', 'patterns', 'embedding', 'binary'].map((name) => join(VECTORS, name))
-  for (const method of [
-    'lego', 'lego-gauge-free', 'cat', 'svd', 'linear', 'ties', 'dare-linear', 'dare-ties', 'magnitude-prune', 'knots',
-    'tsv', 'iso-c',
-  ] as const) {
-    const report = await merge(equal, { out: join(folder, method), method })
+  for (const method of METHODS) {
+    const report = await merge(equal, { out: join(folder, method), method, ...EVERY_OPTION })
+    t.like(report.recipe.options, EVERY_OPTION)
     t.true(report.summary.error! >= 0, method)
     if (method === 'linear') continue
     const { summary } = await merge(mixed, { out: join(folder, `${method}-mixed`), method, padding: 'vllm' })
@@ -93,6 +121,20 @@ test('every method runs, also on adapters of other ranks, files and targets', as
   }
   await failsWith(t, () => merge(mixed, { out: join(folder, 'x'), method: 'linear' }), 'ERR_OPTION_INVALID', /proj/)
   t.false(existsSync(join(folder, 'x')))
+})
+
+test('the table of methods is that of the engine, and docs have a row for each', (t) => {
+  const methods = native().mergeMethods() as { name: string; summary: string; options: string[] }[]
+  t.deepEqual(
+    methods.map(({ name }) => name),
+    [...METHODS],
+  )
+  const docs = readFileSync(join(ROOT, 'docs/merging.md'), 'utf8')
+  for (const { name, summary, options } of methods) {
+    t.regex(docs, new RegExp(`^\\| [^|]*\`${name}\``, 'm'))
+    t.not(summary, '')
+    t.true(options.every((option) => option in EVERY_OPTION), name)
+  }
 })
 
 test('a dry run plans and writes nothing', async (t) => {

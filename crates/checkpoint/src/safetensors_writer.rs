@@ -3,6 +3,7 @@ use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
+use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use kintsugi_runtime::{Error, ErrorCode, Result};
 use kintsugi_weights::ElementType;
@@ -132,8 +133,16 @@ pub(crate) fn float_dtype(element_type: ElementType) -> Dtype {
 pub(crate) fn float_bytes(values: &[f32], element_type: ElementType) -> Vec<u8> {
     match element_type {
         ElementType::F32 => bytemuck::cast_slice(values).to_vec(),
-        ElementType::F16 => values.iter().flat_map(|&value| f16::from_f32(value).to_le_bytes()).collect(),
-        ElementType::Bf16 => values.iter().flat_map(|&value| bf16::from_f32(value).to_le_bytes()).collect(),
+        ElementType::F16 => {
+            let mut narrow = vec![f16::ZERO; values.len()];
+            narrow.convert_from_f32_slice(values);
+            bytemuck::cast_slice(&narrow).to_vec()
+        }
+        ElementType::Bf16 => {
+            let mut narrow = vec![bf16::ZERO; values.len()];
+            narrow.convert_from_f32_slice(values);
+            bytemuck::cast_slice(&narrow).to_vec()
+        }
     }
 }
 

@@ -1,6 +1,7 @@
 use kintsugi_runtime::{Result, ThreadPool};
+use kintsugi_weights::{ElementType, LowRank};
 
-use crate::{FactorUpdate, LinearSources, MergeMethod, MergeOptions, Solution};
+use crate::{FactorUpdate, LinearSources, MergeMethod, MergeOptions, MergeSource, Solution};
 
 /// Concatenation: the exact sum, at the sum of the ranks (`cat` of peft; arXiv 2410.13025).
 #[derive(Clone, Copy, Debug)]
@@ -29,6 +30,28 @@ impl MergeMethod for Cat {
 
     fn rank_of(&self, ranks: &[usize], _smaller_side: usize) -> usize {
         ranks.iter().sum()
+    }
+
+    fn factors(&self, linear: &LinearSources<'_>, factor_type: ElementType) -> Option<LowRank> {
+        let (out_features, in_features) = (linear.out_features(), linear.in_features());
+        let orders: Vec<Vec<usize>> = linear.sources().iter().map(MergeSource::unit_order).collect();
+        let rank = orders.iter().map(Vec::len).sum::<usize>();
+        let mut a = Vec::with_capacity(rank * in_features);
+        for (source, order) in linear.sources().iter().zip(&orders) {
+            let coefficient = source.coefficient();
+            for &unit in order {
+                let row = &source.factors.a()[unit * in_features..(unit + 1) * in_features];
+                a.extend(row.iter().map(|&value| (f64::from(value) * coefficient) as f32));
+            }
+        }
+        let mut b = Vec::with_capacity(out_features * rank);
+        for i in 0..out_features {
+            for (source, order) in linear.sources().iter().zip(&orders) {
+                let row = &source.factors.b()[i * order.len()..(i + 1) * order.len()];
+                b.extend(order.iter().map(|&unit| row[unit]));
+            }
+        }
+        Some(LowRank::new(out_features, in_features, rank, b, a, factor_type))
     }
 
     /// B stays as it is, coefficients go into A: powers of two among them change no digit.

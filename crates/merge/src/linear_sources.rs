@@ -1,4 +1,5 @@
 use std::cmp::Ordering;
+use std::sync::OnceLock;
 
 use kintsugi_runtime::{Error, ErrorCode, Result};
 use kintsugi_weights::LowRank;
@@ -17,6 +18,16 @@ pub struct MergeSource<'a> {
 }
 
 impl MergeSource<'_> {
+    /// The units in an order that their content decides.
+    pub(crate) fn unit_order(&self) -> Vec<usize> {
+        let (rank, width) = (self.factors.rank(), self.factors.in_features());
+        let a = |unit: usize| &self.factors.a()[unit * width..(unit + 1) * width];
+        let b = |unit: usize| self.factors.b().iter().skip(unit).step_by(rank);
+        let mut order: Vec<usize> = (0..rank).collect();
+        order.sort_by(|&i, &j| compare(a(i), a(j)).then_with(|| compare(b(i), b(j))));
+        order
+    }
+
     /// `weight · scaling`.
     pub fn coefficient(&self) -> f64 {
         self.weight * self.scaling
@@ -30,7 +41,7 @@ pub struct LinearSources<'a> {
     sources: Vec<MergeSource<'a>>,
     given: Vec<usize>,
     alone: bool,
-    stack: UnitStack,
+    stack: OnceLock<UnitStack>,
 }
 
 impl<'a> LinearSources<'a> {
@@ -68,8 +79,7 @@ impl<'a> LinearSources<'a> {
         let mut given: Vec<usize> = (0..sources.len()).collect();
         given.sort_by(|&i, &j| by_content(&sources[i], &sources[j]));
         let sources: Vec<MergeSource<'a>> = given.iter().map(|&i| sources[i]).collect();
-        let stack = UnitStack::new(&sources);
-        Ok(LinearSources { name, sources, given, alone: adapters == 1, stack })
+        Ok(LinearSources { name, sources, given, alone: adapters == 1, stack: OnceLock::new() })
     }
 
     /// The name of the Linear.
@@ -79,12 +89,12 @@ impl<'a> LinearSources<'a> {
 
     /// Rows of the update.
     pub fn out_features(&self) -> usize {
-        self.stack.out_features
+        self.sources[0].factors.out_features()
     }
 
     /// Columns of the update.
     pub fn in_features(&self) -> usize {
-        self.stack.in_features
+        self.sources[0].factors.in_features()
     }
 
     /// The sources in canonical order.
@@ -104,7 +114,7 @@ impl<'a> LinearSources<'a> {
 
     /// The units of all sources below each other.
     pub fn stack(&self) -> &UnitStack {
-        &self.stack
+        self.stack.get_or_init(|| UnitStack::new(&self.sources))
     }
 
     /// The largest rank of the sources.
@@ -131,15 +141,14 @@ impl<'a> LinearSources<'a> {
 
 /// A total order that the content decides, whatever the order of the adapters.
 fn by_content(left: &MergeSource<'_>, right: &MergeSource<'_>) -> Ordering {
-    let values = |left: &[f32], right: &[f32]| compare(left, right);
     (left.factors.rank().cmp(&right.factors.rank()))
         .then(left.weight.total_cmp(&right.weight))
         .then(left.scaling.total_cmp(&right.scaling))
-        .then_with(|| values(left.factors.a(), right.factors.a()))
-        .then_with(|| values(left.factors.b(), right.factors.b()))
+        .then_with(|| compare(left.factors.a(), right.factors.a()))
+        .then_with(|| compare(left.factors.b(), right.factors.b()))
 }
 
 /// Lexicographic, by the total order of floats.
-pub(crate) fn compare(left: &[f32], right: &[f32]) -> Ordering {
-    left.iter().zip(right).map(|(l, r)| l.total_cmp(r)).find(|order| order.is_ne()).unwrap_or(Ordering::Equal)
+fn compare<'a>(left: impl IntoIterator<Item = &'a f32>, right: impl IntoIterator<Item = &'a f32>) -> Ordering {
+    left.into_iter().zip(right).map(|(l, r)| l.total_cmp(r)).find(|order| order.is_ne()).unwrap_or(Ordering::Equal)
 }

@@ -35,6 +35,34 @@ pub fn merge_linear(
 ) -> Result<MergedLinear> {
     options.validate()?;
     let method = if linear.alone() && !method.merges_one() { &Svd } else { method };
+    let (factors, cluster_sizes, scales, scale) = match method.factors(linear, options.factor_type) {
+        Some(factors) => (factors, Vec::new(), Vec::new(), 1.0),
+        None => solve(method, linear, options, pool)?,
+    };
+    if !factors.b().iter().chain(factors.a()).all(|value| value.is_finite()) {
+        let message = format!("the merged factors have values that {} cannot hold", options.factor_type.name());
+        return Err(Error::new(ErrorCode::ValueNotFinite, message)
+            .subject(linear.name())
+            .hint("Store the factors as bf16 or f32, or give smaller weights"));
+    }
+    let report = match options.report {
+        true => {
+            let products = MergeProducts::new(&factors, linear.stack(), pool);
+            Some(LinearMergeReport::new(linear, &products, pool)?)
+        }
+        false => None,
+    };
+    let factors = (factors.rank() > 0).then_some(factors);
+    Ok(MergedLinear { factors, cluster_sizes, scales, scale, report })
+}
+
+/// The rounded factors, sizes and scales of clusters, and the closed-form scale.
+fn solve(
+    method: &dyn MergeMethod,
+    linear: &LinearSources<'_>,
+    options: &MergeOptions,
+    pool: &ThreadPool,
+) -> Result<(LowRank, Vec<usize>, Vec<f64>, f64)> {
     let Solution { mut update, cluster_sizes, scales } = method.solve(linear, options, pool)?;
     let mut scale = 1.0;
     if update.rank() > 0 && options.scale != ScaleRule::Method {
@@ -59,20 +87,5 @@ pub fn merge_linear(
             ScaleRule::Method => {}
         }
     }
-    let factors = update.to_low_rank(options.factor_type);
-    if !factors.b().iter().chain(factors.a()).all(|value| value.is_finite()) {
-        let message = format!("the merged factors have values that {} cannot hold", options.factor_type.name());
-        return Err(Error::new(ErrorCode::ValueNotFinite, message)
-            .subject(linear.name())
-            .hint("Store the factors as bf16 or f32, or give smaller weights"));
-    }
-    let report = match options.report {
-        true => {
-            let products = MergeProducts::new(&factors, linear.stack(), pool);
-            Some(LinearMergeReport::new(linear, &products, pool)?)
-        }
-        false => None,
-    };
-    let factors = (factors.rank() > 0).then_some(factors);
-    Ok(MergedLinear { factors, cluster_sizes, scales, scale, report })
+    Ok((update.to_low_rank(options.factor_type), cluster_sizes, scales, scale))
 }

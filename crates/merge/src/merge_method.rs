@@ -1,4 +1,5 @@
 use kintsugi_runtime::{Error, ErrorCode, Result, ThreadPool, nearest};
+use kintsugi_weights::{ElementType, LowRank};
 
 use crate::elementwise::{DARE_LINEAR, DARE_TIES, KNOTS, MAGNITUDE_PRUNE, TIES};
 use crate::{Cat, FactorUpdate, GaugeFreeLego, IsoC, Lego, Linear, LinearSources, MergeOptions, Svd, Tsv};
@@ -46,6 +47,11 @@ pub trait MergeMethod: Sync {
     /// The most that the rank of the result can be for sources of these ranks, whatever the rank option says; the
     /// update has `smaller_side` rows or columns, whichever are fewer.
     fn rank_of(&self, ranks: &[usize], smaller_side: usize) -> usize;
+
+    /// The stored factors at once, from a method that only moves numbers about.
+    fn factors(&self, _linear: &LinearSources<'_>, _factor_type: ElementType) -> Option<LowRank> {
+        None
+    }
 
     /// Merges.
     ///

@@ -1,4 +1,4 @@
-use kintsugi_linalg::{BalancedFactors, LeadingDirections, MatrixView, product};
+use kintsugi_linalg::{BalancedFactors, LeadingDirections, MatrixView, SymmetricEigen, product, symmetric_product};
 use kintsugi_runtime::{Result, ThreadPool};
 
 use crate::side_basis::{SideBasis, transposed};
@@ -46,8 +46,8 @@ impl<'a> Spectrum<'a> {
         let BalancedFactors { rank, left, right } = factors;
         let (left, right) = if self.turned { (right, left) } else { (left, right) };
         FactorUpdate {
-            out_features: self.left_width(),
-            in_features: self.right_width(),
+            out_features: self.left.width(),
+            in_features: self.right.width(),
             b: self.left.lift(&left, rank, pool),
             a: self.right.lift(&right, rank, pool),
         }
@@ -57,26 +57,17 @@ impl<'a> Spectrum<'a> {
     pub(crate) fn directions(&self, pool: &ThreadPool) -> Result<LeadingDirections<'_>> {
         LeadingDirections::new(&self.core, self.rows, self.columns, pool)
     }
-
-    fn left_width(&self) -> usize {
-        self.left.width()
-    }
-
-    fn right_width(&self) -> usize {
-        self.right.width()
-    }
 }
 
-/// `M` with orthonormal rows that span what the rows of `coordinates` do: eigenvectors of `gram` as rows, those of
-/// negligible eigenvalues left out. `gram` is `[n, n]`.
+/// The number of eigenvectors of a Gram matrix `[n, n]` whose eigenvalues are not negligible, and these as rows.
 pub(crate) fn principal_axes(gram: &[f64], n: usize) -> Result<(usize, Vec<f64>)> {
-    let eigen = kintsugi_linalg::SymmetricEigen::new(gram, n)?;
+    let eigen = SymmetricEigen::new(gram, n)?;
     let noise = eigen.values.first().copied().unwrap_or(0.0) * 1e-14;
     let kept = eigen.values.iter().take_while(|&&value| value > noise).count();
     Ok((kept, eigen.vectors[..kept * n].to_vec()))
 }
 
-/// `C E ᵀ`: coordinates `[units, n]` along the axes `[kept, n]`.
+/// `C Eᵀ`: coordinates `[units, n]` along the axes `[kept, n]`.
 pub(crate) fn along(
     coordinates: &[f64],
     units: usize,
@@ -98,6 +89,6 @@ pub(crate) fn congruence(coordinates: &[f64], units: usize, n: usize, k: &[f64],
     product(MatrixView::new(k, units, units), c, &mut weighted, pool);
     let weighted = transposed(&weighted, units, n);
     let mut out = vec![0.0; n * n];
-    kintsugi_linalg::symmetric_product(MatrixView::new(&weighted, n, units), c, &mut out, pool);
+    symmetric_product(MatrixView::new(&weighted, n, units), c, &mut out, pool);
     out
 }

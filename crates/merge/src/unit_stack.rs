@@ -4,7 +4,6 @@ use std::sync::OnceLock;
 use kintsugi_linalg::{LeadingDirections, row_gram};
 use kintsugi_runtime::{Result, ThreadPool};
 
-use crate::linear_sources::compare;
 use crate::spectrum::Spectrum;
 use crate::{FactorUpdate, MergeSource};
 
@@ -53,10 +52,8 @@ impl UnitStack {
             let columns = transposed(source.factors.b(), out_features, rank);
             let b = |unit: usize| &columns[unit * out_features..(unit + 1) * out_features];
             let a = |unit: usize| &source.factors.a()[unit * in_features..(unit + 1) * in_features];
-            let mut order: Vec<usize> = (0..rank).collect();
-            order.sort_by(|&i, &j| compare(a(i), a(j)).then_with(|| compare(b(i), b(j))));
             let first = stack.units();
-            for unit in order {
+            for unit in source.unit_order() {
                 stack.b.extend_from_slice(b(unit));
                 stack.a.extend_from_slice(a(unit));
                 stack.coefficients.push(source.coefficient());
