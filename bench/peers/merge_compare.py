@@ -4,7 +4,8 @@
     pip install torch peft transformers scikit-learn
     python bench/peers/merge_compare.py PATH_OF_THE_BENCH_BINARY svd|lego|cat OUTxIN [ROUNDS]
 
-16 adapters of rank 64, synthetic. Ours runs before and after each run of the peer; a row is printed per round. The peers:
+16 adapters of rank 64, synthetic. Ours runs before and after each run of the peer; a row is printed per round, with
+wall time and with processor time, which other work on the machine changes less. The peers:
 svd and cat are `add_weighted_adapter` of peft on a model that is one Linear; lego is scikit-learn's KMeans on the units
 [b, a] (k = 64, 10 starts, the same algorithm), centres and reweightings included.
 """
@@ -85,13 +86,15 @@ def main():
     out, inputs = map(int, shape.split("x"))
     run = sklearn_runner(out, inputs) if method == "lego" else peft_runner(method, out, inputs)
     for _ in range(rounds):
-        before = ours(binary, method, shape)["seconds"]
-        start = time.time()
+        before = ours(binary, method, shape)
+        start, used = time.time(), time.process_time()
         run()
-        peer = time.time() - start
+        peer = dict(seconds=round(time.time() - start, 2), cpuSeconds=round(time.process_time() - used, 2))
         after = ours(binary, method, shape)
-        row = dict(method=method, shape=shape, ours=[before, after["seconds"]], peer=round(peer, 3))
-        row["ratio"] = round(peer / ((before + after["seconds"]) / 2), 1)
+        row = dict(method=method, shape=shape, peer=peer)
+        for key in ["seconds", "cpuSeconds"]:
+            row[f"ours.{key}"] = [before[key], after[key]]
+            row[f"ratio.{key}"] = round(peer[key] / max((before[key] + after[key]) / 2, 1e-9), 1)
         row["peakMegabytes"] = dict(ours=after["peakMegabytes"])
         row["peakMegabytes"]["peer"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000
         print(json.dumps(row), flush=True)

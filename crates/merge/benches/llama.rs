@@ -25,9 +25,9 @@ fn main() {
         let (out, input) = shape.split_once('x').unwrap();
         let (out, input): (usize, usize) = (out.parse().unwrap(), input.parse().unwrap());
         let factors: Vec<LowRank> = (0..ADAPTERS as u64).map(|seed| adapter(out, input, seed)).collect();
-        let mut seconds = Vec::new();
+        let (mut seconds, mut processor) = (Vec::new(), Vec::new());
         for _ in 0..repeats {
-            let started = Instant::now();
+            let (started, used) = (Instant::now(), processor_seconds());
             let sources: Vec<MergeSource<'_>> = factors
                 .iter()
                 .map(|factors| MergeSource { factors, scaling: 2.0, weight: 1.0 / ADAPTERS as f64 })
@@ -36,16 +36,27 @@ fn main() {
             let options = MergeOptions { rank: Some(RankRule::Fixed(RANK)), report: false, ..MergeOptions::default() };
             black_box(merge_linear(method, &linear, &options, pool).unwrap());
             seconds.push(started.elapsed().as_secs_f64());
+            processor.push(processor_seconds() - used);
         }
         seconds.sort_by(f64::total_cmp);
+        processor.sort_by(f64::total_cmp);
         println!(
-            r#"{{"method":"{}","out":{out},"in":{input},"threads":{},"seconds":{:.4},"peakMegabytes":{}}}"#,
+            r#"{{"method":"{}","out":{out},"in":{input},"threads":{},"seconds":{:.4},"cpuSeconds":{:.2},"peakMegabytes":{}}}"#,
             method.name(),
             pool.threads(),
             seconds[seconds.len() / 2],
+            processor[processor.len() / 2],
             peak_memory_bytes().unwrap_or(0) / 1_000_000,
         );
     }
+}
+
+/// What the process has used of all processors, which other work on the machine changes little; 0 where the system does
+/// not tell. Fields 14 and 15 of `/proc/self/stat`, in hundredths of a second.
+fn processor_seconds() -> f64 {
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    let behind_name = stat.rsplit_once(')').map_or("", |(_, fields)| fields);
+    behind_name.split_whitespace().skip(11).take(2).filter_map(|ticks| ticks.parse::<f64>().ok()).sum::<f64>() / 100.0
 }
 
 fn adapter(out: usize, input: usize, seed: u64) -> LowRank {

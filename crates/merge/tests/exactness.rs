@@ -33,7 +33,7 @@ fn one_adapter_stays_itself_with_every_method() {
                 for (out, input) in [(40, 56), (6, 30), (30, 6)] {
                     let adapter = Adapter::new(out, input, 8, scaling, 1.0, 3);
                     let options = MergeOptions { gauge, ..rank(if method.keeps_rank() { 8 } else { 12 }) };
-                    let found = update(&[adapter.clone()], *method, &options);
+                    let found = update(std::slice::from_ref(&adapter), *method, &options);
                     let error = relative(&found, &adapter.update());
                     assert!(error <= 1e-6, "{} {gauge:?} {scaling} {out}×{input}: {error:e}", method.name());
                 }

@@ -78,8 +78,11 @@ fn left_axes(columns: &[f64], out: usize, parts: usize) -> (Vec<f64>, usize) {
     (svd.left[..kept * out].to_vec(), kept)
 }
 
+/// A matrix in other coordinates.
+type Turn = Box<dyn Fn(&[f64]) -> Vec<f64>>;
+
 /// Updates in the coordinates, and the way back of a merged matrix.
-fn in_coordinates(adapters: &[Adapter], coordinates: Coordinates) -> (Vec<Vec<f64>>, Box<dyn Fn(&[f64]) -> Vec<f64>>) {
+fn in_coordinates(adapters: &[Adapter], coordinates: Coordinates) -> (Vec<Vec<f64>>, Turn) {
     let updates: Vec<Vec<f64>> = adapters.iter().map(Adapter::update).collect();
     let side_by_side = |blocks: &[Vec<f64>], rows: usize, width: usize| -> Vec<f64> {
         (0..rows).flat_map(|i| blocks.iter().flat_map(move |b| b[i * width..(i + 1) * width].to_vec())).collect()

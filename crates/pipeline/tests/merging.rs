@@ -248,15 +248,15 @@ fn what_cannot_be_merged_is_refused_by_name_and_nothing_is_written() {
     let path = out.path().join("out");
     let of = |adapters: &[PathBuf], weights: &[f64], method: &str| recipe(adapters, weights, method, &path);
     refused(&of(&[], &[], "svd"), ErrorCode::OptionInvalid);
-    refused(&of(&[first.clone()], &[1.0, 2.0], "svd"), ErrorCode::OptionInvalid);
-    refused(&of(&[first.clone()], &[f64::NAN], "svd"), ErrorCode::OptionInvalid);
-    assert!(refused(&of(&[first.clone()], &[1.0], "legi"), ErrorCode::OptionInvalid).hint.contains("lego"));
+    refused(&of(std::slice::from_ref(&first), &[1.0, 2.0], "svd"), ErrorCode::OptionInvalid);
+    refused(&of(std::slice::from_ref(&first), &[f64::NAN], "svd"), ErrorCode::OptionInvalid);
+    assert!(refused(&of(std::slice::from_ref(&first), &[1.0], "legi"), ErrorCode::OptionInvalid).hint.contains("lego"));
     refused(&of(&[first.clone(), small.clone()], &[1.0, 1.0], "linear"), ErrorCode::OptionInvalid);
     let missing = out.path().join("missing");
-    refused(&of(&[missing], &[1.0], "svd"), ErrorCode::AdapterInvalid);
+    refused(&of(std::slice::from_ref(&missing), &[1.0], "svd"), ErrorCode::AdapterInvalid);
     let other = of(&[first.clone(), assets().join("python")], &[1.0, 1.0], "svd");
     assert!(refused(&other, ErrorCode::AdapterInvalid).message.contains("tiny-llama"));
-    let mut many = of(&[first.clone()], &[1.0], "svd");
+    let mut many = of(std::slice::from_ref(&first), &[1.0], "svd");
     many.options.rank = Some(RankRule::Fixed(0));
     refused(&many, ErrorCode::OptionInvalid);
 
