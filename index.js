@@ -773,13 +773,17 @@ if (
   }
 }
 
-const { BindingControl, BindingGeneration, BindingModel, BindingQuantizedLinear, compress, doctor, inspect, loadModel } = nativeBinding
+const { BindingControl, BindingGeneration, BindingModel, BindingQuantizedLinear, compress, doctor, fold, inspect, loadModel, merge, mergeMethods, weightsFromMetrics } = nativeBinding
 export { BindingControl }
 export { BindingGeneration }
 export { BindingModel }
 export { BindingQuantizedLinear }
 export { compress }
 export { doctor }
+export { fold }
 export { inspect }
 export { loadModel }
+export { merge }
+export { mergeMethods }
+export { weightsFromMetrics }
 export const __napiBindingTarget = __napiLoadedBindingTarget
