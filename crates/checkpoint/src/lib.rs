@@ -7,6 +7,8 @@
 #[cfg(target_endian = "big")]
 compile_error!("safetensors is little-endian and tensors are read in place; a big-endian target needs byte swaps");
 
+mod adapter_folder;
+mod adapter_writer;
 mod byte_source;
 mod checkpoint;
 mod checkpoint_writer;
@@ -28,7 +30,11 @@ mod safetensors_writer;
 mod scheme;
 mod shard_index;
 mod tensor_set;
+mod torch_archive;
+mod torch_pickle;
 
+pub use adapter_folder::{AdapterFolder, AdapterModule, ModuleKind};
+pub use adapter_writer::{AdapterDescription, AdapterWriter, MergedModule};
 pub use byte_source::ByteSource;
 pub use checkpoint::Checkpoint;
 pub use checkpoint_writer::{CheckpointWriter, UnitRecord};

@@ -4,8 +4,7 @@ use std::time::Instant;
 
 use kintsugi_checkpoint::gguf::{GGUF_TYPES, GgufPlan, GgufType, write_gguf};
 use kintsugi_checkpoint::{
-    Checkpoint, CheckpointWriter, CodeGrid, FORMATS, LinearFormat, MatrixForm, PackQuantized, QuantizationConfig,
-    Scheme, linear_format,
+    Checkpoint, CheckpointWriter, CodeGrid, FORMATS, LinearFormat, MatrixForm, linear_format,
 };
 use kintsugi_compress::{Clip, QuantizeOptions, linear_method};
 use kintsugi_model::DecoderSpec;
@@ -241,12 +240,10 @@ fn to_folder(
             compensation.base_model = None;
             writer.write_compensation(&compensation)?;
         }
-        let config = writer.quantization(ignore.clone()).unwrap_or_else(|| {
-            // All of them are floats now.
-            let scheme = Scheme { bits: 8, group_size: GroupSize::WholeRow, symmetric: true, group_index: false };
-            QuantizationConfig::uniform(&PackQuantized, scheme, ignore)
-        });
-        bytes = writer.seal(&config)?;
+        bytes = match writer.quantization(ignore) {
+            Some(config) => writer.seal(&config)?,
+            None => writer.seal_plain()?,
+        };
         cancel.check()?;
         writer.commit()?;
     }
@@ -278,18 +275,25 @@ fn to_gguf(
     let scratch = ScratchPath(recipe.out.with_extension("converting.gguf"));
     let summary = write_gguf(checkpoint, &GgufPlan::new(kind), &scratch.0, cancel, progress)?;
     let written = Checkpoint::open(&scratch.0)?;
-    let names: Vec<String> = written
+    // A matrix that is embedding and head may be stored under either name.
+    let (embedding, head) = (spec.name(spec.family.embedding), spec.family.head);
+    let origin = |name: &str| {
+        let twin = if name == embedding { head } else { embedding };
+        let candidates = [name, twin].into_iter().take(if name == embedding || name == head { 2 } else { 1 });
+        candidates.into_iter().find(|name| checkpoint.has_linear(name)).map(str::to_owned)
+    };
+    let names: Vec<(String, String)> = written
         .tensors()
         .filter(|tensor| tensor.shape.len() == 2)
-        .filter_map(|tensor| tensor.name.strip_suffix(".weight").map(str::to_owned))
-        .filter(|name| checkpoint.has_linear(name))
+        .filter_map(|tensor| tensor.name.strip_suffix(".weight"))
+        .filter_map(|name| Some((name.to_owned(), origin(name)?)))
         .collect();
     progress.begin("compare", names.len() as u64);
     let mut linears = Vec::with_capacity(names.len());
-    for name in names {
+    for (name, origin) in names {
         cancel.check()?;
         progress.at("compare", name.clone());
-        let (before, after) = (checkpoint.linear(&name)?.matrix, written.linear(&name)?.matrix);
+        let (before, after) = (checkpoint.linear(&origin)?.matrix, written.linear(&name)?.matrix);
         let turned =
             spec.family.transposed && !checkpoint.rows_are_outputs() && name.starts_with(spec.name(spec.family.blocks));
         let values = match before {
