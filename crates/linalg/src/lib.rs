@@ -8,9 +8,14 @@ mod product;
 mod symmetric_eigen;
 mod thin_qr;
 mod upper_cholesky;
+mod upper_triangle;
 
 pub use matrix_view::{MatrixView, MatrixViewMut, Scalar};
-pub use product::{accumulate_gram, add_product, mirror_upper_triangle, product, quadratic_trace, symmetric_product};
+pub use product::{
+    accumulate_gram, add_product, product, quadratic_trace, quadratic_trace_of, subtract_product, symmetric_product,
+    times_symmetric,
+};
 pub use symmetric_eigen::SymmetricEigen;
 pub use thin_qr::ThinQr;
 pub use upper_cholesky::UpperCholesky;
+pub use upper_triangle::UpperTriangle;
