@@ -12,6 +12,11 @@ pub struct Calibration {
 }
 
 impl Calibration {
+    /// Bytes of the statistics of `width` inputs.
+    pub fn bytes(width: usize) -> u64 {
+        UpperTriangle::<f64>::bytes(width) + 16 * width as u64
+    }
+
     /// Length of an input vector: `inFeatures` of the Linear.
     pub fn width(&self) -> usize {
         self.width

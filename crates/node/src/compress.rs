@@ -1,5 +1,5 @@
 use kintsugi_model::{CandleBackend, CpuBackend};
-use kintsugi_pipeline::{CalibrationRecipe, EoraRecipe, Recipe, compress as run_compression, plan};
+use kintsugi_pipeline::{ActivationPlace, CalibrationRecipe, EoraRecipe, Recipe, compress as run_compression, plan};
 use kintsugi_runtime::Result;
 use kintsugi_weights::ElementType;
 use napi::Env;
@@ -92,8 +92,10 @@ fn recipe(options: &BindingCompressOptions) -> Result<Recipe> {
             sequences: options.calibration_sequences as usize,
             length: options.calibration_length as usize,
             subset: options.subset,
+            activations: ActivationPlace::Auto,
         }),
         eora: (options.eora_rank > 0).then_some(EoraRecipe { rank: options.eora_rank as usize }),
         fresh: options.fresh,
+        memory: None,
     })
 }

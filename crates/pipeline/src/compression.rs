@@ -5,7 +5,7 @@ use std::time::Instant;
 use kintsugi_checkpoint::{
     Checkpoint, CheckpointWriter, PackQuantized, QuantizationConfig, UnitRecord, read_adapter, write_adapter,
 };
-use kintsugi_model::{Backend, BlockWeights, DecoderSpec, ModelWeights, read_tokenizer};
+use kintsugi_model::{Backend, BlockWeights, DecoderSpec, read_tokenizer};
 use kintsugi_runtime::{CancelToken, Error, ErrorCode, Progress, Result, peak_memory_bytes, replace_file};
 use kintsugi_weights::{Adapter, AdapterEntry, WeightMatrix};
 use serde_json::Value;
@@ -44,9 +44,12 @@ pub fn compress<B: Backend>(recipe: &Recipe, backend: &B, cancel: &CancelToken, 
     let spec = DecoderSpec::of(&checkpoint)?;
     let plan = Plan::new(recipe, &checkpoint, &spec)?;
     progress.begin("prepare", spec.layers as u64);
-    let tokenizer = read_tokenizer(&checkpoint, &spec)?;
-    let text = recipe.calibration.as_ref().map(|calibration| CalibrationText::read(calibration, &tokenizer, &spec));
-    let text = text.transpose()?;
+    // The tokenizer is needed no longer than this.
+    let text = {
+        let tokenizer = read_tokenizer(&checkpoint, &spec)?;
+        let text = recipe.calibration.as_ref().map(|calibration| CalibrationText::read(calibration, &tokenizer, &spec));
+        text.transpose()?
+    };
     let identity = identity(recipe, &checkpoint, text.as_ref().map(CalibrationText::tokens), &backend.identity())?;
     let (writer, ledger, units) = begin(recipe, &checkpoint, &identity)?;
     let mut job = Compression { recipe, checkpoint: &checkpoint, spec: &spec, writer, ledger, units, started };
@@ -119,29 +122,30 @@ impl Compression<'_> {
             self.record(part, Vec::new(), nothing, before.0, before.1.plus(phases))?;
         }
         let finished_blocks = self.units.len() - 1;
-        let stream = match text {
-            Some(text) if finished_blocks < spec.layers => {
-                let outside = ModelWeights::read(self.checkpoint, spec)?;
-                Some(CalibrationStream::new(backend, spec, &outside.embedding, text)?)
+        let folder = self.writer.folder().to_path_buf();
+        let on_disk = plan.memory.activations_on_disk.then_some(folder.as_path());
+        let stream = match (text, &self.units[finished_blocks].activations) {
+            (Some(text), _) if finished_blocks == 0 => {
+                Some(CalibrationStream::new(self.checkpoint, spec, text, on_disk)?)
+            }
+            (Some(text), Some(saved)) if finished_blocks < spec.layers => {
+                Some(CalibrationStream::resume(spec, text, on_disk, &folder, saved)?)
             }
             _ => None,
         };
-        let mut compressor = BlockCompressor::new(recipe, spec, backend, stream)?;
-        if let (Some(stream), Some(file)) = (compressor.stream(), &self.units[finished_blocks].activations) {
-            stream.restore(read_activations(&self.writer.folder().join(file), stream.hidden().len())?);
-        }
+        let mut compressor = BlockCompressor::new(recipe, spec, backend, stream, &plan.memory)?;
         progress.advance(finished_blocks as u64);
         for block in finished_blocks..spec.layers {
             cancel.check()?;
             progress.at("compress", spec.block_name(block));
             let (weights, seconds) = timed(|| BlockWeights::read(self.checkpoint, spec, block))?;
             phases.read += seconds;
-            let compressed = compressor.compress(block, &weights, cancel)?;
+            let compressed = compressor.compress(block, weights, cancel)?;
             let writing = Instant::now();
             write_block(&mut self.writer, self.checkpoint, spec, block, &compressed)?;
             let part = self.writer.end_unit()?;
-            let files =
-                self.write_block_files(block, &compressed, compressor.stream().map(|stream| stream.hidden()))?;
+            let mut files = self.write_factors(block, &compressed)?;
+            files.activations = compressor.stream().map(|stream| stream.save(self.writer.folder())).transpose()?;
             phases.write += writing.elapsed().as_secs_f64();
             let so_far = before.1.plus(phases).plus(compressor.phases());
             self.record(part, compressed.linears, files, before.0, so_far)?;
@@ -199,14 +203,8 @@ impl Compression<'_> {
         Ok(())
     }
 
-    /// What a later run needs beside the part file: the factors of the block, and the input of the next one. Inputs
-    /// alternate between two files, so that one is whole at any time.
-    fn write_block_files(
-        &self,
-        block: usize,
-        compressed: &CompressedBlock,
-        hidden: Option<&[f32]>,
-    ) -> Result<CompressedBlockFiles> {
+    /// What a later run needs beside the part file and the input of the next block: the factors of the block.
+    fn write_factors(&self, block: usize, compressed: &CompressedBlock) -> Result<CompressedBlockFiles> {
         let mut files = CompressedBlockFiles::default();
         let mut adapter = Adapter::default();
         for (linear, weight) in self.spec.linears.iter().zip(&compressed.weights.linears) {
@@ -224,11 +222,6 @@ impl Compression<'_> {
             }
             write_adapter(&folder, &adapter, "partial")?;
             files.factors = Some(name);
-        }
-        if let Some(hidden) = hidden {
-            let name = format!("activations-{}", block % 2);
-            replace_file(&self.writer.folder().join(&name), bytemuck::cast_slice(hidden))?;
-            files.activations = Some(name);
         }
         Ok(files)
     }
@@ -264,19 +257,6 @@ impl Compression<'_> {
 struct CompressedBlockFiles {
     activations: Option<String>,
     factors: Option<String>,
-}
-
-fn read_activations(path: &Path, values: usize) -> Result<Vec<f32>> {
-    let damaged = |message: String| {
-        Error::new(ErrorCode::ResumeMismatch, message)
-            .subject(path.display())
-            .hint("Discard what the interrupted job left with fresh (--fresh)")
-    };
-    let bytes = std::fs::read(path).map_err(|error| damaged(format!("the activations cannot be read: {error}")))?;
-    if bytes.len() != values * size_of::<f32>() {
-        return Err(damaged(format!("the activations have {} bytes instead of {}", bytes.len(), values * 4)));
-    }
-    Ok(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
 }
 
 fn unwritable(path: &Path, error: &std::io::Error) -> Error {

@@ -1,13 +1,16 @@
 //! The long jobs: walk a checkpoint block by block, calibrate, compress, compensate, write, report.
 //!
-//! Bounded memory: the weights of one decoder block and the calibration activations are all that is held.
+//! Bounded memory: the weights of one decoder block, the statistics of its inputs and the calibration activations are
+//! all that is held, and the activations go to disk where they do not fit.
 
+mod activation_buffer;
 mod block_compressor;
 mod calibration_stream;
 mod calibration_text;
 mod compression;
 mod inspection;
 mod ledger;
+mod memory_plan;
 mod plan;
 mod recipe;
 mod report;
@@ -18,6 +21,7 @@ pub use calibration_stream::CalibrationStream;
 pub use calibration_text::CalibrationText;
 pub use compression::{compress, plan};
 pub use inspection::{Inspection, inspect};
+pub use memory_plan::{MemoryParts, MemoryPlan};
 pub use plan::{Plan, PlannedLinear};
-pub use recipe::{CalibrationRecipe, EoraRecipe, Recipe};
+pub use recipe::{ActivationPlace, CalibrationRecipe, EoraRecipe, Recipe};
 pub use report::{LinearReport, MeanError, PhaseSeconds, Report, Summary};

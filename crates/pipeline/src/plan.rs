@@ -1,11 +1,9 @@
-use std::collections::BTreeMap;
-
 use kintsugi_checkpoint::Checkpoint;
-use kintsugi_model::{DecoderSpec, TapPoint};
+use kintsugi_model::DecoderSpec;
 use kintsugi_runtime::{Error, ErrorCode, Result};
 use serde::Serialize;
 
-use crate::Recipe;
+use crate::{MemoryPlan, Recipe};
 
 /// What will be done to each Linear, before anything runs.
 #[derive(Clone, Debug, Serialize)]
@@ -25,8 +23,8 @@ pub struct Plan {
     pub bytes: u64,
     /// Bytes of the source's tensors.
     pub source_bytes: u64,
-    /// Estimate of the largest working set: one block with its statistics, and the calibration activations.
-    pub memory_bytes: u64,
+    /// The memory that the job takes, and how it keeps within its budget.
+    pub memory: MemoryPlan,
 }
 
 /// One Linear of a [`Plan`].
@@ -52,7 +50,7 @@ impl Plan {
     ///
     /// # Errors
     /// `ERR_CHECKPOINT_TENSOR_MISSING` for a Linear without weights, `ERR_QUANTIZATION_UNSUPPORTED` for a checkpoint
-    /// that is compressed already.
+    /// that is compressed already, `ERR_MEMORY_EXCEEDED` for a job that does not fit into its memory.
     pub fn new(recipe: &Recipe, checkpoint: &Checkpoint, spec: &DecoderSpec) -> Result<Self> {
         if let Some(quantization) = checkpoint.quantization() {
             return Err(Error::new(
@@ -89,7 +87,7 @@ impl Plan {
             bits_per_weight: stored_bits as f64 / quantized_weights as f64,
             bytes: source_bytes - replaced + stored_bits.div_ceil(8),
             source_bytes,
-            memory_bytes: memory_estimate(recipe, spec),
+            memory: MemoryPlan::new(recipe, checkpoint, spec)?,
             linears,
         })
     }
@@ -105,18 +103,4 @@ fn planned_linear(recipe: &Recipe, name: String, (rows, columns): (usize, usize)
     let index_bits = if recipe.has_group_index() { columns as u64 * 32 } else { 0 };
     let stored_bits = weights * u64::from(recipe.bits) + groups * (scale_bits + zero_bits) + index_bits + factor_bits;
     PlannedLinear { name, rows, columns, bits: recipe.bits, rank, stored_bits }
-}
-
-/// One block three times (as read, as f32 while it is solved, packed), the second moments of its inputs with the
-/// working copy of a factorization, and the residual stream of all calibration tokens.
-fn memory_estimate(recipe: &Recipe, spec: &DecoderSpec) -> u64 {
-    let block = spec.linear_parameters() / spec.layers as u64 * (2 + 4 + 4);
-    let Some(calibration) = &recipe.calibration else { return block };
-    let square = |width: usize| (width * width * 8) as u64;
-    let widths: BTreeMap<TapPoint, usize> =
-        spec.linears.iter().map(|linear| (linear.slot.tap(), linear.columns)).collect();
-    let moments: u64 = widths.values().copied().map(square).sum();
-    let factorization = 3 * square(widths.values().copied().max().unwrap_or(0));
-    let activations = (calibration.sequences * calibration.length * spec.hidden_size * 4) as u64;
-    block + moments + factorization + activations
 }

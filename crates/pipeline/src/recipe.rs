@@ -1,6 +1,7 @@
 use std::path::PathBuf;
 
 use kintsugi_compress::{BlockMethod, Clip, Gptq, LinearMethod, QuantizeOptions, block_method, linear_method};
+use kintsugi_model::{DecoderSpec, TapPoint};
 use kintsugi_runtime::{Error, ErrorCode, Result};
 use kintsugi_weights::{ElementType, GroupSize};
 use serde::Serialize;
@@ -41,6 +42,9 @@ pub struct Recipe {
     /// Discard what an interrupted job left instead of going on with it.
     #[serde(skip)]
     pub fresh: bool,
+    /// Bytes of memory that the job may take; `None` for what is available. Changes no bit of the output.
+    #[serde(skip)]
+    pub memory: Option<u64>,
 }
 
 /// Where calibration statistics come from.
@@ -55,6 +59,21 @@ pub struct CalibrationRecipe {
     pub length: usize,
     /// Recompute the inputs of each group of Linears after those before it are compressed ("true sequential").
     pub subset: bool,
+    /// Where the activations of all tokens are kept. Changes no bit of the output.
+    #[serde(skip)]
+    pub activations: ActivationPlace,
+}
+
+/// Where a job keeps the calibration activations.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ActivationPlace {
+    /// In memory if they fit into the budget, else on disk.
+    #[default]
+    Auto,
+    /// In memory.
+    Memory,
+    /// In the folder of the unfinished output.
+    Disk,
 }
 
 /// How the compensation is solved.
@@ -142,8 +161,21 @@ impl Recipe {
     /// Whether columns may belong to groups that are not runs of neighbours, so that each Linear stores the group of
     /// every column.
     pub fn has_group_index(&self) -> bool {
-        let gptq = self.method().is_ok_and(|method| method.name() == Gptq.name());
-        gptq && self.act_order && !self.static_groups && self.group_size.is_some()
+        self.solves_gptq() && self.act_order && !self.static_groups && self.group_size.is_some()
+    }
+
+    /// Whether Linears are solved by GPTQ.
+    pub(crate) fn solves_gptq(&self) -> bool {
+        self.method().is_ok_and(|method| method.name() == Gptq.name())
+    }
+
+    /// Tap points whose Linears are compressed before later ones are captured.
+    pub(crate) fn stages(&self, spec: &DecoderSpec) -> Vec<Vec<TapPoint>> {
+        let stages = spec.tap_stages();
+        match &self.calibration {
+            Some(calibration) if calibration.subset => stages,
+            _ => vec![stages.concat()],
+        }
     }
 
     /// Columns that share a scale.

@@ -11,7 +11,7 @@ use kintsugi_model::{
     BlockWeights, CpuBackend, DecoderSpec, GenerateOptions, Generation, LoadedModel, Model, ModelWeights,
     SamplingOptions, read_tokenizer,
 };
-use kintsugi_pipeline::{BlockCompressor, CalibrationStream, CalibrationText, Recipe, compress, plan};
+use kintsugi_pipeline::{BlockCompressor, CalibrationStream, CalibrationText, MemoryPlan, Recipe, compress, plan};
 use kintsugi_runtime::{CancelToken, Progress};
 
 /// Compresses without writing anything.
@@ -22,12 +22,13 @@ fn compress_in_memory(recipe: &Recipe) -> Model<CpuBackend> {
     let tokenizer = read_tokenizer(&checkpoint, &spec).unwrap();
     let outside = ModelWeights::read(&checkpoint, &spec).unwrap();
     let text = CalibrationText::read(recipe.calibration.as_ref().unwrap(), &tokenizer, &spec).unwrap();
-    let stream = CalibrationStream::new(&backend, &spec, &outside.embedding, &text).unwrap();
-    let mut compressor = BlockCompressor::new(recipe, &spec, &backend, Some(stream)).unwrap();
+    let stream = CalibrationStream::new(&checkpoint, &spec, &text, None).unwrap();
+    let memory = MemoryPlan::new(recipe, &checkpoint, &spec).unwrap();
+    let mut compressor = BlockCompressor::new(recipe, &spec, &backend, Some(stream), &memory).unwrap();
     let mut model = Model::without_blocks(spec.clone(), backend, tokenizer, &outside).unwrap();
     for block in 0..spec.layers {
         let weights = BlockWeights::read(&checkpoint, &spec, block).unwrap();
-        model.push_block(&compressor.compress(block, &weights, &CancelToken::new()).unwrap().weights).unwrap();
+        model.push_block(&compressor.compress(block, weights, &CancelToken::new()).unwrap().weights).unwrap();
     }
     model
 }

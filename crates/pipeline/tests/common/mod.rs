@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use kintsugi_kernels::Kernels;
 use kintsugi_model::{CpuBackend, LoadOptions, LoadedModel, Precision};
-use kintsugi_pipeline::{CalibrationRecipe, EoraRecipe, Recipe};
+use kintsugi_pipeline::{ActivationPlace, CalibrationRecipe, EoraRecipe, Recipe};
 use kintsugi_runtime::{CancelToken, CpuLevel, Progress, ThreadPool};
 
 pub(crate) fn assets(name: &str) -> PathBuf {
@@ -39,9 +39,11 @@ pub(crate) fn recipe(source: &Path, out: &Path, method: &str, bits: u8, rank: us
             sequences: 64,
             length: 256,
             subset: false,
+            activations: ActivationPlace::Auto,
         }),
         eora: (rank > 0).then_some(EoraRecipe { rank }),
         fresh: false,
+        memory: None,
     }
 }
 
