@@ -11,7 +11,7 @@ mod common;
 
 use std::path::Path;
 use std::process::Command;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use common::{assets, backend, recipe};
@@ -38,8 +38,10 @@ fn main() {
                 assert!(Command::new(program).args(row).status().expect("the program starts").success());
             };
             run(&["open"]);
-            println!("| model | blocks | tokens | rank | peak MiB | estimate MiB | seconds | phases |");
-            println!("|---|---|---|---|---|---|---|---|");
+            println!(
+                "| model | blocks | tokens | rank | peak MiB | by block, and at the end | estimate MiB | seconds | phases |"
+            );
+            println!("|---|---|---|---|---|---|---|---|---|");
             ROWS.iter().for_each(|row| run(row));
         }
         ["open"] => open(),
@@ -75,24 +77,29 @@ fn measure(model: &str, shapes: LlamaShapes, sequences: usize, length: usize, ra
     write_llama(&source, shapes, &tokenizer(), false);
     let recipe = job(&source, &scratch.path().join("out"), sequences, length, rank);
     let estimate = plan(&recipe).expect("the job fits").memory;
-    let (peak, over) = (AtomicU64::new(0), AtomicBool::new(false));
+    let (progress, over) = (Progress::new(), AtomicBool::new(false));
     let started = Instant::now();
-    let report = std::thread::scope(|scope| {
-        scope.spawn(|| {
+    let (report, peaks) = std::thread::scope(|scope| {
+        let sampler = scope.spawn(|| {
+            let mut peaks = vec![0; shapes.blocks + 1];
             while !over.load(Ordering::Relaxed) {
-                peak.fetch_max(private_memory_bytes().expect("the system tells"), Ordering::Relaxed);
+                let peak = &mut peaks[progress.snapshot().done as usize];
+                *peak = private_memory_bytes().expect("the system tells").max(*peak);
                 std::thread::sleep(SAMPLE_EVERY);
             }
+            peaks
         });
-        let report = compress(&recipe, &backend(), &CancelToken::new(), &Progress::new());
+        let report = compress(&recipe, &backend(), &CancelToken::new(), &progress);
         over.store(true, Ordering::Relaxed);
-        report.expect("the job succeeds")
+        (report.expect("the job succeeds"), sampler.join().expect("the sampler does not panic"))
     });
     let mebibytes = |bytes: u64| bytes >> 20;
+    let of_blocks: Vec<String> = peaks.iter().map(|&peak| mebibytes(peak).to_string()).collect();
     println!(
-        "| {model} | {} | {sequences} × {length} | {rank} | {} | {} | {:.0} | {:?}, {} threads |",
+        "| {model} | {} | {sequences} × {length} | {rank} | {} | {} | {} | {:.0} | {:?}, {} threads |",
         shapes.blocks,
-        mebibytes(peak.into_inner()),
+        mebibytes(peaks.iter().copied().max().unwrap_or(0)),
+        of_blocks.join(", "),
         mebibytes(estimate.peak_bytes),
         started.elapsed().as_secs_f64(),
         report.summary.phases,
