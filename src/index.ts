@@ -7,11 +7,14 @@ export {
   type CompressOptions,
   type CompressReport,
   type CompressSummary,
+  type DiskPlan,
   type EoraOptions,
+  type MemoryPlan,
   type Plan,
   type PlannedLinear,
   type Precision,
   type Recipe,
+  type RecipeCalibration,
 } from './compress.js'
 export { doctor, type DoctorReport, type SelfCheck } from './doctor.js'
 export { ERROR_CODES, type ErrorCode, KintsugiError } from './errors.js'

@@ -17,6 +17,25 @@ impl Calibration {
         UpperTriangle::<f64>::bytes(width) + 16 * width as u64
     }
 
+    /// Sums that were kept somewhere else. The width is that of the second moment.
+    ///
+    /// # Errors
+    /// `ERR_SHAPE_MISMATCH` when the lengths differ.
+    pub fn new(
+        tokens: u64,
+        second_moment: UpperTriangle<f64>,
+        sums: Vec<f64>,
+        absolute_sums: Vec<f64>,
+    ) -> Result<Self> {
+        let width = second_moment.side();
+        if sums.len() != width || absolute_sums.len() != width {
+            let message =
+                format!("second moments of {width} inputs with sums of {} and {}", sums.len(), absolute_sums.len());
+            return Err(Error::new(ErrorCode::ShapeMismatch, message).subject("Calibration"));
+        }
+        Ok(Calibration { width, tokens, second_moment, sums, absolute_sums })
+    }
+
     /// Length of an input vector: `inFeatures` of the Linear.
     pub fn width(&self) -> usize {
         self.width

@@ -24,6 +24,7 @@ mod quantization_config;
 mod safetensors_file;
 mod safetensors_writer;
 mod shard_index;
+mod tensor_file;
 mod tensor_set;
 
 pub use checkpoint::Checkpoint;
@@ -33,4 +34,5 @@ pub use linear_format::{EncodedTensor, FORMATS, LinearFormat, MatrixForm, linear
 pub use linear_tensors::LinearTensors;
 pub use peft_adapter::{read_adapter, write_adapter};
 pub use quantization_config::QuantizationConfig;
+pub use tensor_file::{NumberType, TensorFile, TensorFileWriter};
 pub use tensor_set::TensorInfo;

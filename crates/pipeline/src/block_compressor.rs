@@ -9,7 +9,7 @@ use kintsugi_weights::{DenseMatrix, ElementType, LinearWeight, LowRank, Quantize
 
 use crate::memory_plan::{split, statistics_bytes};
 use crate::scale_folding::{FoldedBlock, ScaleFolding};
-use crate::{CalibrationStream, LinearReport, MemoryPlan, PhaseSeconds, Recipe};
+use crate::{CalibrationStream, LinearReport, MemoryPlan, PhaseSeconds, Recipe, SavedStatistics, StatisticsWriter};
 
 /// Compresses one decoder block after another and carries the calibration activations along.
 pub struct BlockCompressor<'a, B: Backend> {
@@ -18,10 +18,22 @@ pub struct BlockCompressor<'a, B: Backend> {
     backend: &'a B,
     block_method: Option<&'static dyn BlockMethod>,
     method: &'static dyn LinearMethod,
-    stream: Option<CalibrationStream<B>>,
+    input: CalibrationInput<B>,
+    /// Where the statistics go too.
+    saved: Option<StatisticsWriter>,
     /// Bytes that the statistics of one pass may take.
     statistics_room: u64,
     phases: PhaseSeconds,
+}
+
+/// Where the statistics of the inputs come from.
+pub enum CalibrationInput<B: Backend> {
+    /// There are none.
+    None,
+    /// From activations that are carried along.
+    Stream(CalibrationStream<B>),
+    /// From an earlier job.
+    Saved(SavedStatistics),
 }
 
 /// A block in its deployed form.
@@ -36,7 +48,7 @@ pub struct CompressedBlock {
 }
 
 impl<'a, B: Backend> BlockCompressor<'a, B> {
-    /// A compressor of the blocks whose input `stream` holds; without one nothing is calibrated.
+    /// A compressor of the blocks from that on which `input` stands at.
     ///
     /// # Errors
     /// `ERR_OPTION_INVALID` for an unknown method.
@@ -44,18 +56,35 @@ impl<'a, B: Backend> BlockCompressor<'a, B> {
         recipe: &'a Recipe,
         spec: &'a DecoderSpec,
         backend: &'a B,
-        stream: Option<CalibrationStream<B>>,
+        input: CalibrationInput<B>,
         memory: &MemoryPlan,
     ) -> Result<Self> {
         let method = recipe.method()?;
         let block_method = recipe.block_method();
         let (statistics_room, phases) = (memory.statistics_room, PhaseSeconds::default());
-        Ok(BlockCompressor { recipe, spec, backend, block_method, method, stream, statistics_room, phases })
+        Ok(BlockCompressor { recipe, spec, backend, block_method, method, input, saved: None, statistics_room, phases })
+    }
+
+    /// Saves the statistics with `writer`, too.
+    #[must_use]
+    pub fn saving(self, writer: Option<StatisticsWriter>) -> Self {
+        BlockCompressor { saved: writer, ..self }
     }
 
     /// The calibration activations, at the input of the next block.
     pub fn stream(&self) -> Option<&CalibrationStream<B>> {
-        self.stream.as_ref()
+        match &self.input {
+            CalibrationInput::Stream(stream) => Some(stream),
+            _ => None,
+        }
+    }
+
+    /// Ends the file of saved statistics, if there is one: call it after the last block.
+    ///
+    /// # Errors
+    /// `ERR_OUTPUT_UNWRITABLE`.
+    pub fn finish_saving(&mut self) -> Result<()> {
+        self.saved.take().map_or(Ok(()), StatisticsWriter::finish)
     }
 
     /// Seconds spent so far.
@@ -72,9 +101,9 @@ impl<'a, B: Backend> BlockCompressor<'a, B> {
         let FoldedBlock { mut weights, alphas, rewritten } = self.fold(index, original, cancel)?;
         let spec = self.spec;
         let mut linears: Vec<Option<LinearReport>> = vec![None; spec.linears.len()];
-        let mut runnable = match &self.stream {
-            Some(_) => Some(Block::prepare(self.backend, spec, index, &weights)?),
-            None => None,
+        let mut runnable = match &self.input {
+            CalibrationInput::Stream(_) => Some(Block::prepare(self.backend, spec, index, &weights)?),
+            _ => None,
         };
         let places = |points: &[TapPoint]| -> Vec<usize> {
             (0..spec.linears.len()).filter(|&place| points.contains(&spec.linears[place].slot.tap())).collect()
@@ -82,10 +111,17 @@ impl<'a, B: Backend> BlockCompressor<'a, B> {
         for stage in &self.recipe.stages(spec) {
             for points in split(stage, self.statistics_room, |point| statistics_bytes(spec, point)) {
                 let started = Instant::now();
-                let mut statistics = match (&mut self.stream, &runnable) {
-                    (Some(stream), Some(block)) => stream.capture(self.backend, block, &points, cancel)?,
+                let mut statistics = match (&mut self.input, &runnable) {
+                    (CalibrationInput::Stream(stream), Some(block)) => {
+                        stream.capture(self.backend, block, &points, cancel)?
+                    }
+                    (CalibrationInput::Saved(saved), _) => saved.read(index, &points)?,
                     _ => Default::default(),
                 };
+                if let Some(saved) = &self.saved {
+                    statistics.iter().try_for_each(|(&point, statistics)| saved.write(index, point, statistics))?;
+                    saved.sync()?;
+                }
                 self.phases.calibrate += started.elapsed().as_secs_f64();
                 let places = places(&points);
                 for (i, &place) in places.iter().enumerate() {
@@ -110,7 +146,7 @@ impl<'a, B: Backend> BlockCompressor<'a, B> {
                 }
             }
         }
-        if let (Some(stream), Some(block)) = (&mut self.stream, &runnable) {
+        if let (CalibrationInput::Stream(stream), Some(block)) = (&mut self.input, &runnable) {
             let started = Instant::now();
             stream.advance(self.backend, block, cancel)?;
             self.phases.calibrate += started.elapsed().as_secs_f64();
@@ -121,8 +157,8 @@ impl<'a, B: Backend> BlockCompressor<'a, B> {
     /// The block as the block method rewrites it, or as it is without one.
     fn fold(&mut self, index: usize, original: BlockWeights, cancel: &CancelToken) -> Result<FoldedBlock> {
         let started = Instant::now();
-        let folded = match (self.block_method, &mut self.stream) {
-            (Some(method), Some(stream)) => {
+        let folded = match (self.block_method, &mut self.input) {
+            (Some(method), CalibrationInput::Stream(stream)) => {
                 let stored = original.linears.first().map_or(ElementType::F32, element_type);
                 let options = self.recipe.quantize_options(stored);
                 let folding = ScaleFolding { method, options, spec: self.spec, backend: self.backend };

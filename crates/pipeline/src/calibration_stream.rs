@@ -7,7 +7,7 @@ use kintsugi_kernels::PAGE_POSITIONS;
 use kintsugi_model::{Backend, Batch, Block, DecoderSpec, Embedding, RotaryTables, TapPoint, Taps, Workspace};
 use kintsugi_runtime::{CancelToken, Result, ThreadPool};
 
-use crate::CalibrationText;
+use crate::CalibrationTokens;
 use crate::activation_buffer::ActivationBuffer;
 
 /// Rows of one forward pass; several sequences share a pass as long as they fit.
@@ -43,7 +43,7 @@ impl<B: Backend> CalibrationStream<B> {
     pub fn new(
         checkpoint: &Checkpoint,
         spec: &DecoderSpec,
-        text: &CalibrationText,
+        text: &CalibrationTokens,
         folder: Option<&Path>,
     ) -> Result<Self> {
         let mut stream = Self::empty(spec, text, folder);
@@ -64,7 +64,7 @@ impl<B: Backend> CalibrationStream<B> {
     /// `ERR_RESUME_MISMATCH` when that is not there or not whole.
     pub fn resume(
         spec: &DecoderSpec,
-        text: &CalibrationText,
+        text: &CalibrationTokens,
         folder: Option<&Path>,
         saved_in: &Path,
         name: &str,
@@ -74,7 +74,7 @@ impl<B: Backend> CalibrationStream<B> {
         Ok(stream)
     }
 
-    fn empty(spec: &DecoderSpec, text: &CalibrationText, folder: Option<&Path>) -> Self {
+    fn empty(spec: &DecoderSpec, text: &CalibrationTokens, folder: Option<&Path>) -> Self {
         let hidden = ActivationBuffer::new(text.tokens().len(), spec.hidden_size, folder);
         CalibrationStream { hidden, length: text.length(), spec: spec.clone(), workspace: None }
     }

@@ -12,8 +12,8 @@ use serde_json::Value;
 
 use crate::ledger::{Ledger, LedgerUnit, identity};
 use crate::{
-    BlockCompressor, CalibrationStream, CalibrationText, CompressedBlock, LinearReport, MeanError, PhaseSeconds, Plan,
-    Recipe, Report, Summary,
+    BlockCompressor, CalibrationInput, CalibrationStream, CalibrationTokens, CompressedBlock, LinearReport, MeanError,
+    PhaseSeconds, Plan, Recipe, Report, SavedStatistics, StatisticsWriter, Summary,
 };
 
 /// What `recipe` would do, from the headers of the checkpoint alone.
@@ -24,7 +24,32 @@ pub fn plan(recipe: &Recipe) -> Result<Plan> {
     recipe.validate()?;
     let checkpoint = Checkpoint::open(&recipe.source)?;
     let spec = DecoderSpec::of(&checkpoint)?;
-    Plan::new(recipe, &checkpoint, &spec)
+    let plan = Plan::new(recipe, &checkpoint, &spec)?;
+    plan.disk.check(recipe)?;
+    Ok(plan)
+}
+
+/// What the statistics of a job come from.
+pub(crate) enum CalibrationData {
+    /// There are none.
+    None,
+    /// Tokens that the model reads.
+    Tokens(CalibrationTokens),
+    /// A file of statistics.
+    Saved(SavedStatistics),
+}
+
+impl CalibrationData {
+    fn read(recipe: &Recipe, checkpoint: &Checkpoint, spec: &DecoderSpec) -> Result<Self> {
+        let tokenizer = read_tokenizer(checkpoint, spec)?;
+        Ok(match &recipe.calibration {
+            None => CalibrationData::None,
+            Some(calibration) if recipe.uses_statistics() => {
+                CalibrationData::Saved(SavedStatistics::open(&calibration.file, checkpoint, spec)?)
+            }
+            Some(calibration) => CalibrationData::Tokens(CalibrationTokens::read(calibration, &tokenizer, spec)?),
+        })
+    }
 }
 
 /// Compresses a checkpoint into a new folder.
@@ -44,16 +69,12 @@ pub fn compress<B: Backend>(recipe: &Recipe, backend: &B, cancel: &CancelToken, 
     let spec = DecoderSpec::of(&checkpoint)?;
     let plan = Plan::new(recipe, &checkpoint, &spec)?;
     progress.begin("prepare", spec.layers as u64);
-    // The tokenizer is needed no longer than this.
-    let text = {
-        let tokenizer = read_tokenizer(&checkpoint, &spec)?;
-        let text = recipe.calibration.as_ref().map(|calibration| CalibrationText::read(calibration, &tokenizer, &spec));
-        text.transpose()?
-    };
-    let identity = identity(recipe, &checkpoint, text.as_ref().map(CalibrationText::tokens), &backend.identity())?;
+    let calibration = CalibrationData::read(recipe, &checkpoint, &spec)?;
+    let identity = identity(recipe, &checkpoint, &calibration, &backend.identity())?;
+    plan.disk.check(recipe)?;
     let (writer, ledger, units) = begin(recipe, &checkpoint, &identity)?;
     let mut job = Compression { recipe, checkpoint: &checkpoint, spec: &spec, writer, ledger, units, started };
-    match job.run(backend, text.as_ref(), &plan, cancel, progress) {
+    match job.run(backend, calibration, &plan, cancel, progress) {
         Ok(report) => {
             job.ledger.remove()?;
             job.writer.commit()?;
@@ -63,6 +84,7 @@ pub fn compress<B: Backend>(recipe: &Recipe, backend: &B, cancel: &CancelToken, 
             let interrupted = matches!(error.code, ErrorCode::Cancelled | ErrorCode::OutputUnwritable | ErrorCode::Io);
             if !interrupted || job.units.len() < 2 {
                 job.writer.discard();
+                recipe.save_statistics.as_deref().inspect(|path| StatisticsWriter::discard(path));
             }
             Err(error)
         }
@@ -107,7 +129,7 @@ impl Compression<'_> {
     fn run<B: Backend>(
         &mut self,
         backend: &B,
-        text: Option<&CalibrationText>,
+        calibration: CalibrationData,
         plan: &Plan,
         cancel: &CancelToken,
         progress: &Progress,
@@ -124,16 +146,28 @@ impl Compression<'_> {
         let finished_blocks = self.units.len() - 1;
         let folder = self.writer.folder().to_path_buf();
         let on_disk = plan.memory.activations_on_disk.then_some(folder.as_path());
-        let stream = match (text, &self.units[finished_blocks].activations) {
-            (Some(text), _) if finished_blocks == 0 => {
-                Some(CalibrationStream::new(self.checkpoint, spec, text, on_disk)?)
-            }
-            (Some(text), Some(saved)) if finished_blocks < spec.layers => {
-                Some(CalibrationStream::resume(spec, text, on_disk, &folder, saved)?)
+        let tokens = match &calibration {
+            CalibrationData::Tokens(tokens) => tokens.tokens().len() as u64,
+            _ => 0,
+        };
+        let done = finished_blocks == spec.layers;
+        let saver = match &recipe.save_statistics {
+            Some(path) if !done => {
+                Some(StatisticsWriter::create(path, recipe, self.checkpoint, spec, finished_blocks)?)
             }
             _ => None,
         };
-        let mut compressor = BlockCompressor::new(recipe, spec, backend, stream, &plan.memory)?;
+        let input = match (calibration, &self.units[finished_blocks].activations) {
+            (CalibrationData::Saved(saved), _) => CalibrationInput::Saved(saved),
+            (CalibrationData::Tokens(text), _) if finished_blocks == 0 => {
+                CalibrationInput::Stream(CalibrationStream::new(self.checkpoint, spec, &text, on_disk)?)
+            }
+            (CalibrationData::Tokens(text), Some(saved)) if !done => {
+                CalibrationInput::Stream(CalibrationStream::resume(spec, &text, on_disk, &folder, saved)?)
+            }
+            _ => CalibrationInput::None,
+        };
+        let mut compressor = BlockCompressor::new(recipe, spec, backend, input, &plan.memory)?.saving(saver);
         progress.advance(finished_blocks as u64);
         for block in finished_blocks..spec.layers {
             cancel.check()?;
@@ -153,6 +187,7 @@ impl Compression<'_> {
             progress.advance(1);
         }
 
+        compressor.finish_saving()?;
         progress.at("write", "");
         let finishing = Instant::now();
         if !self.writer.has_compensation() {
@@ -164,6 +199,8 @@ impl Compression<'_> {
         let bytes = self.writer.seal(&config)? - self.ledger.bytes();
         phases.write += finishing.elapsed().as_secs_f64();
         let linears: Vec<LinearReport> = self.units.iter().flat_map(|unit| unit.linears.clone()).collect();
+        // Statistics know how many tokens they were taken from.
+        let most_tokens = linears.iter().filter_map(|linear| linear.calibration_tokens).max().unwrap_or(0);
         let stored_bits: u64 = linears.iter().map(|linear| linear.stored_bits).sum();
         let report = Report {
             recipe: recipe.clone(),
@@ -172,7 +209,7 @@ impl Compression<'_> {
                 bytes,
                 source_bytes: plan.source_bytes,
                 quantized_weights: plan.quantized_weights,
-                calibration_tokens: text.map_or(0, |text| text.tokens().len() as u64),
+                calibration_tokens: tokens.max(most_tokens),
                 mean_error: MeanError::over(&linears),
                 seconds: before.0 + self.started.elapsed().as_secs_f64(),
                 phases: before.1.plus(phases).plus(compressor.phases()),

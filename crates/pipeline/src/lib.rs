@@ -5,9 +5,12 @@
 
 mod activation_buffer;
 mod block_compressor;
+mod calibration_source;
+mod calibration_statistics;
 mod calibration_stream;
-mod calibration_text;
+mod calibration_tokens;
 mod compression;
+mod disk_plan;
 mod inspection;
 mod ledger;
 mod memory_plan;
@@ -16,10 +19,13 @@ mod recipe;
 mod report;
 mod scale_folding;
 
-pub use block_compressor::{BlockCompressor, CompressedBlock};
+pub use block_compressor::{BlockCompressor, CalibrationInput, CompressedBlock};
+pub use calibration_source::CalibrationKind;
+pub use calibration_statistics::{SavedStatistics, StatisticsWriter};
 pub use calibration_stream::CalibrationStream;
-pub use calibration_text::CalibrationText;
+pub use calibration_tokens::CalibrationTokens;
 pub use compression::{compress, plan};
+pub use disk_plan::DiskPlan;
 pub use inspection::{Inspection, inspect};
 pub use memory_plan::{MemoryParts, MemoryPlan};
 pub use plan::{Plan, PlannedLinear};

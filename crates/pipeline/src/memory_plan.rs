@@ -204,7 +204,7 @@ impl Shapes<'_> {
         let weights: u64 = spec.linears.iter().map(|linear| self.stored(linear)).sum();
         let elements: u64 = spec.linears.iter().map(|linear| (linear.rows * linear.columns) as u64).sum();
         let folds = recipe.block_method().is_some();
-        let calibrated = recipe.calibration.is_some();
+        let calibrated = recipe.passes().is_some();
         let embedding = spec.vocabulary_size as u64 * spec.hidden_size as u64 * 2;
         let blocks = spec.layers as u64;
         let factor_values: u64 = spec
@@ -246,8 +246,7 @@ impl Shapes<'_> {
     }
 
     fn activations(&self) -> u64 {
-        let calibration = self.recipe.calibration.as_ref();
-        calibration.map_or(0, |c| ActivationBuffer::bytes(c.sequences * c.length, self.spec.hidden_size))
+        self.recipe.passes().map_or(0, |c| ActivationBuffer::bytes(c.sequences * c.length, self.spec.hidden_size))
     }
 
     /// Bytes of a Linear as it is read.
@@ -266,7 +265,7 @@ impl Shapes<'_> {
     }
 
     fn forward(&self) -> u64 {
-        let Some(calibration) = &self.recipe.calibration else { return 0 };
+        let Some(calibration) = self.recipe.passes() else { return 0 };
         let spec = self.spec;
         let rows = CalibrationStream::<CpuBackend>::rows_of_a_pass(calibration.length) as u64;
         let widest = |rows: fn(&LinearSpec) -> usize| spec.linears.iter().map(rows).max().unwrap_or(0) as u64;

@@ -3,7 +3,7 @@ use kintsugi_model::DecoderSpec;
 use kintsugi_runtime::{Error, ErrorCode, Result};
 use serde::Serialize;
 
-use crate::{MemoryPlan, Recipe};
+use crate::{DiskPlan, MemoryPlan, Recipe};
 
 /// What will be done to each Linear, before anything runs.
 #[derive(Clone, Debug, Serialize)]
@@ -25,6 +25,8 @@ pub struct Plan {
     pub source_bytes: u64,
     /// The memory that the job takes, and how it keeps within its budget.
     pub memory: MemoryPlan,
+    /// The disk space that the job takes.
+    pub disk: DiskPlan,
 }
 
 /// One Linear of a [`Plan`].
@@ -80,14 +82,18 @@ impl Plan {
         }
         let stored_bits: u64 = linears.iter().map(|linear| linear.stored_bits).sum();
         let quantized_weights = spec.linear_parameters();
+        let bytes = source_bytes - replaced + stored_bits.div_ceil(8);
+        let factor_values = |linear: &PlannedLinear| (linear.rank * (linear.rows + linear.columns)) as u64;
+        let factor_bytes = linears.iter().map(factor_values).sum::<u64>() * 2;
         Ok(Plan {
             recipe: recipe.clone(),
             architecture: spec.family.architecture.to_owned(),
             quantized_weights,
             bits_per_weight: stored_bits as f64 / quantized_weights as f64,
-            bytes: source_bytes - replaced + stored_bits.div_ceil(8),
+            bytes,
             source_bytes,
             memory: MemoryPlan::new(recipe, checkpoint, spec)?,
+            disk: DiskPlan::new(recipe, checkpoint, spec, bytes, factor_bytes)?,
             linears,
         })
     }

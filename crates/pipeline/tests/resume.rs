@@ -134,12 +134,12 @@ fn another_recipe_or_changed_input_is_named_and_refused_until_it_is_discarded() 
     refused(&Recipe { bits: 4, ..recipe.clone() }, "recipe.bits 3, this one has 4");
     refused(&Recipe { eora: None, ..recipe.clone() }, "recipe.eora");
 
-    let text = recipe.calibration.as_ref().unwrap().text.clone();
+    let text = recipe.calibration.as_ref().unwrap().file.clone();
     let other = recipe.source.join("other.txt");
     fs::write(&other, fs::read_to_string(&text).unwrap().replacen("the", "THE", 50)).unwrap();
     let mut changed = recipe.clone();
-    changed.calibration.as_mut().unwrap().text = other;
-    refused(&changed, "recipe.calibration.text");
+    changed.calibration.as_mut().unwrap().file = other;
+    refused(&changed, "recipe.calibration.file");
 
     let config = recipe.source.join("config.json");
     let before = fs::read(&config).unwrap();

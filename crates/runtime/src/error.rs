@@ -78,6 +78,8 @@ error_codes! {
     MemoryExceeded = "ERR_MEMORY_EXCEEDED",
     /// What an interrupted job left belongs to another recipe, other input or another kind of machine.
     ResumeMismatch = "ERR_RESUME_MISMATCH",
+    /// Saved statistics belong to another model or are of another version.
+    StatisticsMismatch = "ERR_STATISTICS_MISMATCH",
     /// A vector or matrix argument has the wrong length.
     ShapeMismatch = "ERR_SHAPE_MISMATCH",
     /// An argument holds NaN or infinite values.
