@@ -67,6 +67,9 @@ export interface BindingCompressOptions {
   method: string
   rounding: string
   bits: number
+  overrides: Array<BindingLinearOverride>
+  /** Name of a format, or `auto`. */
+  format: string
   /** 0 for the whole row. */
   groupSize: number
   symmetric: boolean
@@ -90,6 +93,18 @@ export interface BindingCompressOptions {
   dryRun: boolean
 }
 
+/** Options of `convert`; `src/convert.ts` fills in the defaults. */
+export interface BindingConvertOptions {
+  source: string
+  out: string
+  format: string
+  allowRequantize: boolean
+  bits?: number
+  /** 0 for the whole row. */
+  groupSize?: number
+  dryRun: boolean
+}
+
 /** Options of `generate`; `src/model.ts` fills in the defaults. */
 export interface BindingGenerateOptions {
   maxTokens: number
@@ -102,6 +117,14 @@ export interface BindingGenerateOptions {
   stop: Array<string>
   adapter?: string
   ignoreEos: boolean
+}
+
+/** Linears whose options differ. */
+export interface BindingLinearOverride {
+  linears: string
+  bits?: number
+  /** 0 for the whole row. */
+  groupSize?: number
 }
 
 /** Options of `loadModel`; `src/model.ts` fills in the defaults. */
@@ -147,6 +170,9 @@ export interface BindingQuantizedLinearOptions {
 
 /** Compresses a checkpoint; the promise gives the report, or the plan of a dry run. */
 export declare function compress(options: BindingCompressOptions, control: BindingControl): Promise<unknown>
+
+/** Converts the quantized Linears of a checkpoint; the promise gives the report. */
+export declare function convert(options: BindingConvertOptions, control: BindingControl): Promise<unknown>
 
 /** What this machine offers, and whether the kernels compute correctly on it. */
 export declare function doctor(): Promise<unknown>

@@ -773,12 +773,13 @@ if (
   }
 }
 
-const { BindingControl, BindingGeneration, BindingModel, BindingQuantizedLinear, compress, doctor, inspect, loadModel } = nativeBinding
+const { BindingControl, BindingGeneration, BindingModel, BindingQuantizedLinear, compress, convert, doctor, inspect, loadModel } = nativeBinding
 export { BindingControl }
 export { BindingGeneration }
 export { BindingModel }
 export { BindingQuantizedLinear }
 export { compress }
+export { convert }
 export { doctor }
 export { inspect }
 export { loadModel }

@@ -8,6 +8,7 @@ import {
   checkOptions,
   groupSize,
   integer,
+  listOf,
   number,
   object,
   oneOf,
@@ -27,9 +28,16 @@ export interface CompressOptions {
   /** AWQ: what rounds the scaled weights, default `rtn`. */
   rounding?: 'rtn' | 'gptq'
   /** Width of a code, default 4. */
-  bits?: 2 | 3 | 4 | 8
+  bits?: 2 | 3 | 4 | 5 | 6 | 8
   /** Inputs that share a scale, or `'whole'` for one scale per output row; default 128. */
   groupSize?: number | 'whole'
+  /** Linears that are quantized otherwise; the first that matches counts. */
+  overrides?: LinearOverride[]
+  /**
+   * How quantized Linears are laid out. `auto`, the default, is what servers read fastest: compressed-tensors, and GPTQ
+   * for 2 and 3 bits where it holds every Linear.
+   */
+  format?: 'auto' | LinearFormat
   /** Grids around zero, without zero points; default false. */
   symmetric?: boolean
   /** Number type of the scales; `auto` (the default) is that of the checkpoint, f16 for f32 checkpoints. */
@@ -66,6 +74,17 @@ export interface CompressOptions {
   dryRun?: boolean
   /** Aborting it cancels the job. */
   signal?: AbortSignal
+}
+
+/** A layout of quantized Linears that is written. */
+export type LinearFormat = 'compressed-tensors/pack-quantized' | 'gptq' | 'gptq_v2' | 'awq'
+
+/** Options of some Linears. */
+export interface LinearOverride {
+  /** Their names; `*` stands for any characters: `*.down_proj`, `model.layers.0.*`. */
+  linears: string
+  bits?: CompressOptions['bits']
+  groupSize?: number | 'whole'
 }
 
 /** Where calibration statistics come from: `text` or `file`. */
@@ -111,6 +130,8 @@ export interface Recipe {
   rounding: string
   bits: number
   groupSize: number | null
+  overrides: { linears: string; bits: number | null; groupSize: number | null }[]
+  format: string
   symmetric: boolean
   clip: boolean
   actOrder: boolean
@@ -136,6 +157,8 @@ export interface RecipeCalibration {
 /** What will be done to each Linear. */
 export interface Plan {
   recipe: Recipe
+  /** Layout of the quantized Linears. */
+  format: LinearFormat
   architecture: string
   linears: PlannedLinear[]
   quantizedWeights: number
@@ -244,8 +267,13 @@ const schema = {
   out: text,
   method: withDefault(text, 'gptq'),
   rounding: withDefault(text, 'rtn'),
-  bits: withDefault(oneOf([2, 3, 4, 8]), 4),
+  bits: withDefault(oneOf([2, 3, 4, 5, 6, 8]), 4),
   groupSize: withDefault(groupSize, 128),
+  overrides: withDefault(
+    listOf(object({ linears: text, bits: optional(oneOf([2, 3, 4, 5, 6, 8])), groupSize: optional(groupSize) })),
+    [],
+  ),
+  format: withDefault(text, 'auto'),
   symmetric: withDefault(boolean, false),
   scaleType: withDefault(oneOf(['auto', 'bf16', 'f16', 'f32']), 'auto'),
   clip: optional(boolean),
@@ -275,8 +303,8 @@ const schema = {
 }
 
 /**
- * Compresses the Linears of a checkpoint, block by block, and writes a Hugging Face folder in compressed-tensors
- * `pack-quantized` form with `report.json`, and with the compensation as PEFT folder `eora/`. Everything is written
+ * Compresses the Linears of a checkpoint, block by block, and writes a Hugging Face folder in the format of
+ * `options.format` with `report.json`, and with the compensation as PEFT folder `eora/`. Everything is written
  * under `OUT.partial` and renamed at the end. A job that is cancelled or killed leaves that folder, and the same call
  * goes on behind the last block that was finished; a job whose input is refused leaves nothing behind.
  */
@@ -289,12 +317,15 @@ export function compress(source: string | Checkpoint, options: CompressOptions):
 export function compress(source: string | Checkpoint, options: CompressOptions): Job<CompressReport | Plan> {
   return new Job(() => {
     const folder = folderOf(source, 'source')
-    const { calibration, clip, eora, groupSize, signal: _, ...given } = checkOptions(options, schema)
+    const { calibration, clip, eora, groupSize, overrides, signal: _, ...given } = checkOptions(options, schema)
     const request = withoutUndefined({
       ...given,
       source: folder,
       clip: clip ?? given.method === 'awq',
-      groupSize: groupSize === 'whole' ? 0 : groupSize,
+      groupSize: groupSizeNumber(groupSize),
+      overrides: overrides.map(({ groupSize, ...rest }) =>
+        withoutUndefined({ ...rest, groupSize: groupSize === undefined ? undefined : groupSizeNumber(groupSize) }),
+      ),
       ...calibrationSource(calibration),
       calibrationField: calibration?.field ?? '',
       calibrationSequences: calibration?.sequences ?? 0,
@@ -325,4 +356,9 @@ function calibrationSource(calibration: { text?: string | undefined; file?: stri
     })
   }
   return { calibrationText: text, calibrationFile: file }
+}
+
+/** What the addon takes for a group size. */
+export function groupSizeNumber(size: number | 'whole'): number {
+  return size === 'whole' ? 0 : size
 }

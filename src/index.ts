@@ -9,6 +9,8 @@ export {
   type CompressSummary,
   type DiskPlan,
   type EoraOptions,
+  type LinearFormat,
+  type LinearOverride,
   type MemoryPlan,
   type Plan,
   type PlannedLinear,
@@ -16,6 +18,7 @@ export {
   type Recipe,
   type RecipeCalibration,
 } from './compress.js'
+export { type ConversionReport, convert, type ConvertedLinear, type ConvertOptions } from './convert.js'
 export { doctor, type DoctorReport, type SelfCheck } from './doctor.js'
 export { ERROR_CODES, type ErrorCode, KintsugiError } from './errors.js'
 export { Generation, type GenerationSummary, type Piece } from './generation.js'

@@ -83,6 +83,14 @@ export const texts: Rule<string[]> = (value, name) => {
   throw invalid(name, 'must be an array of strings', value)
 }
 
+/** A list of what `rule` takes. */
+export function listOf<T>(rule: Rule<T>): Rule<T[]> {
+  return (value, name) => {
+    if (Array.isArray(value)) return value.map((item, index) => rule(item, `${name}[${index}]`))
+    throw invalid(name, 'must be an array', value)
+  }
+}
+
 /** Texts by name. */
 export const textsByName: Rule<Record<string, string>> = (value, name) => {
   if (typeof value === 'object' && value !== null && !Array.isArray(value)) {

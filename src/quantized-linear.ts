@@ -8,7 +8,7 @@ export interface QuantizedLinearOptions {
   outFeatures: number
   inFeatures: number
   /** Width of a code, default 4. */
-  bits?: 2 | 3 | 4 | 8
+  bits?: 2 | 3 | 4 | 5 | 6 | 8
   /** Inputs that share a scale, or `'whole'` for one scale per output; default 128. */
   groupSize?: number | 'whole'
   /** Grids around zero, without zero points; default false. */
@@ -33,7 +33,7 @@ export interface QuantizedLinearInfo {
 const schema = {
   outFeatures: integer({ min: 1, max: 2 ** 24 }),
   inFeatures: integer({ min: 1, max: 2 ** 24 }),
-  bits: withDefault(oneOf([2, 3, 4, 8]), 4),
+  bits: withDefault(oneOf([2, 3, 4, 5, 6, 8]), 4),
   groupSize: withDefault(groupSize, 128),
   symmetric: withDefault(boolean, false),
   precision: withDefault(oneOf(['f32', 'exact']), 'exact'),

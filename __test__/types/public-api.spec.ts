@@ -25,7 +25,7 @@ export async function publicTypes(model: Model, signal: AbortSignal): Promise<vo
   // @ts-expect-error the output is required
   compress('a', {})
   // @ts-expect-error there are no codes of 5 bits
-  compress('a', { out: 'b', bits: 5 })
+  compress('a', { out: 'b', bits: 7 })
   // @ts-expect-error misspelled
   compress('a', { out: 'b', grupSize: 64 })
   compress('a', { out: 'b', groupSize: 'whole', calibration: { text: 'c' }, eora: { rank: 8 } })

@@ -2,7 +2,7 @@ import { readFile } from 'node:fs/promises'
 
 import { type Command, InvalidArgumentError } from 'commander'
 
-import { KintsugiError } from '../index.js'
+import { KintsugiError, type LinearOverride } from '../index.js'
 
 /** Parses the value of an option that is a number. */
 export function numberArgument(value: string): number {
@@ -21,6 +21,20 @@ export function bytesArgument(value: string): number {
   const match = /^(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?$/i.exec(value.trim())
   if (!match) throw new InvalidArgumentError("It is not a number of bytes, such as 6G or '512 MiB'.")
   return Math.floor(Number(match[1]) * 1024 ** ['', 'K', 'M', 'G', 'T'].indexOf(match[2]!.toUpperCase()))
+}
+
+/** Parses `--override PATTERN=BITS[:GROUP]`, which may be given several times. */
+export function overrideArgument(value: string, previous: LinearOverride[] | undefined): LinearOverride[] {
+  const match = /^(?<linears>.+)=(?<bits>\d+)?(?::(?<group>\w+))?$/.exec(value)
+  const { linears, bits, group } = match?.groups ?? {}
+  if (linears === undefined || (bits === undefined && group === undefined)) {
+    throw new InvalidArgumentError("Give LINEARS=BITS, LINEARS=BITS:GROUP or LINEARS=:GROUP, e.g. '*.down_proj=8:64'.")
+  }
+  const override: LinearOverride = { linears }
+  // The library names what is wrong with the numbers.
+  if (bits !== undefined) override.bits = Number(bits) as NonNullable<LinearOverride['bits']>
+  if (group !== undefined) override.groupSize = groupSizeArgument(group)
+  return [...(previous ?? []), override]
 }
 
 /** Parses an option that may be given several times. */

@@ -1,7 +1,14 @@
 import type { Command } from 'commander'
 
-import { compress, type CompressOptions, type CompressReport, type Plan } from '../index.js'
-import { bytesArgument, groupSizeArgument, type ModelArguments, numberArgument, withModelOptions } from './arguments.js'
+import { compress, type CompressOptions, type CompressReport, type LinearOverride, type Plan } from '../index.js'
+import {
+  bytesArgument,
+  groupSizeArgument,
+  type ModelArguments,
+  numberArgument,
+  overrideArgument,
+  withModelOptions,
+} from './arguments.js'
 import { formatBytes, formatCount, formatSeconds, formatShare } from './format.js'
 import { runCommand } from './run-command.js'
 import { formatPairs, formatTable } from './table.js'
@@ -12,6 +19,8 @@ interface CompressArguments extends ModelArguments {
   rounding: NonNullable<CompressOptions['rounding']>
   bits: NonNullable<CompressOptions['bits']>
   groupSize: number | 'whole'
+  override?: LinearOverride[]
+  format: NonNullable<CompressOptions['format']>
   symmetric: boolean
   clip?: boolean
   scaleType: NonNullable<CompressOptions['scaleType']>
@@ -44,8 +53,14 @@ export function registerCompress(program: Command): void {
     .requiredOption('-o, --out <folder>', 'folder to write; must not exist, or be empty')
     .option('--method <name>', 'gptq, awq or rtn', 'gptq')
     .option('--rounding <name>', 'AWQ: what rounds the scaled weights, rtn or gptq', 'rtn')
-    .option('--bits <n>', '2, 3, 4 or 8', numberArgument, 4)
+    .option('--bits <n>', '2, 3, 4, 5, 6 or 8', numberArgument, 4)
     .option('--group-size <n>', "inputs that share a scale, or 'whole'", groupSizeArgument, 128)
+    .option(
+      '--override <linears=bits[:group]>',
+      "other bits or groups for some Linears, e.g. '*.down_proj=8:64'; may be repeated",
+      overrideArgument,
+    )
+    .option('--format <name>', 'auto, compressed-tensors/pack-quantized, gptq, gptq_v2 or awq', 'auto')
     .option('--symmetric', 'grids around zero, without zero points', false)
     .option('--scale-type <name>', 'auto, bf16, f16 or f32', 'auto')
     .option('--clip', 'shrink the range of a group where that lowers its error; AWQ does')
@@ -71,11 +86,12 @@ export function registerCompress(program: Command): void {
     .option('--json', 'print one JSON document')
   withModelOptions(command).action((checkpoint: string, given: CompressArguments) =>
     runCommand(given.json, async ({ signal, follow }) => {
-      const { json: _, calibration: file, eoraRank, dryRun, saveCalibration, ...others } = given
+      const { json: _, calibration: file, eoraRank, dryRun, saveCalibration, override, ...others } = given
       const { field, sequences, length, seed, subset, activations, ...rest } = others
       const calibration = { file, field, sequences, length, subset, activations, ...(seed !== undefined && { seed }) }
       const options: CompressOptions = {
         ...rest,
+        ...(override !== undefined && { overrides: override }),
         ...(file !== undefined && { calibration: { ...calibration, file } }),
         ...(saveCalibration !== undefined && { saveStatistics: saveCalibration }),
         ...(eoraRank !== undefined && { eora: { rank: eoraRank } }),
@@ -104,6 +120,7 @@ function describePlan(plan: Plan): string {
   const pairs = formatPairs(
     [
       ['architecture', plan.architecture],
+      ['format', plan.format],
       ['weights to quantize', formatCount(plan.quantizedWeights)],
       ['bits per weight', plan.bitsPerWeight.toFixed(2)],
       ['size', `${formatBytes(plan.sourceBytes)} → ${formatBytes(plan.bytes)}`],

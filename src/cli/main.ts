@@ -4,6 +4,7 @@ import { readFileSync } from 'node:fs'
 import { Command } from 'commander'
 
 import { registerCompress } from './compress.js'
+import { registerConvert } from './convert.js'
 import { registerDoctor } from './doctor.js'
 import { registerEval } from './eval.js'
 import { registerGenerate } from './generate.js'
@@ -23,6 +24,7 @@ const program = new Command('kintsugi')
 
 registerInspect(program)
 registerCompress(program)
+registerConvert(program)
 registerEval(program)
 registerGenerate(program)
 registerDoctor(program)

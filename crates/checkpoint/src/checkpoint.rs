@@ -99,6 +99,15 @@ impl Checkpoint {
         packed_markers().chain([DENSE]).any(|suffix| self.tensor(&format!("{name}.{suffix}")).is_some())
     }
 
+    /// The names of the Linears that are quantized to codes, in order.
+    pub fn quantized_linears(&self) -> Vec<String> {
+        let Some(config) = self.quantization() else { return Vec::new() };
+        let marker = format!(".{}", config.format.marker());
+        let names = self.tensors().filter_map(|tensor| tensor.name.strip_suffix(&marker));
+        let is_quantized = |name: &&str| matches!(self.0.storage.of(name, &self.0.tensors), Ok(StoredAs::Quantized(_)));
+        names.filter(is_quantized).map(str::to_owned).collect()
+    }
+
     /// The tensors that the Linear `name` consists of, without its bias.
     pub fn parts_of(&self, name: &str) -> impl Iterator<Item = &TensorInfo> {
         self.0.tensors.below(format!("{name}.")).filter(|tensor| !tensor.name.ends_with(".bias"))
@@ -131,7 +140,9 @@ impl Checkpoint {
     pub fn linear(&self, name: &str) -> Result<LinearWeight> {
         let tensors = LinearTensors::new(name, &self.0.tensors);
         let matrix = match self.0.storage.of(name, &self.0.tensors)? {
-            StoredAs::Quantized(config) => WeightMatrix::Quantized(config.format.decode(config, &tensors)?),
+            StoredAs::Quantized(config) => {
+                WeightMatrix::Quantized(config.format.decode(&config.of_linear(name), &tensors)?)
+            }
             StoredAs::Float8(scaling) => WeightMatrix::Dense(scaling.decode(&tensors)?),
             StoredAs::Dense => WeightMatrix::Dense(self.dense(&format!("{name}.{DENSE}"))?),
         };
@@ -152,7 +163,7 @@ impl Checkpoint {
     /// As [`Checkpoint::linear`].
     pub fn linear_shape(&self, name: &str) -> Result<(usize, usize)> {
         if let StoredAs::Quantized(config) = self.0.storage.of(name, &self.0.tensors)? {
-            return config.format.shape(config, &LinearTensors::new(name, &self.0.tensors));
+            return config.format.shape(&config.of_linear(name), &LinearTensors::new(name, &self.0.tensors));
         }
         let weight = format!("{name}.{DENSE}");
         let (_, stored) = self.0.tensors.require(&weight)?;

@@ -11,13 +11,12 @@ use serde_json::{Map, Value};
 
 use crate::float8_scaling::Float8Scaling;
 use crate::positional_file::PositionalFile;
-use crate::quantization_config::Scheme;
 use crate::safetensors_writer::{
     SafetensorsWriter, TensorHeader, file_order, float_bytes, float_dtype, unwritable, write_synced,
 };
 use crate::shard_index::ShardIndex;
 use crate::tensor_set::TensorSet;
-use crate::{Checkpoint, LinearFormat, MatrixForm, PackQuantized, QuantizationConfig, write_adapter};
+use crate::{Checkpoint, LinearFormat, MatrixForm, PackQuantized, QuantizationConfig, Scheme, write_adapter};
 
 /// Files beside the weights that other programs need to use the model, taken over as they are.
 const COMPANIONS: &[&str] = &[
@@ -57,8 +56,8 @@ pub struct CheckpointWriter {
     format: &'static dyn LinearFormat,
     tensors: BTreeMap<String, StagedTensor>,
     parts: Vec<PathBuf>,
-    /// Of the matrices written so far, each once.
-    schemes: Vec<Scheme>,
+    /// The matrices written so far, each with the index of its part.
+    linears: BTreeMap<String, (Scheme, usize)>,
     shard_bytes: u64,
 }
 
@@ -67,7 +66,7 @@ pub struct CheckpointWriter {
 pub struct UnitRecord {
     bytes: u64,
     tensors: Vec<RecordedTensor>,
-    schemes: Vec<Scheme>,
+    linears: BTreeMap<String, Scheme>,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -123,10 +122,8 @@ impl CheckpointWriter {
                 let staged = StagedTensor { header: header.clone(), part, offset: *offset };
                 writer.tensors.insert(header.name.clone(), staged);
             }
-            for scheme in &unit.schemes {
-                if !writer.schemes.contains(scheme) {
-                    writer.schemes.push(*scheme);
-                }
+            for (name, scheme) in &unit.linears {
+                writer.linears.insert(name.clone(), (*scheme, part));
             }
             writer.parts.push(path);
         }
@@ -149,7 +146,7 @@ impl CheckpointWriter {
             format: &PackQuantized,
             tensors: BTreeMap::new(),
             parts: Vec::new(),
-            schemes: Vec::new(),
+            linears: BTreeMap::new(),
             shard_bytes: SHARD_BYTES,
         }
     }
@@ -179,6 +176,12 @@ impl CheckpointWriter {
         self.staged.discard();
     }
 
+    /// The configuration that describes the matrices written so far; `None` when there are none.
+    pub fn quantization(&self, ignore: Vec<String>) -> Option<QuantizationConfig> {
+        let linears = self.linears.iter().map(|(name, (scheme, _))| (name.clone(), *scheme)).collect();
+        QuantizationConfig::describing(self.format, &linears, ignore)
+    }
+
     /// The folder that will become the target, for files that the caller adds.
     pub fn folder(&self) -> &Path {
         self.staged.path()
@@ -205,10 +208,7 @@ impl CheckpointWriter {
             total += bytes;
             Ok(())
         })?;
-        let scheme = Scheme::of(matrix);
-        if !self.schemes.contains(&scheme) {
-            self.schemes.push(scheme);
-        }
+        self.linears.insert(name.to_owned(), (Scheme::of(matrix), self.parts.len() - 1));
         Ok(total)
     }
 
@@ -260,6 +260,23 @@ impl CheckpointWriter {
         Ok(bytes.len() as u64)
     }
 
+    /// Writes a float tensor that the source does not have in this form; values are rounded to `element`. Gives its
+    /// bytes.
+    ///
+    /// # Errors
+    /// `ERR_SHAPE_MISMATCH` for another number of values, `ERR_OUTPUT_UNWRITABLE`; `ERR_INTERNAL` when the tensor was
+    /// written before.
+    pub fn write_dense(&mut self, tensor: &str, shape: &[usize], values: &[f32], element: ElementType) -> Result<u64> {
+        if shape.iter().product::<usize>() != values.len() {
+            let message = format!("{} values for a tensor of shape {shape:?}", values.len());
+            return Err(Error::new(ErrorCode::ShapeMismatch, message).subject(tensor));
+        }
+        let bytes = float_bytes(values, element);
+        self.begin_tensor(tensor, float_dtype(element), shape.to_vec(), bytes.len() as u64)?;
+        self.append(&bytes)?;
+        Ok(bytes.len() as u64)
+    }
+
     /// Closes the part file of a unit: what was written until now is on the disk. Gives what it holds, `None` when
     /// nothing was written.
     ///
@@ -271,11 +288,13 @@ impl CheckpointWriter {
         let path = &self.parts[index];
         let close = |output: BufWriter<File>| output.into_inner()?.sync_all();
         close(part.output).map_err(|error| unwritable(path, &error))?;
+        let linears = self.linears.iter().filter(|(_, (_, part))| *part == index);
+        let of_unit_linears = linears.map(|(name, (scheme, _))| (name.clone(), *scheme)).collect();
         let of_unit = self.tensors.values().filter(|tensor| tensor.part == index);
         Ok(Some(UnitRecord {
             bytes: part.bytes,
             tensors: of_unit.map(|t| RecordedTensor { header: t.header.clone(), offset: t.offset }).collect(),
-            schemes: self.schemes.clone(),
+            linears: of_unit_linears,
         }))
     }
 
@@ -317,7 +336,7 @@ impl CheckpointWriter {
         for field in Checkpoint::QUANTIZATION_FIELDS {
             config.shift_remove(field);
         }
-        if !self.schemes.is_empty() {
+        if !self.linears.is_empty() {
             config.insert(Checkpoint::QUANTIZATION_FIELDS[0].into(), quantization.to_json()?);
         }
         write_json(&self.folder().join("config.json"), config)?;
@@ -360,22 +379,25 @@ impl CheckpointWriter {
 
     fn check_schemes(&self, quantization: &QuantizationConfig) -> Result<()> {
         let (written, said) = (self.format, quantization.format);
-        if written != said && !self.schemes.is_empty() {
+        if written != said && !self.linears.is_empty() {
             let message =
                 format!("matrices were written as {}, the configuration says {}", written.name(), said.name());
             return Err(Error::new(ErrorCode::QuantizationUnsupported, message)
                 .subject("quantization_config")
                 .hint("Give the writer and the configuration the same format"));
         }
-        let stated = quantization.scheme();
-        match self.schemes.iter().find(|scheme| !scheme.fits(stated)) {
+        let wrong = self.linears.iter().find(|(name, (scheme, _))| !scheme.fits(quantization.scheme_of(name)));
+        match wrong {
             None => Ok(()),
-            Some(scheme) => Err(Error::new(
-                ErrorCode::QuantizationUnsupported,
-                format!("a matrix was written with {scheme}, the configuration says {stated}"),
-            )
-            .subject("quantization_config")
-            .hint("Quantize every Linear of a checkpoint with the same options")),
+            Some((name, (scheme, _))) => {
+                let stated = quantization.scheme_of(name);
+                Err(Error::new(
+                    ErrorCode::QuantizationUnsupported,
+                    format!("a matrix was written with {scheme}, the configuration says {stated}"),
+                )
+                .subject(name)
+                .hint("Name the Linear in the exceptions of the configuration"))
+            }
         }
     }
 

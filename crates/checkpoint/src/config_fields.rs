@@ -80,7 +80,7 @@ pub(crate) fn unsupported(field: &str, value: &str) -> Error {
     Error::new(ErrorCode::QuantizationUnsupported, format!("the checkpoint is quantized with {field} {value}"))
         .subject(field)
         .hint(format!(
-            "Supported are {} with integer weights of 2, 3, 4 or 8 bits; start from the unquantized checkpoint",
+            "Supported are {} with integer weights of 2, 3, 4, 5, 6 or 8 bits; start from the unquantized checkpoint",
             formats.join(", ")
         ))
 }

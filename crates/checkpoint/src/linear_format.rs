@@ -1,7 +1,7 @@
 use std::fmt::Debug;
 
 use kintsugi_runtime::{Error, ErrorCode, Result, nearest};
-use kintsugi_weights::{ElementType, GroupSize, QuantizedMatrix};
+use kintsugi_weights::{ElementType, GroupAxis, GroupSize, QuantizedMatrix};
 use safetensors::Dtype;
 use serde_json::{Map, Value};
 
@@ -114,6 +114,27 @@ pub struct EncodedTensor<'a> {
     pub bytes: &'a [u8],
 }
 
+/// What the codes of a matrix are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CodeGrid {
+    /// Integers around a zero point.
+    Integers,
+    /// Integers and an offset per group.
+    Offsets,
+    /// The values of a table.
+    Table,
+}
+
+impl CodeGrid {
+    fn of(matrix: &QuantizedMatrix) -> Self {
+        match (matrix.offsets(), matrix.code_table()) {
+            (Some(_), _) => CodeGrid::Offsets,
+            (None, Some(_)) => CodeGrid::Table,
+            (None, None) => CodeGrid::Integers,
+        }
+    }
+}
+
 /// What decides whether a format can hold a matrix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MatrixForm {
@@ -129,6 +150,10 @@ pub struct MatrixForm {
     pub smallest_zero_point: Option<u8>,
     /// Whether columns have groups of their own.
     pub group_index: bool,
+    /// Which way groups lie.
+    pub group_axis: GroupAxis,
+    /// What codes are.
+    pub grid: CodeGrid,
     /// The type that scales are stored in.
     pub scale_type: ElementType,
 }
@@ -143,7 +168,22 @@ impl MatrixForm {
             group_size: matrix.group_size(),
             smallest_zero_point: matrix.zero_points().and_then(|zero_points| zero_points.iter().min().copied()),
             group_index: matrix.group_index().is_some(),
+            group_axis: matrix.group_axis(),
+            grid: CodeGrid::of(matrix),
             scale_type: matrix.scale_type(),
+        }
+    }
+
+    /// Refuses what no layout of integer codes with groups along the inputs holds.
+    ///
+    /// # Errors
+    /// What stands against it, as a clause.
+    pub(crate) fn check_integers(&self) -> Result<(), String> {
+        match (self.grid, self.group_axis) {
+            (CodeGrid::Integers, GroupAxis::Input) => Ok(()),
+            (CodeGrid::Integers, GroupAxis::Output) => Err("its groups lie along the outputs".into()),
+            (CodeGrid::Offsets, _) => Err("its groups have offsets in place of zero points".into()),
+            (CodeGrid::Table, _) => Err("its codes stand for the values of a table".into()),
         }
     }
 

@@ -128,7 +128,15 @@ fn settle(quantization: &mut QuantizationConfig, tensors: &TensorSet) -> Result<
         Some(tensor.name.strip_suffix(format.marker())?.strip_suffix('.')?.to_owned())
     };
     match tensors.iter().find_map(name_of) {
-        Some(name) => format.settle(quantization, &LinearTensors::new(&name, tensors)),
+        Some(name) => {
+            let mut seen = quantization.of_linear(&name);
+            let notice = format.settle(&mut seen, &LinearTensors::new(&name, tensors))?;
+            quantization.format = seen.format;
+            if quantization.exceptions.is_empty() {
+                quantization.symmetric = seen.symmetric;
+            }
+            Ok(notice)
+        }
         None => Ok(None),
     }
 }

@@ -1,12 +1,11 @@
-use std::fmt;
+use std::collections::BTreeMap;
 
 use kintsugi_runtime::Result;
-use kintsugi_weights::{GroupSize, INTEGER_BITS, QuantizedMatrix};
-use serde::{Deserialize, Serialize};
+use kintsugi_weights::GroupSize;
 use serde_json::{Map, Value};
 
 use crate::config_fields::{invalid, object, string_or, unsupported};
-use crate::{FORMATS, LinearFormat};
+use crate::{FORMATS, LinearFormat, LinearTarget, Scheme, SchemeException};
 
 /// The field that names the method, in every configuration.
 const METHOD: &str = "quant_method";
@@ -14,12 +13,12 @@ const METHOD: &str = "quant_method";
 /// How the Linears of a checkpoint are quantized and laid out: the `quantization_config` of its `config.json`, weights
 /// only.
 ///
-/// One scheme for every quantized Linear; which Linears are quantized is told by their tensors.
+/// Which Linears are quantized is told by their tensors.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct QuantizationConfig {
     /// The layout of the tensors.
     pub format: &'static dyn LinearFormat,
-    /// Width of a code: 2, 3, 4 or 8.
+    /// Width of a code: 2, 3, 4, 5, 6 or 8.
     pub bits: u8,
     /// Columns that share a scale.
     pub group_size: GroupSize,
@@ -27,16 +26,62 @@ pub struct QuantizationConfig {
     pub symmetric: bool,
     /// Whether Linears may carry the group of each column.
     pub group_index: bool,
+    /// Linears that are quantized otherwise; the first that matches counts.
+    pub exceptions: Vec<SchemeException>,
     /// Linears that stay as they are. Other readers quantize every Linear that is not listed, so that `lm_head` must
     /// be here unless it is quantized; entries may begin with `re:`.
     pub ignore: Vec<String>,
 }
 
 impl QuantizationConfig {
-    /// How matrices are stored under this configuration.
-    pub(crate) fn scheme(&self) -> Scheme {
+    /// A configuration of Linears that are all stored in the same way.
+    pub fn uniform(format: &'static dyn LinearFormat, scheme: Scheme, ignore: Vec<String>) -> Self {
+        let Scheme { bits, group_size, symmetric, group_index } = scheme;
+        QuantizationConfig { format, bits, group_size, symmetric, group_index, exceptions: Vec::new(), ignore }
+    }
+
+    /// The configuration that describes `linears`: the scheme of most of them, and the others as exceptions by name.
+    /// `None` when there are none.
+    pub fn describing(
+        format: &'static dyn LinearFormat,
+        linears: &BTreeMap<String, Scheme>,
+        ignore: Vec<String>,
+    ) -> Option<Self> {
+        let group_index = linears.values().any(|scheme| scheme.group_index);
+        let stated = |scheme: &Scheme| Scheme { group_index, ..*scheme };
+        let mut counts: Vec<(Scheme, usize)> = Vec::new();
+        for scheme in linears.values().map(stated) {
+            match counts.iter_mut().find(|(counted, _)| *counted == scheme) {
+                Some((_, count)) => *count += 1,
+                None => counts.push((scheme, 1)),
+            }
+        }
+        // The first of the most frequent ones.
+        let most = counts.iter().map(|&(_, count)| count).max()?;
+        let &(usual, _) = counts.iter().find(|&&(_, count)| count == most)?;
+        let exceptions = linears
+            .iter()
+            .filter(|(_, scheme)| stated(scheme) != usual)
+            .map(|(name, scheme)| SchemeException { linears: LinearTarget::name(name), scheme: stated(scheme) })
+            .collect();
+        Some(QuantizationConfig { exceptions, ..Self::uniform(format, usual, ignore) })
+    }
+
+    /// How matrices are stored under this configuration, exceptions apart.
+    pub fn scheme(&self) -> Scheme {
         let &QuantizationConfig { bits, group_size, symmetric, group_index, .. } = self;
         Scheme { bits, group_size, symmetric, group_index }
+    }
+
+    /// How the Linear `name` is stored, if it is quantized.
+    pub fn scheme_of(&self, name: &str) -> Scheme {
+        let exception = self.exceptions.iter().find(|exception| exception.linears.matches(name));
+        exception.map_or(self.scheme(), |exception| exception.scheme)
+    }
+
+    /// This configuration as the Linear `name` alone sees it.
+    pub(crate) fn of_linear(&self, name: &str) -> Self {
+        Self::uniform(self.format, self.scheme_of(name), Vec::new())
     }
 
     /// Understands the value of `quantization_config`.
@@ -80,73 +125,5 @@ impl QuantizationConfig {
     /// `ERR_QUANTIZATION_UNSUPPORTED` for what the format cannot say.
     pub fn to_json(&self) -> Result<Value> {
         self.format.write_config(self)
-    }
-}
-
-/// How the weights of a configuration, or of one matrix, are stored.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Scheme {
-    pub(crate) bits: u8,
-    pub(crate) group_size: GroupSize,
-    pub(crate) symmetric: bool,
-    pub(crate) group_index: bool,
-}
-
-impl Scheme {
-    /// How `matrix` is stored.
-    pub(crate) fn of(matrix: &QuantizedMatrix) -> Self {
-        Scheme {
-            bits: matrix.bits(),
-            group_size: matrix.group_size(),
-            symmetric: matrix.zero_points().is_none(),
-            group_index: matrix.group_index().is_some(),
-        }
-    }
-
-    /// Whether a matrix stored like this can be read where `config` speaks of `stated`: a Linear whose columns are in
-    /// order needs no index where others have one.
-    pub(crate) fn fits(self, stated: Scheme) -> bool {
-        self == stated || (stated.group_index && Scheme { group_index: true, ..self } == stated)
-    }
-
-    /// `bits` and `group_size` as configurations write them: −1 is one group per row.
-    ///
-    /// # Errors
-    /// `ERR_QUANTIZATION_UNSUPPORTED` for other widths, `ERR_CONFIG_INVALID` for sizes that are no size.
-    pub(crate) fn grid(bits: i64, size: i64) -> Result<(u8, GroupSize)> {
-        let group_size = match usize::try_from(size) {
-            Ok(size) if size > 0 => GroupSize::Columns(size),
-            _ if size == -1 => GroupSize::WholeRow,
-            _ => return Err(invalid("group_size", "a positive number")),
-        };
-        Ok((Self::width(bits, "bits")?, group_size))
-    }
-
-    /// A code width that is known.
-    ///
-    /// # Errors
-    /// `ERR_QUANTIZATION_UNSUPPORTED`.
-    pub(crate) fn width(bits: i64, field: &str) -> Result<u8> {
-        let known = u8::try_from(bits).ok().filter(|bits| INTEGER_BITS.contains(bits));
-        known.ok_or_else(|| unsupported(field, &bits.to_string()))
-    }
-}
-
-impl fmt::Display for Scheme {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let grid = if self.symmetric { "symmetric" } else { "asymmetric" };
-        match self.group_size {
-            GroupSize::Columns(size) => write!(f, "{} bits, {grid}, groups of {size}", self.bits)?,
-            GroupSize::WholeRow => write!(f, "{} bits, {grid}, one group per row", self.bits)?,
-        }
-        f.write_str(if self.group_index { ", with group index" } else { "" })
-    }
-}
-
-/// The `group_size` that configurations write: −1 for one group per row.
-pub(crate) fn group_size_number(group_size: GroupSize) -> i64 {
-    match group_size {
-        GroupSize::Columns(size) => i64::try_from(size).unwrap_or(i64::MAX),
-        GroupSize::WholeRow => -1,
     }
 }

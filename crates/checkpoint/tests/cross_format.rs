@@ -45,6 +45,7 @@ fn parts(
         // Never in the order of the groups, which is no index.
         group_index: group_index
             .then(|| (0..columns as u32).map(|column| (next() + u32::from(column == 0)) % groups as u32).collect()),
+        ..QuantizedParts::default()
     }
 }
 

@@ -67,6 +67,7 @@ fn counting(bits: u8, zero_points: Option<Vec<u8>>, group_index: Option<Vec<u32>
         scale_type: ElementType::F16,
         zero_points,
         group_index,
+        ..QuantizedParts::default()
     })
     .unwrap()
 }
@@ -252,7 +253,7 @@ fn awq_matrix(zero_points: Option<Vec<u8>>) -> QuantizedMatrix {
         scales: vec![0.25, 0.5, 1.0, 2.0, 0.25, 0.5, 1.0, 2.0],
         scale_type: ElementType::F16,
         zero_points,
-        group_index: None,
+        ..QuantizedParts::default()
     })
     .unwrap()
 }

@@ -20,7 +20,7 @@ fn matrix() -> QuantizedMatrix {
         scales: vec![0.5, 2.0, 1.0, 4.0],
         scale_type: ElementType::Bf16,
         zero_points: Some(vec![8, 1, 7, 15]),
-        group_index: None,
+        ..QuantizedParts::default()
     })
     .unwrap()
 }

@@ -41,6 +41,7 @@ fn quantized(rows: usize, columns: usize, config: &QuantizationConfig, scale_typ
         scale_type,
         zero_points: (!config.symmetric).then(|| (0..rows * groups).map(|_| (next() % limit) as u8).collect()),
         group_index: config.group_index.then(|| (0..columns).map(|_| next() % groups as u32).collect()),
+        ..QuantizedParts::default()
     })
     .unwrap()
 }

@@ -145,7 +145,7 @@ mod tests {
         let pool = ThreadPool::with_threads(2);
         let columns = 148;
         let channel_of: Vec<usize> = (0..columns).collect();
-        for bits in [2, 3, 4, 8] {
+        for bits in [2, 3, 4, 5, 6, 8] {
             let readers: Vec<DenseMatrix> = [(1, 30), (2, 17)]
                 .map(|(seed, rows)| DenseMatrix::from_f32(rows, columns, matrices::weights(seed, rows, columns)))
                 .into();

@@ -220,7 +220,7 @@ mod tests {
     #[test]
     fn a_group_of_zeros_stays_zero() {
         for symmetric in [false, true] {
-            for bits in [2, 3, 4, 8] {
+            for bits in [2, 3, 4, 5, 6, 8] {
                 let grid = rule(bits, symmetric, ElementType::Bf16).fit(&[0.0; 3], None);
                 assert_eq!(grid.value(grid.code(0.0)), 0.0);
                 assert!(grid.scale > 0.0 && grid.scale <= 1.0);
@@ -231,7 +231,7 @@ mod tests {
     #[test]
     fn scales_are_storable_positive_and_finite_for_any_magnitude() {
         for scale_type in ElementType::ALL {
-            for bits in [2, 3, 4, 8] {
+            for bits in [2, 3, 4, 5, 6, 8] {
                 for symmetric in [false, true] {
                     for size in [1e-45f32, 1e-39, 1e-9, 1.0, 1e6, 1e37, f32::MAX] {
                         for weights in [[-size, size], [0.0, size], [-size, 0.0]] {

@@ -90,6 +90,7 @@ pub(crate) fn assemble(
         scale_type: options.scale_type,
         zero_points: (!options.symmetric).then(|| grids.iter().map(|grid| grid.zero).collect()),
         group_index,
+        ..QuantizedParts::default()
     })
 }
 

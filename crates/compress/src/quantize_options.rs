@@ -1,11 +1,11 @@
 use kintsugi_runtime::{Error, ErrorCode, Result};
-use kintsugi_weights::{ElementType, GroupSize, INTEGER_BITS};
+use kintsugi_weights::{CODE_BITS, ElementType, GroupSize};
 use serde::{Deserialize, Serialize};
 
 /// What to quantize to, and how. Methods ignore what does not concern them.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct QuantizeOptions {
-    /// Width of a code: 2, 3, 4 or 8.
+    /// Width of a code: 2, 3, 4, 5, 6 or 8.
     pub bits: u8,
     /// Columns that share a scale and a zero point.
     pub group_size: GroupSize,
@@ -60,8 +60,12 @@ impl QuantizeOptions {
         let invalid = |option: &str, message: String, hint: &str| {
             Err(Error::new(ErrorCode::OptionInvalid, message).subject(option).hint(hint))
         };
-        if !INTEGER_BITS.contains(&self.bits) {
-            return invalid("bits", format!("codes have 2, 3, 4 or 8 bits, not {}", self.bits), "Use 4 when in doubt");
+        if !CODE_BITS.contains(&self.bits) {
+            return invalid(
+                "bits",
+                format!("codes have 2, 3, 4, 5, 6 or 8 bits, not {}", self.bits),
+                "Use 4 when in doubt",
+            );
         }
         if self.group_size == GroupSize::Columns(0) {
             return invalid("groupSize", "a group has at least one column".into(), "Use 128, or the whole row");
@@ -82,7 +86,7 @@ mod tests {
     fn values_out_of_range_are_named() {
         assert_eq!(QuantizeOptions::default().validate(), Ok(()));
         let cases = [
-            ("bits", QuantizeOptions { bits: 5, ..Default::default() }),
+            ("bits", QuantizeOptions { bits: 7, ..Default::default() }),
             ("groupSize", QuantizeOptions { group_size: GroupSize::Columns(0), ..Default::default() }),
             ("damping", QuantizeOptions { damping: -0.1, ..Default::default() }),
             ("damping", QuantizeOptions { damping: f64::NAN, ..Default::default() }),

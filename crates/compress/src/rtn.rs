@@ -76,7 +76,7 @@ pub fn rtn(
 #[cfg(test)]
 mod tests {
     use kintsugi_runtime::ErrorCode;
-    use kintsugi_weights::{ElementType, GroupSize, INTEGER_BITS};
+    use kintsugi_weights::{CODE_BITS, ElementType, GroupSize};
 
     use super::*;
 
@@ -89,7 +89,7 @@ mod tests {
     fn every_weight_is_within_half_a_step_at_every_width_group_and_raggedness() {
         let pool = ThreadPool::with_threads(2);
         let sizes = [32, 64, 128, 7].map(GroupSize::Columns);
-        for bits in INTEGER_BITS {
+        for bits in CODE_BITS {
             for group_size in sizes.into_iter().chain([GroupSize::WholeRow]) {
                 for (rows, columns) in [(1, 1), (3, 64), (5, 200), (1, 129), (70, 1)] {
                     for symmetric in [false, true] {

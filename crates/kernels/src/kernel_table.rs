@@ -82,6 +82,7 @@ macro_rules! kernel_table {
                 (Arithmetic::Bf16, _) => $bf16(encoding, rows, panels),
                 (Arithmetic::F32, PanelEncoding::Bits2) => f32_products::<F32Products<$level, codec::Bits2>>(rows, panels),
                 (Arithmetic::F32, PanelEncoding::Bits4) => f32_products::<F32Products<$level, codec::Bits4>>(rows, panels),
+                (Arithmetic::F32, PanelEncoding::Table4) => f32_products::<F32Products<$level, codec::Table4>>(rows, panels),
                 (Arithmetic::F32, PanelEncoding::Bits8) => f32_products::<F32Products<$level, codec::Bits8>>(rows, panels),
                 (Arithmetic::F32, PanelEncoding::F32) => f32_products::<F32Products<$level, codec::F32>>(rows, panels),
                 (Arithmetic::F32, PanelEncoding::F16) => f32_products::<F32Products<$level, codec::F16>>(rows, panels),
@@ -100,6 +101,7 @@ macro_rules! kernel_table {
             match encoding {
                 PanelEncoding::Bits2 => product::<codec::Bits2>,
                 PanelEncoding::Bits4 => product::<codec::Bits4>,
+                PanelEncoding::Table4 => product::<codec::Table4>,
                 PanelEncoding::Bits8 => product::<codec::Bits8>,
                 PanelEncoding::F32 => product::<codec::F32>,
                 PanelEncoding::F16 => product::<codec::F16>,

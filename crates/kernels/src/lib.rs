@@ -14,6 +14,7 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod codec;
+mod grid_parameters;
 mod kernel_table;
 mod kernels;
 mod kv_pages;

@@ -1,10 +1,12 @@
 use half::{bf16, f16};
 use kintsugi_runtime::{Error, ErrorCode, Result, ThreadPool};
-use kintsugi_weights::{DenseMatrix, DenseValues, ElementType, LinearWeight, LowRank, QuantizedMatrix, WeightMatrix};
+use kintsugi_weights::{
+    CodeTable, DenseMatrix, DenseValues, ElementType, GroupAxis, LinearWeight, LowRank, QuantizedMatrix, WeightMatrix,
+};
 
 use crate::Precision;
-use crate::accumulate::GridParameters;
 use crate::aligned_bytes::AlignedBytes;
+use crate::grid_parameters::{GridOrigin, GridParameters};
 use crate::packed_matrix::{ColumnLayout, Compensation, PackedMatrix, PanelEncoding, Section};
 use crate::vector::LANES;
 
@@ -67,6 +69,15 @@ fn pack_panels(
     if rows == 0 || columns == 0 || u32::try_from(columns).is_err() {
         return Err(mismatch(format!("a {rows}×{columns} matrix cannot be multiplied with")));
     }
+    let widened;
+    let matrix = match matrix {
+        // Groups along the outputs have no panel of their own yet.
+        WeightMatrix::Quantized(quantized) if quantized.group_axis() == GroupAxis::Output => {
+            widened = WeightMatrix::Dense(DenseMatrix::from_f32(rows, columns, quantized.to_f32()));
+            &widened
+        }
+        matrix => matrix,
+    };
     let main = match matrix {
         WeightMatrix::Dense(matrix) => dense_section(matrix, 0),
         WeightMatrix::Quantized(matrix) => quantized_section(matrix),
@@ -94,11 +105,14 @@ fn pack_panels(
 fn dense_section(matrix: &DenseMatrix, offset: usize) -> Section {
     let encoding = PanelEncoding::of_element(matrix.element_type());
     let layout = ColumnLayout::plain(matrix.columns(), encoding.step_columns());
-    Section { encoding, layout, grid: None, offset }
+    Section { encoding, layout, grid: None, table: CodeTable::FP4, offset }
 }
 
 fn quantized_section(matrix: &QuantizedMatrix) -> Section {
-    let encoding = PanelEncoding::of_bits(matrix.bits());
+    let encoding = match matrix.code_table() {
+        Some(_) => PanelEncoding::Table4,
+        None => PanelEncoding::of_bits(matrix.bits()),
+    };
     let layout = ColumnLayout::grouped(
         matrix.columns(),
         matrix.groups(),
@@ -110,8 +124,13 @@ fn quantized_section(matrix: &QuantizedMatrix) -> Section {
     let declared = matrix.scale_type();
     let exact = matrix.scales().iter().all(|&scale| declared.round(scale) == scale);
     let scale_type = if exact { declared } else { ElementType::F32 };
-    let zero_points = matrix.zero_points().is_some();
-    Section { encoding, layout, grid: Some(GridParameters { scale_type, zero_points }), offset: 0 }
+    let origin = match (matrix.zero_points(), matrix.offsets()) {
+        (Some(_), _) => GridOrigin::ZeroPoints,
+        (None, Some(_)) => GridOrigin::Offsets,
+        (None, None) => GridOrigin::Centre,
+    };
+    let table = matrix.code_table().copied().unwrap_or(CodeTable::FP4);
+    Section { encoding, layout, grid: Some(GridParameters { scale_type, origin }), table, offset: 0 }
 }
 
 /// Writes the rows of a panel. Rows past the end stay zero.
@@ -152,7 +171,7 @@ fn write_quantized(matrix: &QuantizedMatrix, section: &Section, panel: usize, by
     let (columns, groups) = (matrix.columns(), matrix.groups());
     let step_columns = section.encoding.step_columns();
     let centre = 1u32 << (bits - 1);
-    // Codes of 3 bits move to the middle of the 4-bit range, so that their centre is the same as there.
+    // Codes of fewer bits move to the middle of the range, so that their centre is the same.
     let shift = centre - (1 << (matrix.bits() - 1));
     let shifts: Vec<u32> = (0..step_columns as u32).map(|column| column % 2 * 16 + column / 2 * bits).collect();
     let padding: u32 = shifts.iter().map(|shift| centre << shift).sum();
@@ -186,14 +205,24 @@ fn write_quantized(matrix: &QuantizedMatrix, section: &Section, panel: usize, by
             }
         }
         at += LANES * grid.scale_type.bits() / 8;
-        if grid.zero_points {
-            for row in 0..rows {
-                let zero = u32::from(matrix.zero_point(first + row, block.group)) + shift;
+        for row in 0..rows {
+            let index = (first + row) * groups + block.group;
+            match (grid.origin, matrix.offsets()) {
                 // Relative to the centre, as a signed byte.
-                bytes[at + row] = zero.wrapping_sub(centre) as u8;
+                (GridOrigin::ZeroPoints, _) => {
+                    let zero = u32::from(matrix.zero_point(index)) + shift;
+                    bytes[at + row] = zero.wrapping_sub(centre) as u8;
+                }
+                // Codes are taken minus their centre.
+                (GridOrigin::Offsets, Some(offsets)) => {
+                    let half_range = f32::from(1u16 << (matrix.bits() - 1));
+                    let offset = half_range.mul_add(matrix.scales()[index], offsets[index]);
+                    bytes[at + 4 * row..][..4].copy_from_slice(&offset.to_le_bytes());
+                }
+                _ => {}
             }
-            at += LANES;
         }
+        at += LANES * grid.origin.bytes();
     }
 }
 

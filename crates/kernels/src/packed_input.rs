@@ -31,7 +31,7 @@ impl Drop for PackedInput {
 }
 
 impl PackedInput {
-    /// Packs `x`, `[count, columns]`. Block sums are needed where the matrix has zero points.
+    /// Packs `x`, `[count, columns]`. Block sums are needed where the matrix has zero points or offsets.
     pub(crate) fn new(
         table: &KernelTable,
         layout: &ColumnLayout,

@@ -1,14 +1,14 @@
-use kintsugi_weights::ElementType;
+use kintsugi_weights::{CodeTable, ElementType};
 
 use crate::Precision;
-use crate::accumulate::GridParameters;
 use crate::aligned_bytes::AlignedBytes;
+use crate::grid_parameters::GridParameters;
 use crate::vector::LANES;
 
 /// A [`LinearWeight`](kintsugi_weights::LinearWeight) in the layout that products read.
 ///
 /// Rows are packed in panels of 32, each contiguous: for each block of columns the codes, then 32 scales in their
-/// stored type, then 32 zero points; after the last block the rows of B of the low-rank compensation. So a product
+/// stored type, then 32 zero points or offsets; after the last block the rows of B of the low-rank compensation. So a product
 /// streams one sequence of bytes per panel, compensation included. A of the compensation is a `PackedMatrix` of its
 /// own.
 #[derive(Clone)]
@@ -39,6 +39,8 @@ pub(crate) struct Section {
     pub(crate) layout: ColumnLayout,
     /// Scales and zero points after the codes of each block; `None` for plain floats.
     pub(crate) grid: Option<GridParameters>,
+    /// What codes stand for, where they are not integers.
+    pub(crate) table: CodeTable,
     /// Bytes from the start of a panel.
     pub(crate) offset: usize,
 }
@@ -73,6 +75,7 @@ pub(crate) struct ColumnBlock {
 pub(crate) enum PanelEncoding {
     Bits2,
     Bits4,
+    Table4,
     Bits8,
     F32,
     F16,
@@ -204,7 +207,7 @@ impl ColumnLayout {
 }
 
 impl PanelEncoding {
-    /// The encoding of codes of that many bits. Codes of 3 bits are kept in 4.
+    /// The encoding of integer codes of that many bits. Codes of 3 bits are kept in 4, those of 5 and 6 in 8.
     pub(crate) fn of_bits(bits: u8) -> Self {
         match bits {
             2 => PanelEncoding::Bits2,
@@ -226,7 +229,7 @@ impl PanelEncoding {
     pub(crate) fn step_columns(self) -> usize {
         match self {
             PanelEncoding::Bits2 => 16,
-            PanelEncoding::Bits4 => 8,
+            PanelEncoding::Bits4 | PanelEncoding::Table4 => 8,
             PanelEncoding::Bits8 | PanelEncoding::F32 | PanelEncoding::F16 | PanelEncoding::Bf16 => 4,
         }
     }
@@ -235,7 +238,7 @@ impl PanelEncoding {
     pub(crate) fn code_bits(self) -> Option<u32> {
         match self {
             PanelEncoding::Bits2 => Some(2),
-            PanelEncoding::Bits4 => Some(4),
+            PanelEncoding::Bits4 | PanelEncoding::Table4 => Some(4),
             PanelEncoding::Bits8 => Some(8),
             PanelEncoding::F32 | PanelEncoding::F16 | PanelEncoding::Bf16 => None,
         }
@@ -246,14 +249,16 @@ impl PanelEncoding {
         let column_bytes = match self {
             PanelEncoding::F32 => 4,
             PanelEncoding::F16 | PanelEncoding::Bf16 => 2,
-            PanelEncoding::Bits2 | PanelEncoding::Bits4 | PanelEncoding::Bits8 => return 4 * LANES,
+            PanelEncoding::Bits2 | PanelEncoding::Bits4 | PanelEncoding::Table4 | PanelEncoding::Bits8 => {
+                return 4 * LANES;
+            }
         };
         self.step_columns() * column_bytes * LANES
     }
 
-    /// Whether the encoded values are exact in bf16.
+    /// Whether the encoded values are exact in bf16; those of a table may not be.
     pub(crate) fn fits_bf16(self) -> bool {
-        !matches!(self, PanelEncoding::F32 | PanelEncoding::F16)
+        !matches!(self, PanelEncoding::F32 | PanelEncoding::F16 | PanelEncoding::Table4)
     }
 }
 
@@ -271,6 +276,7 @@ mod tests {
     fn the_packer_and_the_kernels_agree_about_steps() {
         check::<codec::Bits2>(PanelEncoding::Bits2);
         check::<codec::Bits4>(PanelEncoding::Bits4);
+        check::<codec::Table4>(PanelEncoding::Table4);
         check::<codec::Bits8>(PanelEncoding::Bits8);
         check::<codec::F32>(PanelEncoding::F32);
         check::<codec::F16>(PanelEncoding::F16);

@@ -2,6 +2,7 @@ use kintsugi_runtime::ThreadPool;
 
 use crate::Kernels;
 use crate::accumulate::PanelJob;
+use crate::grid_parameters::GridParameters;
 use crate::packed_input::PackedInput;
 use crate::packed_matrix::{Arithmetic, PackedMatrix, Section};
 use crate::shared_rows::SharedRows;
@@ -62,7 +63,7 @@ impl<'a> Operands<'a> {
         let count = x.len() / weight.columns;
         let arithmetic = kernels.arithmetic(weight);
         let main = &weight.main;
-        let block_sums = main.grid.is_some_and(|grid| grid.zero_points);
+        let block_sums = main.grid.is_some_and(GridParameters::needs_block_sums);
         let input = PackedInput::new(kernels.table(), &main.layout, arithmetic, block_sums, x, weight.columns, pool);
         let projected = weight.compensation.as_ref().map(|part| {
             let rank = part.a.rows;
@@ -177,6 +178,7 @@ impl<'a> Operands<'a> {
             panel_stride: stride,
             steps: &section.layout.steps,
             grid: section.grid,
+            table: section.table.values(),
             x: input.row(start),
             x_stride: input.stride(),
             block_sums: input.block_sums(start),

@@ -88,7 +88,7 @@ fn cases() -> Vec<(String, LinearWeight)> {
         let matrix = WeightMatrix::Dense(DenseMatrix::new(ROWS, COLUMNS, dense));
         cases.push((format!("{name} {ROWS}×{COLUMNS}"), LinearWeight::plain(matrix)));
     }
-    for bits in [2, 3, 4, 8] {
+    for bits in [2, 3, 4, 5, 6, 8] {
         if let Some(matrix) = quantized(bits) {
             let matrix = WeightMatrix::Quantized(matrix);
             cases.push((format!("int{bits} group 128 {ROWS}×{COLUMNS}"), LinearWeight::plain(matrix.clone())));
@@ -117,7 +117,7 @@ fn quantized(bits: u8) -> Option<QuantizedMatrix> {
         scales,
         scale_type: ElementType::F16,
         zero_points: Some(integers(13, ROWS * groups)),
-        group_index: None,
+        ..QuantizedParts::default()
     })
     .ok()
 }

@@ -1,7 +1,6 @@
-use kintsugi_weights::ElementType;
-
-use crate::accumulate::{GridParameters, PanelJob};
+use crate::accumulate::PanelJob;
 use crate::codec::Encoding;
+use crate::grid_parameters::{BlockGrid, GridParameters};
 use crate::packed_matrix::ColumnLayout;
 use crate::vector::{Half, LANES, Level, Vector};
 
@@ -46,15 +45,16 @@ pub(crate) unsafe fn accumulate_strip<L: Level, E: Encoding<L>, const ROWS: usiz
     unsafe {
         const { assert!(ROWS <= 6) };
         let level = L::assume();
+        let state = E::state(level, job.panel.table);
         let mut strip = Strip([[0.0; LANES]; ColumnLayout::BLOCK_COLUMNS]);
         let (mut bytes, mut x_start) = (job.panel.panels, 0);
         for (block, &steps) in job.panel.steps.iter().enumerate() {
             let columns = steps as usize * E::COLUMNS;
             for step in strip.0[..columns].chunks_exact_mut(E::COLUMNS) {
-                unpack::<L, E>(level, bytes, step);
+                unpack::<L, E>(level, state, bytes, step);
                 bytes = bytes.add(E::BYTES);
             }
-            let epilogue = Epilogue::load(level, job.panel.grid, bytes);
+            let grid = job.panel.grid.map(|grid| Epilogue::of(grid.load(level, bytes)));
             bytes = bytes.add(job.panel.grid.map_or(0, GridParameters::bytes));
             let tiles = job.rows.div_ceil(ROWS);
             for tile in 0..tiles {
@@ -68,12 +68,12 @@ pub(crate) unsafe fn accumulate_strip<L: Level, E: Encoding<L>, const ROWS: usiz
                     tile: job.panel.tile.add(start * LANES),
                 };
                 match rows {
-                    1 => tile.multiply::<L, 1>(level, &epilogue),
-                    2 => tile.multiply::<L, 2>(level, &epilogue),
-                    3 => tile.multiply::<L, 3>(level, &epilogue),
-                    4 => tile.multiply::<L, 4>(level, &epilogue),
-                    5 => tile.multiply::<L, 5>(level, &epilogue),
-                    _ => tile.multiply::<L, ROWS>(level, &epilogue),
+                    1 => tile.multiply::<L, 1>(level, grid.as_ref()),
+                    2 => tile.multiply::<L, 2>(level, grid.as_ref()),
+                    3 => tile.multiply::<L, 3>(level, grid.as_ref()),
+                    4 => tile.multiply::<L, 4>(level, grid.as_ref()),
+                    5 => tile.multiply::<L, 5>(level, grid.as_ref()),
+                    _ => tile.multiply::<L, ROWS>(level, grid.as_ref()),
                 }
             }
             x_start += columns;
@@ -83,56 +83,47 @@ pub(crate) unsafe fn accumulate_strip<L: Level, E: Encoding<L>, const ROWS: usiz
 
 /// Unpacks the columns of a step.
 #[inline(always)]
-unsafe fn unpack<L: Level, E: Encoding<L>>(level: L, step: *const u8, out: &mut [[f32; LANES]]) {
+unsafe fn unpack<L: Level, E: Encoding<L>>(level: L, state: E::State, step: *const u8, out: &mut [[f32; LANES]]) {
     // SAFETY: the caller's pointer is good for one step. Written out, because shifts need a constant pair.
     unsafe {
-        unpack_pair::<L, E, 0>(level, step, out);
-        unpack_pair::<L, E, 1>(level, step, out);
+        unpack_pair::<L, E, 0>(level, state, step, out);
+        unpack_pair::<L, E, 1>(level, state, step, out);
         if E::COLUMNS > 4 {
-            unpack_pair::<L, E, 2>(level, step, out);
-            unpack_pair::<L, E, 3>(level, step, out);
+            unpack_pair::<L, E, 2>(level, state, step, out);
+            unpack_pair::<L, E, 3>(level, state, step, out);
         }
         if E::COLUMNS > 8 {
-            unpack_pair::<L, E, 4>(level, step, out);
-            unpack_pair::<L, E, 5>(level, step, out);
-            unpack_pair::<L, E, 6>(level, step, out);
-            unpack_pair::<L, E, 7>(level, step, out);
+            unpack_pair::<L, E, 4>(level, state, step, out);
+            unpack_pair::<L, E, 5>(level, state, step, out);
+            unpack_pair::<L, E, 6>(level, state, step, out);
+            unpack_pair::<L, E, 7>(level, state, step, out);
         }
     }
 }
 
 #[inline(always)]
-unsafe fn unpack_pair<L: Level, E: Encoding<L>, const PAIR: u32>(level: L, step: *const u8, out: &mut [[f32; LANES]]) {
+unsafe fn unpack_pair<L: Level, E: Encoding<L>, const PAIR: u32>(
+    level: L,
+    state: E::State,
+    step: *const u8,
+    out: &mut [[f32; LANES]],
+) {
     // SAFETY: as the caller promises.
-    let (even, odd) = unsafe { E::pair::<PAIR>(level, step) };
+    let (even, odd) = unsafe { E::pair::<PAIR>(level, state, step) };
     even.store(&mut out[2 * PAIR as usize]);
     odd.store(&mut out[2 * PAIR as usize + 1]);
 }
 
-/// Scales and zero points of a block, as f32.
-struct Epilogue {
-    scales: Option<[f32; LANES]>,
-    zero_points: Option<[f32; LANES]>,
-}
+/// The parameters of a block in memory, where tiles read half of them at a time.
+type Epilogue = BlockGrid<[f32; LANES]>;
 
 impl Epilogue {
-    /// # Safety
-    /// `parameters` must point to what `grid` describes.
     #[inline(always)]
-    unsafe fn load<L: Level>(level: L, grid: Option<GridParameters>, parameters: *const u8) -> Self {
-        let Some(grid) = grid else { return Epilogue { scales: None, zero_points: None } };
-        // SAFETY: as the caller promises.
-        unsafe {
-            let scales = match grid.scale_type {
-                ElementType::F32 => level.f32s(level.load_words(&*parameters.cast())),
-                ElementType::F16 => level.load_f16(&*parameters.cast()),
-                ElementType::Bf16 => level.load_bf16(&*parameters.cast()),
-            };
-            let zero_points = parameters.add(LANES * grid.scale_type.bits() / 8);
-            Epilogue {
-                scales: Some(scales.to_array()),
-                zero_points: grid.zero_points.then(|| level.load_i8(&*zero_points.cast()).to_array()),
-            }
+    fn of<V: Vector>(grid: BlockGrid<V>) -> Self {
+        BlockGrid {
+            scales: grid.scales.to_array(),
+            zero_points: grid.zero_points.map(V::to_array),
+            offsets: grid.offsets.map(V::to_array),
         }
     }
 }
@@ -151,7 +142,7 @@ impl TileJob<'_> {
     /// # Safety
     /// The pointers must reach `ROWS` rows.
     #[inline(always)]
-    unsafe fn multiply<L: Level, const ROWS: usize>(&self, level: L, epilogue: &Epilogue) {
+    unsafe fn multiply<L: Level, const ROWS: usize>(&self, level: L, grid: Option<&Epilogue>) {
         for half in 0..2 {
             let lanes = half * HALF..(half + 1) * HALF;
             let mut sums = [level.half([0.0; HALF].as_slice()); ROWS];
@@ -167,16 +158,25 @@ impl TileJob<'_> {
                 for row in 0..ROWS {
                     let out = std::slice::from_raw_parts_mut(self.tile.add(row * LANES + half * HALF), HALF);
                     let mut sum = sums[row];
-                    if let Some(zero_points) = &epilogue.zero_points {
-                        let block_sum = level.splat_half(-*self.block_sums.add(row * self.x_stride));
-                        sum = level.half(&zero_points[lanes.clone()]).mul_add(block_sum, sum);
+                    let mut total = level.half(out);
+                    match grid {
+                        None => total = total.add(sum),
+                        Some(grid) => {
+                            if grid.zero_points.is_some() || grid.offsets.is_some() {
+                                let block_sum = *self.block_sums.add(row * self.x_stride);
+                                if let Some(zero_points) = &grid.zero_points {
+                                    let zero = level.half(&zero_points[lanes.clone()]);
+                                    sum = zero.mul_add(level.splat_half(-block_sum), sum);
+                                }
+                                if let Some(offsets) = &grid.offsets {
+                                    let offset = level.half(&offsets[lanes.clone()]);
+                                    total = offset.mul_add(level.splat_half(block_sum), total);
+                                }
+                            }
+                            total = sum.mul_add(level.half(&grid.scales[lanes.clone()]), total);
+                        }
                     }
-                    let total = level.half(out);
-                    match &epilogue.scales {
-                        Some(scales) => sum.mul_add(level.half(&scales[lanes.clone()]), total),
-                        None => total.add(sum),
-                    }
-                    .store(out);
+                    total.store(out);
                 }
             }
         }

@@ -56,6 +56,8 @@ pub(crate) trait Level: Copy {
     type Half: Half;
     /// 32 words of 32 bit as they lie in a panel.
     type Words: Copy;
+    /// What the codes of 4 bits stand for, in registers.
+    type Table: Copy;
 
     /// # Safety
     /// The CPU must have the instructions of the level.
@@ -82,6 +84,9 @@ pub(crate) trait Level: Copy {
     fn bits2_pair<const PAIR: u32>(self, words: Self::Words) -> (Self::Vector, Self::Vector);
     /// Columns `2·PAIR` and `2·PAIR + 1` of words of eight 4-bit codes, minus 8.
     fn bits4_pair<const PAIR: u32>(self, words: Self::Words) -> (Self::Vector, Self::Vector);
+    fn table(self, values: &[f32; 16]) -> Self::Table;
+    /// Columns `2·PAIR` and `2·PAIR + 1` of words of eight 4-bit codes, looked up.
+    fn table4_pair<const PAIR: u32>(self, table: Self::Table, words: Self::Words) -> (Self::Vector, Self::Vector);
     /// Columns `2·PAIR` and `2·PAIR + 1` of words of four 8-bit codes, minus 128.
     fn bits8_pair<const PAIR: u32>(self, words: Self::Words) -> (Self::Vector, Self::Vector);
 }

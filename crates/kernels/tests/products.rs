@@ -3,7 +3,7 @@
 use kintsugi_kernels::{Kernels, PackedMatrix, Precision};
 use kintsugi_runtime::{CpuLevel, ErrorCode, ThreadPool};
 use kintsugi_testkit::kernel_cases::{Format, KernelCase, ROW_COUNTS, kernel_cases};
-use kintsugi_weights::{DenseMatrix, ElementType, LinearWeight, LowRank, WeightMatrix};
+use kintsugi_weights::{DenseMatrix, ElementType, GroupAxis, LinearWeight, LowRank, WeightMatrix};
 
 const PRECISIONS: [Precision; 2] = [Precision::F32, Precision::Exact];
 
@@ -220,6 +220,8 @@ fn packed_sizes_are_those_of_the_format() {
         assert_eq!((packed.rows(), packed.columns(), packed.precision()), (300, 1100, Precision::F32));
         let stored = match &weight.matrix {
             WeightMatrix::Dense(matrix) => 300 * 1100 * matrix.element_type().bits() / 8,
+            // They are widened.
+            WeightMatrix::Quantized(matrix) if matrix.group_axis() == GroupAxis::Output => 300 * 1100 * 4,
             // Codes of 3 bits take 4.
             WeightMatrix::Quantized(matrix) if matrix.bits() == 3 => 300 * 1100 / 2,
             WeightMatrix::Quantized(matrix) => matrix.stored_bits() as usize / 8,

@@ -1,6 +1,7 @@
 use kintsugi_model::{CandleBackend, CpuBackend};
 use kintsugi_pipeline::{
-    ActivationPlace, CalibrationKind, CalibrationRecipe, EoraRecipe, Recipe, compress as run_compression, plan,
+    ActivationPlace, CalibrationKind, CalibrationRecipe, EoraRecipe, LinearOverride, Recipe,
+    compress as run_compression, plan,
 };
 use kintsugi_runtime::Result;
 use kintsugi_weights::ElementType;
@@ -21,6 +22,9 @@ pub struct BindingCompressOptions {
     pub method: String,
     pub rounding: String,
     pub bits: u32,
+    pub overrides: Vec<BindingLinearOverride>,
+    /// Name of a format, or `auto`.
+    pub format: String,
     /// 0 for the whole row.
     pub group_size: u32,
     pub symmetric: bool,
@@ -54,6 +58,15 @@ pub struct BindingCompressOptions {
     pub dry_run: bool,
 }
 
+/// Linears whose options differ.
+#[napi(object, object_to_js = false)]
+pub struct BindingLinearOverride {
+    pub linears: String,
+    pub bits: Option<u32>,
+    /// 0 for the whole row.
+    pub group_size: Option<u32>,
+}
+
 /// Compresses a checkpoint; the promise gives the report, or the plan of a dry run.
 #[napi(ts_return_type = "Promise<unknown>")]
 pub fn compress<'env>(
@@ -78,6 +91,11 @@ pub fn compress<'env>(
     })
 }
 
+/// A width; one that is no width at all is refused like the others.
+pub(crate) fn bits(given: u32) -> u8 {
+    u8::try_from(given).unwrap_or(u8::MAX)
+}
+
 fn recipe(options: &BindingCompressOptions) -> Result<Recipe> {
     let scale_type = match options.scale_type.as_str() {
         "auto" => None,
@@ -91,7 +109,17 @@ fn recipe(options: &BindingCompressOptions) -> Result<Recipe> {
         out: options.out.clone().into(),
         method: options.method.clone(),
         rounding: options.rounding.clone(),
-        bits: u8::try_from(options.bits).unwrap_or(u8::MAX),
+        bits: bits(options.bits),
+        overrides: options
+            .overrides
+            .iter()
+            .map(|given| LinearOverride {
+                linears: given.linears.clone(),
+                bits: given.bits.map(bits),
+                group_size: given.group_size.map(|size| size as usize),
+            })
+            .collect(),
+        format: options.format.clone(),
         group_size: (options.group_size > 0).then_some(options.group_size as usize),
         symmetric: options.symmetric,
         clip: options.clip,

@@ -7,6 +7,7 @@
 mod checkpoint;
 mod compress;
 mod control;
+mod convert;
 mod doctor;
 mod error;
 mod generation;

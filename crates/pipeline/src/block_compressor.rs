@@ -5,7 +5,7 @@ use kintsugi_compensate::{EoraOptions, ResidualError, eora, residual_error};
 use kintsugi_compress::{BlockMethod, LinearMethod, linear_method};
 use kintsugi_model::{Backend, Block, BlockWeights, DecoderSpec, TapPoint};
 use kintsugi_runtime::{CancelToken, Error, ErrorCode, Result, ThreadPool};
-use kintsugi_weights::{DenseMatrix, ElementType, LinearWeight, LowRank, QuantizedMatrix, WeightMatrix};
+use kintsugi_weights::{DenseMatrix, ElementType, GroupSize, LinearWeight, LowRank, QuantizedMatrix, WeightMatrix};
 
 use crate::memory_plan::{split, statistics_bytes};
 use crate::scale_folding::{FoldedBlock, ScaleFolding};
@@ -160,7 +160,7 @@ impl<'a, B: Backend> BlockCompressor<'a, B> {
         let folded = match (self.block_method, &mut self.input) {
             (Some(method), CalibrationInput::Stream(stream)) => {
                 let stored = original.linears.first().map_or(ElementType::F32, element_type);
-                let options = self.recipe.quantize_options(stored);
+                let options = self.recipe.usual_options(stored);
                 let folding = ScaleFolding { method, options, spec: self.spec, backend: self.backend };
                 folding.fold(index, &original, stream, cancel)?
             }
@@ -182,7 +182,7 @@ impl<'a, B: Backend> BlockCompressor<'a, B> {
             return Err(Error::new(ErrorCode::QuantizationUnsupported, "the Linear is compressed already")
                 .hint("Compress the original checkpoint"));
         };
-        let options = self.recipe.quantize_options(stored);
+        let options = self.recipe.quantize_options(name, stored);
         let started = Instant::now();
         // No token of the calibration may reach an expert: nothing but its weights is known then.
         let blind = statistics.is_none() && self.method.needs_calibration();
@@ -199,7 +199,10 @@ impl<'a, B: Backend> BlockCompressor<'a, B> {
             rows: dense.rows(),
             columns: dense.columns(),
             bits: quantized.bits(),
-            group_size: self.recipe.group_size,
+            group_size: match options.group_size {
+                GroupSize::Columns(size) => Some(size),
+                GroupSize::WholeRow => None,
+            },
             alpha: None,
             rank: low_rank.as_ref().map_or(0, LowRank::rank),
             calibration_tokens: statistics.map(Calibration::tokens),

@@ -3,7 +3,8 @@ use std::path::Path;
 use std::time::Instant;
 
 use kintsugi_checkpoint::{
-    Checkpoint, CheckpointWriter, PackQuantized, QuantizationConfig, UnitRecord, read_adapter, write_adapter,
+    Checkpoint, CheckpointWriter, LinearFormat, QuantizationConfig, Scheme, UnitRecord, linear_format, read_adapter,
+    write_adapter,
 };
 use kintsugi_model::{Backend, BlockWeights, DecoderSpec, read_tokenizer};
 use kintsugi_runtime::{CancelToken, Error, ErrorCode, Progress, Result, peak_memory_bytes, replace_file};
@@ -72,7 +73,7 @@ pub fn compress<B: Backend>(recipe: &Recipe, backend: &B, cancel: &CancelToken, 
     let calibration = CalibrationData::read(recipe, &checkpoint, &spec)?;
     let identity = identity(recipe, &checkpoint, &calibration, &backend.identity())?;
     plan.disk.check(recipe)?;
-    let (writer, ledger, units) = begin(recipe, &checkpoint, &identity)?;
+    let (writer, ledger, units) = begin(recipe, &checkpoint, linear_format(plan.format)?, &identity)?;
     let mut job = Compression { recipe, checkpoint: &checkpoint, spec: &spec, writer, ledger, units, started };
     match job.run(backend, calibration, &plan, cancel, progress) {
         Ok(report) => {
@@ -95,6 +96,7 @@ pub fn compress<B: Backend>(recipe: &Recipe, backend: &B, cancel: &CancelToken, 
 fn begin(
     recipe: &Recipe,
     checkpoint: &Checkpoint,
+    format: &'static dyn LinearFormat,
     identity: &Value,
 ) -> Result<(CheckpointWriter, Ledger, Vec<LedgerUnit>)> {
     match Ledger::reopen(&recipe.out, identity) {
@@ -102,12 +104,12 @@ fn begin(
         Ok(Some((ledger, units))) if !recipe.fresh => {
             let parts: Vec<UnitRecord> = units.iter().filter_map(|unit| unit.part.clone()).collect();
             if let Some(writer) = CheckpointWriter::resume(&recipe.out, checkpoint, &parts)? {
-                return Ok((writer, ledger, units));
+                return Ok((writer.format(format), ledger, units));
             }
         }
         _ => {}
     }
-    let writer = CheckpointWriter::create(&recipe.out, checkpoint)?;
+    let writer = CheckpointWriter::create(&recipe.out, checkpoint)?.format(format);
     let ledger = Ledger::create(writer.folder(), identity)?;
     Ok((writer, ledger, Vec::new()))
 }
@@ -195,7 +197,7 @@ impl Compression<'_> {
             self.writer.write_compensation(&factors)?;
         }
         self.remove_block_files()?;
-        let config = quantization_config(recipe, spec);
+        let config = self.quantization_config(linear_format(plan.format)?);
         let bytes = self.writer.seal(&config)? - self.ledger.bytes();
         phases.write += finishing.elapsed().as_secs_f64();
         let linears: Vec<LinearReport> = self.units.iter().flat_map(|unit| unit.linears.clone()).collect();
@@ -222,6 +224,18 @@ impl Compression<'_> {
         replace_file(&self.writer.folder().join("report.json"), text.as_bytes())?;
         cancel.check()?;
         Ok(report)
+    }
+
+    /// What was written, for `config.json`.
+    fn quantization_config(&self, format: &'static dyn LinearFormat) -> QuantizationConfig {
+        let ignore: Vec<String> =
+            std::iter::once(self.spec.family.head.to_owned()).chain(self.spec.routers()).collect();
+        self.writer.quantization(ignore.clone()).unwrap_or_else(|| {
+            // A model without a Linear in its blocks.
+            let Recipe { bits, symmetric, .. } = *self.recipe;
+            let scheme = Scheme { bits, group_size: self.recipe.group_size(), symmetric, group_index: false };
+            QuantizationConfig::uniform(format, scheme, ignore)
+        })
     }
 
     fn record(
@@ -343,17 +357,6 @@ fn write_block(
         }
     }
     Ok(())
-}
-
-fn quantization_config(recipe: &Recipe, spec: &DecoderSpec) -> QuantizationConfig {
-    QuantizationConfig {
-        format: &PackQuantized,
-        bits: recipe.bits,
-        group_size: recipe.group_size(),
-        symmetric: recipe.symmetric,
-        group_index: recipe.has_group_index(),
-        ignore: std::iter::once(spec.family.head.to_owned()).chain(spec.routers()).collect(),
-    }
 }
 
 fn timed<T>(work: impl FnOnce() -> Result<T>) -> Result<(T, f64)> {

@@ -1,8 +1,10 @@
 use kintsugi_checkpoint::Checkpoint;
 use kintsugi_model::DecoderSpec;
 use kintsugi_runtime::{Error, ErrorCode, Result};
+use kintsugi_weights::ElementType;
 use serde::Serialize;
 
+use crate::output_format::output_format;
 use crate::{DiskPlan, MemoryPlan, Recipe};
 
 /// What will be done to each Linear, before anything runs.
@@ -11,6 +13,8 @@ use crate::{DiskPlan, MemoryPlan, Recipe};
 pub struct Plan {
     /// What was asked.
     pub recipe: Recipe,
+    /// Format of the quantized Linears.
+    pub format: &'static str,
     /// Family of the decoder.
     pub architecture: String,
     /// Each Linear, in the order of the checkpoint.
@@ -62,6 +66,10 @@ impl Plan {
             .subject(checkpoint.path().display())
             .hint("Compress the original checkpoint"));
         }
+        let names: Vec<String> = (0..spec.layers)
+            .flat_map(|block| spec.linears.iter().map(move |linear| spec.linear_name(block, linear)))
+            .collect();
+        recipe.overrides.iter().try_for_each(|given| given.check_used(&names))?;
         let source_bytes: u64 = checkpoint.tensors().map(|tensor| tensor.bytes).sum();
         let mut replaced = 0;
         let mut linears = Vec::new();
@@ -87,6 +95,7 @@ impl Plan {
         let factor_bytes = linears.iter().map(factor_values).sum::<u64>() * 2;
         Ok(Plan {
             recipe: recipe.clone(),
+            format: output_format(recipe, spec, stored_type(checkpoint, &names))?.name(),
             architecture: spec.family.architecture.to_owned(),
             quantized_weights,
             bits_per_weight: stored_bits as f64 / quantized_weights as f64,
@@ -101,12 +110,19 @@ impl Plan {
 
 fn planned_linear(recipe: &Recipe, name: String, (rows, columns): (usize, usize)) -> PlannedLinear {
     let weights = (rows * columns) as u64;
-    let groups = (rows * recipe.group_size().groups(columns)) as u64;
-    let zero_bits = if recipe.symmetric { 0 } else { u64::from(recipe.bits) };
-    let scale_bits = recipe.scale_type.map_or(16, |scale_type| scale_type.bits() as u64);
+    let options = recipe.quantize_options(&name, ElementType::F16);
+    let groups = (rows * options.group_size.groups(columns)) as u64;
+    let zero_bits = if recipe.symmetric { 0 } else { u64::from(options.bits) };
+    let scale_bits = options.scale_type.bits() as u64;
     let rank = recipe.eora.map_or(0, |eora| eora.rank.min(rows).min(columns));
     let factor_bits = (rank * (rows + columns) * 16) as u64;
     let index_bits = if recipe.has_group_index() { columns as u64 * 32 } else { 0 };
-    let stored_bits = weights * u64::from(recipe.bits) + groups * (scale_bits + zero_bits) + index_bits + factor_bits;
-    PlannedLinear { name, rows, columns, bits: recipe.bits, rank, stored_bits }
+    let stored_bits = weights * u64::from(options.bits) + groups * (scale_bits + zero_bits) + index_bits + factor_bits;
+    PlannedLinear { name, rows, columns, bits: options.bits, rank, stored_bits }
+}
+
+/// The type that the Linears are stored in, after the first of them.
+fn stored_type(checkpoint: &Checkpoint, names: &[String]) -> ElementType {
+    let weight = names.first().and_then(|name| checkpoint.tensor(&format!("{name}.weight")));
+    weight.and_then(|tensor| ElementType::from_name(&tensor.dtype.to_ascii_lowercase())).unwrap_or(ElementType::F32)
 }

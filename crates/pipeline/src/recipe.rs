@@ -1,12 +1,14 @@
 use std::path::PathBuf;
 
+use kintsugi_checkpoint::linear_format;
 use kintsugi_compress::{BlockMethod, Clip, Gptq, LinearMethod, QuantizeOptions, block_method, linear_method};
 use kintsugi_model::{DecoderSpec, TapPoint};
 use kintsugi_runtime::{Error, ErrorCode, Result};
 use kintsugi_weights::{ElementType, GroupSize};
 use serde::Serialize;
 
-use crate::CalibrationKind;
+use crate::output_format::AUTO;
+use crate::{CalibrationKind, LinearOverride};
 
 /// What the user asked for.
 #[derive(Clone, Debug, Serialize)]
@@ -20,10 +22,14 @@ pub struct Recipe {
     pub method: String,
     /// AWQ: name of the method that rounds the scaled weights.
     pub rounding: String,
-    /// Width of a code: 2, 3, 4 or 8.
+    /// Width of a code: 2, 3, 4, 5, 6 or 8.
     pub bits: u8,
     /// Columns that share a scale; `null` for the whole row.
     pub group_size: Option<usize>,
+    /// Linears whose options differ; the first that matches counts.
+    pub overrides: Vec<LinearOverride>,
+    /// Name of the format of quantized Linears; `auto` takes what servers read fastest.
+    pub format: String,
     /// Symmetric grids have no zero points.
     pub symmetric: bool,
     /// Shrink the range of a group where that lowers its error: of the weights, weighted by the activations where there is
@@ -100,7 +106,14 @@ impl Recipe {
     /// # Errors
     /// `ERR_OPTION_INVALID`, naming the option.
     pub fn validate(&self) -> Result<()> {
-        self.quantize_options(ElementType::F16).validate()?;
+        self.usual_options(ElementType::F16).validate()?;
+        for given in &self.overrides {
+            let options = self.options_with(Some(given), ElementType::F16);
+            options.validate().map_err(|error| error.subject("overrides"))?;
+        }
+        if self.format != AUTO {
+            linear_format(&self.format)?;
+        }
         let method = self.method()?;
         let needs_calibration = method.needs_calibration() || self.block_method().is_some();
         if self.calibration.is_none() && needs_calibration {
@@ -187,15 +200,25 @@ impl Recipe {
         block_method(&self.method)
     }
 
-    /// What the compression method is told; `checkpoint_type` decides the scale type where the recipe does not.
-    pub fn quantize_options(&self, checkpoint_type: ElementType) -> QuantizeOptions {
+    /// What the compression method is told of the Linear `name`; `checkpoint_type` decides the scale type where the
+    /// recipe does not.
+    pub fn quantize_options(&self, name: &str, checkpoint_type: ElementType) -> QuantizeOptions {
+        self.options_with(self.overrides.iter().find(|given| given.matches(name)), checkpoint_type)
+    }
+
+    /// What the compression method is told of Linears without override.
+    pub fn usual_options(&self, checkpoint_type: ElementType) -> QuantizeOptions {
+        self.options_with(None, checkpoint_type)
+    }
+
+    fn options_with(&self, given: Option<&LinearOverride>, checkpoint_type: ElementType) -> QuantizeOptions {
         let scale_type = self.scale_type.unwrap_or(match checkpoint_type {
             ElementType::F32 => ElementType::F16,
             stored => stored,
         });
         QuantizeOptions {
-            bits: self.bits,
-            group_size: self.group_size(),
+            bits: given.and_then(|given| given.bits).unwrap_or(self.bits),
+            group_size: given.and_then(LinearOverride::group_size).unwrap_or(self.group_size()),
             symmetric: self.symmetric,
             scale_type,
             clip: match (self.clip, self.block_method()) {

@@ -56,6 +56,8 @@ error_codes! {
     ConfigUnsupported = "ERR_CONFIG_UNSUPPORTED",
     /// The checkpoint is quantized in a way that is not supported.
     QuantizationUnsupported = "ERR_QUANTIZATION_UNSUPPORTED",
+    /// A conversion would change weights, and that was not allowed.
+    ConversionInexact = "ERR_CONVERSION_INEXACT",
     /// `tokenizer.json` is missing, damaged, or does not fit the vocabulary of the model.
     TokenizerInvalid = "ERR_TOKENIZER_INVALID",
     /// The adapter folder is damaged or does not fit the model.
@@ -196,7 +198,8 @@ mod tests {
 
     #[test]
     fn display_has_every_part() {
-        let error = Error::new(ErrorCode::OptionInvalid, "bits must be 2, 3, 4 or 8").subject("bits").hint("Use 4");
-        assert_eq!(error.to_string(), "ERR_OPTION_INVALID: bits must be 2, 3, 4 or 8 (bits). Use 4");
+        let error =
+            Error::new(ErrorCode::OptionInvalid, "bits must be 2, 3, 4, 5, 6 or 8").subject("bits").hint("Use 4");
+        assert_eq!(error.to_string(), "ERR_OPTION_INVALID: bits must be 2, 3, 4, 5, 6 or 8 (bits). Use 4");
     }
 }

@@ -387,7 +387,7 @@ fn round_to_grids(
         scales,
         scale_type: ElementType::F32,
         zero_points: Some(zero_points),
-        group_index: None,
+        ..QuantizedParts::default()
     })
     .expect("the parts are made to fit")
 }
@@ -398,7 +398,7 @@ fn feedback(weight: &[f32], rows: usize, columns: usize, bits: u8, hessian: &[f6
     let rounded = optimal_brain_round(&wide, columns, hessian, |row, column, value| {
         let group = grids.group_of(column);
         let scale = f64::from(grids.scales()[row * grids.groups() + group]);
-        let zero = f64::from(grids.zero_point(row, group));
+        let zero = f64::from(grids.zero_point(row * grids.groups() + group));
         let largest = f64::from((1u16 << bits) - 1);
         (((value / scale).round() + zero).clamp(0.0, largest) - zero) * scale
     });

@@ -2,14 +2,29 @@
 
 use half::{bf16, f16};
 use kintsugi_weights::{
-    DenseMatrix, DenseValues, ElementType, GroupSize, LinearWeight, LowRank, QuantizedMatrix, WeightMatrix,
-    reference_product,
+    CodeTable, DenseMatrix, DenseValues, ElementType, GroupAxis, GroupSize, LinearWeight, LowRank, QuantizedMatrix,
+    WeightMatrix, reference_product,
 };
 
 use crate::{Random, matrices};
 
 /// Numbers of rows of x to try each case with: on both sides of every tile size.
 pub const ROW_COUNTS: [usize; 8] = [1, 2, 3, 5, 8, 9, 17, 33];
+
+/// Which numbers the codes of a matrix are.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Grid {
+    /// Integers around half their range.
+    Symmetric,
+    /// Integers around zero points.
+    ZeroPoints,
+    /// Integers, and a float offset per group.
+    Offsets,
+    /// A table of values, by this name.
+    Table(&'static str, CodeTable),
+    /// As `ZeroPoints`, with groups along the outputs.
+    OutputGroups,
+}
 
 /// How the main matrix is stored.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -22,8 +37,8 @@ pub enum Format {
         bits: u8,
         /// Columns per scale.
         group_size: GroupSize,
-        /// Without zero points.
-        symmetric: bool,
+        /// Where zero lies, or what codes stand for.
+        grid: Grid,
         /// The type of the scales.
         scale_type: ElementType,
         /// Whether columns are dealt out to groups out of order.
@@ -140,12 +155,18 @@ impl KernelCase {
     pub fn name(&self) -> String {
         let mut name = match self.format {
             Format::Dense(element) => element.name().to_string(),
-            Format::Integer { bits, group_size, symmetric, scale_type, group_index } => {
+            Format::Integer { bits, group_size, grid, scale_type, group_index } => {
                 let group = match group_size {
                     GroupSize::Columns(columns) => columns.to_string(),
                     GroupSize::WholeRow => "row".to_string(),
                 };
-                let grid = if symmetric { "symmetric" } else { "asymmetric" };
+                let grid = match grid {
+                    Grid::Symmetric => "symmetric",
+                    Grid::ZeroPoints => "asymmetric",
+                    Grid::Offsets => "offsets",
+                    Grid::Table(name, _) => name,
+                    Grid::OutputGroups => "along outputs",
+                };
                 let order = if group_index { " group index" } else { "" };
                 format!("int{bits} group {group} {grid} {} scales{order}", scale_type.name())
             }
@@ -167,18 +188,18 @@ impl KernelCase {
         let seed = (self.rows * 1000 + self.columns) as u64;
         let matrix = match self.format {
             Format::Dense(element) => WeightMatrix::Dense(self.dense(seed, element)),
-            Format::Integer { bits, group_size, symmetric, scale_type, group_index } => {
+            Format::Integer { bits, group_size, grid, scale_type, group_index } => {
                 let matrix = matrices::quantized(
                     seed,
                     self.rows,
                     self.columns,
                     bits,
                     group_size,
-                    symmetric,
+                    !matches!(grid, Grid::ZeroPoints | Grid::OutputGroups),
                     scale_type,
                     group_index,
                 );
-                WeightMatrix::Quantized(self.spoil(matrix))
+                WeightMatrix::Quantized(self.spoil(grid.apply(matrix)))
             }
         };
         let bias = self.bias.then(|| matrices::activations(seed + 1, 1, self.rows));
@@ -222,19 +243,21 @@ impl KernelCase {
         Self::absolute_product(weight, weight.matrix.to_f32(), x)
     }
 
-    /// What is added for each output: Σ|w||x|, but on grids with zero points `scale · (|code − centre| + |zero −
-    /// centre|)` in place of |w|, because kernels multiply x with codes and with zero points separately.
+    /// What is added for each output: Σ|w||x|, but on grids with zero points or offsets `scale · |code − centre|` and
+    /// the distance from that centre to zero in place of |w|, because kernels multiply x with both separately.
     pub fn magnitudes(weight: &LinearWeight, x: &[f32]) -> Vec<f64> {
         let matrix = match &weight.matrix {
-            WeightMatrix::Quantized(matrix) if matrix.zero_points().is_some() => {
-                let centre = 1i32 << (matrix.bits() - 1);
-                let groups = matrix.groups();
+            WeightMatrix::Quantized(matrix) if matrix.zero_points().is_some() || matrix.offsets().is_some() => {
+                let centre = f32::from(1u16 << (matrix.bits() - 1));
                 let mut sizes = Vec::with_capacity(matrix.codes().len());
                 for (i, &code) in matrix.codes().iter().enumerate() {
-                    let (row, group) = (i / matrix.columns(), matrix.group_of(i % matrix.columns()));
-                    let zero = i32::from(matrix.zero_point(row, group));
-                    let steps = (i32::from(code) - centre).abs() + (zero - centre).abs();
-                    sizes.push(matrix.scales()[row * groups + group] * steps as f32);
+                    let at = matrix.scale_index(i / matrix.columns(), i % matrix.columns());
+                    let scale = matrix.scales()[at];
+                    let origin = match matrix.offsets() {
+                        Some(offsets) => centre.mul_add(scale, offsets[at]),
+                        None => (centre - f32::from(matrix.zero_point(at))) * scale,
+                    };
+                    sizes.push((f32::from(code) - centre).abs() * scale.abs() + origin.abs());
                 }
                 sizes
             }
@@ -279,25 +302,44 @@ impl KernelCase {
     }
 
     fn spoil(&self, matrix: QuantizedMatrix) -> QuantizedMatrix {
-        let groups = matrix.groups();
-        let scales = matrix.scales().iter().enumerate().map(|(i, &scale)| match self.weights {
-            Weights::Realistic => scale,
-            Weights::ZeroRows => scale * f32::from(u8::from(!(i / groups).is_multiple_of(3))),
-            Weights::Subnormal if matrix.scale_type() == ElementType::F16 => matrix.scale_type().round(scale * 1e-3),
-            Weights::Subnormal => matrix.scale_type().round(scale * 1e-37),
-        });
-        QuantizedMatrix::new(kintsugi_weights::QuantizedParts {
-            rows: matrix.rows(),
-            columns: matrix.columns(),
-            bits: matrix.bits(),
-            group_size: matrix.group_size(),
-            codes: matrix.codes().to_vec(),
-            scales: scales.collect(),
-            scale_type: matrix.scale_type(),
-            zero_points: matrix.zero_points().map(<[u8]>::to_vec),
-            group_index: matrix.group_index().map(<[u32]>::to_vec),
-        })
-        .expect("only scales have changed")
+        let (groups, scale_type) = (matrix.groups(), matrix.scale_type());
+        let mut parts = matrix.into_parts();
+        for (i, scale) in parts.scales.iter_mut().enumerate() {
+            match self.weights {
+                Weights::Realistic => {}
+                Weights::ZeroRows => *scale *= f32::from(u8::from(!(i / groups).is_multiple_of(3))),
+                Weights::Subnormal if scale_type == ElementType::F16 => *scale = scale_type.round(*scale * 1e-3),
+                Weights::Subnormal => *scale = scale_type.round(*scale * 1e-37),
+            }
+        }
+        QuantizedMatrix::new(parts).expect("only scales have changed")
+    }
+}
+
+impl Grid {
+    /// Turns a matrix on a plain grid into one of this kind.
+    fn apply(self, matrix: QuantizedMatrix) -> QuantizedMatrix {
+        let mut parts = matrix.into_parts();
+        match self {
+            Grid::Symmetric | Grid::ZeroPoints => {}
+            Grid::Offsets => {
+                // Zero at a different place of each group, outside of the range at times.
+                let origin = |(i, &scale): (usize, &f32)| parts.scale_type.round(scale * ((i % 7) as f32 * -1.7 - 0.3));
+                parts.offsets = Some(parts.scales.iter().enumerate().map(origin).collect());
+            }
+            Grid::Table(_, table) => {
+                let largest = table.values().iter().fold(0.0f32, |largest, value| largest.max(value.abs()));
+                parts.scales.iter_mut().for_each(|scale| *scale = parts.scale_type.round(*scale * 8.0 / largest));
+                parts.code_table = Some(table);
+            }
+            Grid::OutputGroups => {
+                parts.group_axis = GroupAxis::Output;
+                let count = parts.scale_count();
+                parts.scales = parts.scales.iter().copied().cycle().take(count).collect();
+                parts.zero_points = parts.zero_points.map(|zeros| zeros.iter().copied().cycle().take(count).collect());
+            }
+        }
+        QuantizedMatrix::new(parts).expect("the parts are made to fit")
     }
 }
 
@@ -306,15 +348,21 @@ const F16: ElementType = ElementType::F16;
 const BF16: ElementType = ElementType::Bf16;
 
 const fn integer(bits: u8, group_size: GroupSize, symmetric: bool, scale_type: ElementType) -> Format {
-    Format::Integer { bits, group_size, symmetric, scale_type, group_index: false }
+    let grid = if symmetric { Grid::Symmetric } else { Grid::ZeroPoints };
+    Format::Integer { bits, group_size, grid, scale_type, group_index: false }
+}
+
+const fn on_grid(bits: u8, group_size: usize, grid: Grid, scale_type: ElementType) -> Format {
+    Format::Integer { bits, group_size: GroupSize::Columns(group_size), grid, scale_type, group_index: false }
 }
 
 const fn reordered(bits: u8, group_size: usize, symmetric: bool, scale_type: ElementType) -> Format {
-    Format::Integer { bits, group_size: GroupSize::Columns(group_size), symmetric, scale_type, group_index: true }
+    let grid = if symmetric { Grid::Symmetric } else { Grid::ZeroPoints };
+    Format::Integer { bits, group_size: GroupSize::Columns(group_size), grid, scale_type, group_index: true }
 }
 
 /// One of each kind of encoding and of arithmetic.
-const FORMATS: [Format; 7] = [
+const FORMATS: [Format; 11] = [
     Format::Dense(F32),
     Format::Dense(F16),
     Format::Dense(BF16),
@@ -322,6 +370,10 @@ const FORMATS: [Format; 7] = [
     integer(3, GroupSize::Columns(32), false, BF16),
     integer(4, GroupSize::Columns(32), false, F16),
     integer(8, GroupSize::WholeRow, false, F32),
+    on_grid(4, 32, Grid::Offsets, F32),
+    on_grid(6, 16, Grid::Symmetric, F32),
+    on_grid(4, 16, Grid::Table("fp4", CodeTable::FP4), F32),
+    on_grid(4, 64, Grid::OutputGroups, F16),
 ];
 
 /// Every case.
@@ -330,7 +382,7 @@ pub fn kernel_cases() -> Vec<KernelCase> {
     // Every grid, with the other properties in rotation.
     let ranks = [(0, BF16), (5, BF16), (16, F16), (0, F32), (16, BF16), (5, F32)];
     let mut turn = 0;
-    for bits in [2, 3, 4, 8] {
+    for bits in [2, 3, 4, 5, 6, 8] {
         for group_size in [GroupSize::Columns(32), GroupSize::Columns(64), GroupSize::Columns(128), GroupSize::WholeRow]
         {
             for symmetric in [true, false] {
@@ -348,6 +400,19 @@ pub fn kernel_cases() -> Vec<KernelCase> {
         for group_size in [1, 3, 10, 50] {
             let group_size = GroupSize::Columns(group_size);
             cases.push(KernelCase::new(33, 100, integer(bits, group_size, false, F16)));
+        }
+    }
+    // Grids of block formats.
+    for bits in [2, 3, 4, 5, 6, 8] {
+        for (group_size, scale_type) in [(16, F32), (32, F16)] {
+            cases.push(KernelCase::new(65, 300, on_grid(bits, group_size, Grid::Offsets, scale_type)));
+            cases.push(KernelCase::new(65, 300, on_grid(bits, group_size, Grid::Symmetric, scale_type)));
+        }
+    }
+    for (name, table) in [("fp4", CodeTable::FP4), ("nf4", CodeTable::NF4), ("iq4_nl", CodeTable::IQ4_NL)] {
+        for (group_size, scale_type) in [(16, F32), (32, BF16), (64, F16)] {
+            let format = on_grid(4, group_size, Grid::Table(name, table), scale_type);
+            cases.push(KernelCase::new(65, 300, format).low_rank(5, BF16).with_bias(group_size == 64));
         }
     }
     // Every ragged shape.

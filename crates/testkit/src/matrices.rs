@@ -73,6 +73,7 @@ pub fn quantized(
         scale_type,
         zero_points,
         group_index,
+        ..QuantizedParts::default()
     })
     .expect("the parts are made to fit")
 }

@@ -2,10 +2,11 @@ use half::{bf16, f16};
 use serde::{Deserialize, Serialize};
 
 /// The float types that weights, scales and factors are stored in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ElementType {
     /// IEEE binary32.
+    #[default]
     F32,
     /// IEEE binary16.
     F16,

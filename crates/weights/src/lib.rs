@@ -5,6 +5,7 @@
 
 mod adapter;
 mod bit_packing;
+mod code_table;
 mod dense_matrix;
 mod element_type;
 mod linear_weight;
@@ -14,9 +15,10 @@ mod reference_product;
 
 pub use adapter::{Adapter, AdapterEntry};
 pub use bit_packing::{pack_codes, packed_words, unpack_codes};
+pub use code_table::CodeTable;
 pub use dense_matrix::{DenseMatrix, DenseValues};
 pub use element_type::ElementType;
 pub use linear_weight::{LinearWeight, WeightMatrix};
 pub use low_rank::LowRank;
-pub use quantized_matrix::{GroupSize, INTEGER_BITS, QuantizedMatrix, QuantizedParts};
+pub use quantized_matrix::{CODE_BITS, GroupAxis, GroupSize, QuantizedMatrix, QuantizedParts};
 pub use reference_product::reference_product;

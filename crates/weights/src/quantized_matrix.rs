@@ -1,17 +1,18 @@
 use kintsugi_runtime::{Error, ErrorCode, Result};
 use serde::{Deserialize, Serialize};
 
-use crate::ElementType;
+use crate::{CodeTable, ElementType};
 
-/// Code widths of the integer grids that solvers, files and kernels know.
-pub const INTEGER_BITS: [u8; 4] = [2, 3, 4, 8];
+/// Widths that codes have.
+pub const CODE_BITS: [u8; 6] = [2, 3, 4, 5, 6, 8];
 
 /// How many consecutive columns of a row share a scale and a zero point.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum GroupSize {
     /// That many columns; the last group of a row may be shorter.
     Columns(usize),
     /// One group per row.
+    #[default]
     WholeRow,
 }
 
@@ -30,25 +31,33 @@ impl GroupSize {
     }
 }
 
-/// A matrix on integer grids: `w[r, c] = (code[r, c] − zero[r, g(c)]) · scale[r, g(c)]`.
+/// Which way the weights of a group lie.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum GroupAxis {
+    /// Consecutive inputs (columns) of one output: what every common file format holds.
+    #[default]
+    Input,
+    /// Consecutive outputs (rows) of one input: an input with large weights has scales of its own
+    /// (arXiv 2309.15531).
+    Output,
+}
+
+/// A matrix of small codes, `[rows, columns]`, with a scale per group:
 ///
-/// Canonical: independent of the CPU and of the file format. `g(c)` is `c / groupSize`, or `group_index[c]` where
-/// the solver assigned columns to groups in another order.
+/// - `(code − zero) · scale`, where the zero point is `2^(bits−1)` on a symmetric grid;
+/// - `code · scale + offset` where groups have offsets;
+/// - `table[code] · scale` where codes stand for the values of a [`CodeTable`].
+///
+/// Canonical: independent of the CPU and of the file format. Groups are runs of `group_size` columns of a row, or of
+/// rows of a column ([`GroupAxis`]); `group_index` says where the solver assigned columns to groups in another order.
 #[derive(Clone, Debug, PartialEq)]
 pub struct QuantizedMatrix {
-    rows: usize,
-    columns: usize,
-    bits: u8,
-    group_size: GroupSize,
-    codes: Vec<u8>,
-    scales: Vec<f32>,
-    scale_type: ElementType,
-    zero_points: Option<Vec<u8>>,
-    group_index: Option<Vec<u32>>,
+    parts: QuantizedParts,
 }
 
 /// The parts of a [`QuantizedMatrix`], named.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct QuantizedParts {
     /// Rows (outputs).
     pub rows: usize,
@@ -56,152 +65,248 @@ pub struct QuantizedParts {
     pub columns: usize,
     /// Width of a code.
     pub bits: u8,
-    /// Columns per group.
+    /// Weights per group along [`QuantizedParts::group_axis`].
     pub group_size: GroupSize,
+    /// Which way groups lie.
+    pub group_axis: GroupAxis,
     /// `[rows, columns]`, one code per byte.
     pub codes: Vec<u8>,
-    /// `[rows, groups]`, already rounded to `scale_type`.
+    /// `[rows, groups]`, or `[groups, columns]` where groups lie along the outputs; already rounded to `scale_type`.
     pub scales: Vec<f32>,
     /// The type that scales are stored in.
     pub scale_type: ElementType,
-    /// `[rows, groups]`; `None` on a symmetric grid, whose zero point is `2^(bits−1)`.
+    /// Like `scales`; `None` on a symmetric grid, whose zero point is `2^(bits−1)`.
     pub zero_points: Option<Vec<u8>>,
+    /// Like `scales`: what is added after the scale, in place of zero points.
+    pub offsets: Option<Vec<f32>>,
+    /// What codes of 4 bits stand for, in place of integers.
+    pub code_table: Option<CodeTable>,
     /// `[columns]`: the group of each column, where it is not `c / groupSize`.
     pub group_index: Option<Vec<u32>>,
+}
+
+impl QuantizedParts {
+    /// Groups along the axis: per row, or per column.
+    pub fn groups(&self) -> usize {
+        match self.group_axis {
+            GroupAxis::Input => self.group_size.groups(self.columns),
+            GroupAxis::Output => self.group_size.groups(self.rows),
+        }
+    }
+
+    /// How many scales there are.
+    pub fn scale_count(&self) -> usize {
+        match self.group_axis {
+            GroupAxis::Input => self.rows * self.groups(),
+            GroupAxis::Output => self.groups() * self.columns,
+        }
+    }
 }
 
 impl QuantizedMatrix {
     /// Checks the parts against each other and takes them.
     ///
     /// # Errors
-    /// `ERR_SHAPE_MISMATCH` when a length, a code, a zero point or a group index does not fit.
+    /// `ERR_SHAPE_MISMATCH` when a length, a code, a zero point or a group index does not fit, or when parts exclude
+    /// each other.
     pub fn new(parts: QuantizedParts) -> Result<Self> {
-        let QuantizedParts { rows, columns, bits, group_size, codes, scales, scale_type, zero_points, group_index } =
-            parts;
-        let wrong = |message: String| Err(Error::new(ErrorCode::ShapeMismatch, message).subject("QuantizedMatrix"));
-        if !INTEGER_BITS.contains(&bits) {
-            return wrong(format!("codes have 2, 3, 4 or 8 bits, not {bits}"));
+        match Self::fault(&parts) {
+            None => Ok(QuantizedMatrix { parts }),
+            Some(message) => Err(Error::new(ErrorCode::ShapeMismatch, message).subject("QuantizedMatrix")),
         }
-        let groups = group_size.groups(columns);
-        if codes.len() != rows * columns {
-            return wrong(format!("a {rows}×{columns} matrix has {} codes", codes.len()));
+    }
+
+    fn fault(parts: &QuantizedParts) -> Option<String> {
+        let &QuantizedParts { rows, columns, bits, .. } = parts;
+        if !CODE_BITS.contains(&bits) {
+            return Some(format!("codes have 2, 3, 4, 5, 6 or 8 bits, not {bits}"));
         }
-        if scales.len() != rows * groups {
-            return wrong(format!("{rows} rows of {groups} groups have {} scales", scales.len()));
+        if rows.checked_mul(columns) != Some(parts.codes.len()) {
+            return Some(format!("a {rows}×{columns} matrix has {} codes", parts.codes.len()));
+        }
+        let scales = parts.scale_count();
+        if parts.scales.len() != scales {
+            return Some(format!("{scales} groups have {} scales", parts.scales.len()));
         }
         let limit = 1u16 << bits;
-        if let Some(code) = codes.iter().find(|&&code| u16::from(code) >= limit) {
-            return wrong(format!("code {code} does not fit into {bits} bits"));
+        if let Some(code) = parts.codes.iter().find(|&&code| u16::from(code) >= limit) {
+            return Some(format!("code {code} does not fit into {bits} bits"));
         }
-        if let Some(zero_points) = &zero_points {
-            if zero_points.len() != rows * groups {
-                return wrong(format!("{rows} rows of {groups} groups have {} zero points", zero_points.len()));
+        if let Some(zero_points) = &parts.zero_points {
+            if zero_points.len() != scales {
+                return Some(format!("{scales} groups have {} zero points", zero_points.len()));
             }
             if let Some(zero) = zero_points.iter().find(|&&zero| u16::from(zero) >= limit) {
-                return wrong(format!("zero point {zero} does not fit into {bits} bits"));
+                return Some(format!("zero point {zero} does not fit into {bits} bits"));
             }
         }
-        if let Some(index) = &group_index
-            && (index.len() != columns || index.iter().any(|&group| group as usize >= groups))
-        {
-            return wrong(format!("the group index does not map {columns} columns to {groups} groups"));
+        if let Some(offsets) = parts.offsets.as_ref().filter(|offsets| offsets.len() != scales) {
+            return Some(format!("{scales} groups have {} offsets", offsets.len()));
         }
-        Ok(QuantizedMatrix { rows, columns, bits, group_size, codes, scales, scale_type, zero_points, group_index })
+        let grids = [parts.zero_points.is_some(), parts.offsets.is_some(), parts.code_table.is_some()];
+        if grids.into_iter().filter(|&there| there).count() > 1 {
+            return Some("zero points, offsets and a code table exclude each other".to_string());
+        }
+        if parts.code_table.is_some() && bits != 4 {
+            return Some(format!("a code table is for codes of 4 bits, not {bits}"));
+        }
+        if let Some(index) = &parts.group_index {
+            let groups = parts.groups();
+            if parts.group_axis == GroupAxis::Output {
+                return Some("a group index is for groups along the inputs".to_string());
+            }
+            if index.len() != columns || index.iter().any(|&group| group as usize >= groups) {
+                return Some(format!("the group index does not map {columns} columns to {groups} groups"));
+            }
+        }
+        None
+    }
+
+    /// Its parts.
+    pub fn parts(&self) -> &QuantizedParts {
+        &self.parts
+    }
+
+    /// Its parts, to keep or to change.
+    pub fn into_parts(self) -> QuantizedParts {
+        self.parts
     }
 
     /// Number of rows (outputs).
     pub fn rows(&self) -> usize {
-        self.rows
+        self.parts.rows
     }
 
     /// Number of columns (inputs).
     pub fn columns(&self) -> usize {
-        self.columns
+        self.parts.columns
     }
 
     /// Width of a code in bits.
     pub fn bits(&self) -> u8 {
-        self.bits
+        self.parts.bits
     }
 
-    /// Columns per group.
+    /// Weights per group.
     pub fn group_size(&self) -> GroupSize {
-        self.group_size
+        self.parts.group_size
     }
 
-    /// Groups per row.
+    /// Which way groups lie.
+    pub fn group_axis(&self) -> GroupAxis {
+        self.parts.group_axis
+    }
+
+    /// Groups along the axis: per row, or per column.
     pub fn groups(&self) -> usize {
-        self.group_size.groups(self.columns)
+        self.parts.groups()
     }
 
     /// One code per byte, `[rows, columns]`.
     pub fn codes(&self) -> &[u8] {
-        &self.codes
+        &self.parts.codes
     }
 
-    /// `[rows, groups]`, exactly as stored.
+    /// `[rows, groups]` or `[groups, columns]`, exactly as stored.
     pub fn scales(&self) -> &[f32] {
-        &self.scales
+        &self.parts.scales
     }
 
     /// The type that scales are stored in.
     pub fn scale_type(&self) -> ElementType {
-        self.scale_type
+        self.parts.scale_type
     }
 
-    /// `[rows, groups]`, or `None` on a symmetric grid.
+    /// Like the scales, or `None` where there are none.
     pub fn zero_points(&self) -> Option<&[u8]> {
-        self.zero_points.as_deref()
+        self.parts.zero_points.as_deref()
+    }
+
+    /// Like the scales, or `None` where there are none.
+    pub fn offsets(&self) -> Option<&[f32]> {
+        self.parts.offsets.as_deref()
+    }
+
+    /// What codes stand for, where they are not integers.
+    pub fn code_table(&self) -> Option<&CodeTable> {
+        self.parts.code_table.as_ref()
     }
 
     /// The group of each column where it is not `c / groupSize`.
     pub fn group_index(&self) -> Option<&[u32]> {
-        self.group_index.as_deref()
+        self.parts.group_index.as_deref()
     }
 
-    /// The zero point of a group of a row.
-    pub fn zero_point(&self, row: usize, group: usize) -> u8 {
-        match &self.zero_points {
-            Some(zero_points) => zero_points[row * self.groups() + group],
-            None => 1 << (self.bits - 1),
+    /// Whether values are `(code − 2^(bits−1)) · scale`.
+    pub fn is_symmetric(&self) -> bool {
+        self.parts.zero_points.is_none() && self.parts.offsets.is_none() && self.parts.code_table.is_none()
+    }
+
+    /// Where the scale, zero point or offset of a weight is.
+    pub fn scale_index(&self, row: usize, column: usize) -> usize {
+        match self.parts.group_axis {
+            GroupAxis::Input => row * self.groups() + self.group_of(column),
+            GroupAxis::Output => row / self.parts.group_size.columns(self.parts.rows) * self.parts.columns + column,
         }
     }
 
-    /// The group that column `column` belongs to.
+    /// The zero point at a place of the scales.
+    pub fn zero_point(&self, scale_index: usize) -> u8 {
+        match &self.parts.zero_points {
+            Some(zero_points) => zero_points[scale_index],
+            None => 1 << (self.parts.bits - 1),
+        }
+    }
+
+    /// The group that column `column` belongs to, where groups lie along the inputs.
     pub fn group_of(&self, column: usize) -> usize {
-        match &self.group_index {
+        match &self.parts.group_index {
             Some(index) => index[column] as usize,
-            None => column / self.group_size.columns(self.columns),
+            None => column / self.parts.group_size.columns(self.parts.columns),
         }
     }
 
     /// Writes row `row` as f32 into `out` (`columns` long).
     pub fn row_to_f32(&self, row: usize, out: &mut [f32]) {
-        let groups = self.groups();
-        let codes = &self.codes[row * self.columns..(row + 1) * self.columns];
+        let parts = &self.parts;
+        let codes = &parts.codes[row * parts.columns..(row + 1) * parts.columns];
+        let first = match parts.group_axis {
+            GroupAxis::Input => row * self.groups(),
+            GroupAxis::Output => self.scale_index(row, 0),
+        };
         for (column, (value, &code)) in out.iter_mut().zip(codes).enumerate() {
-            let group = self.group_of(column);
-            let zero = self.zero_point(row, group);
-            *value = (f32::from(code) - f32::from(zero)) * self.scales[row * groups + group];
+            let at = match parts.group_axis {
+                GroupAxis::Input => first + self.group_of(column),
+                GroupAxis::Output => first + column,
+            };
+            let scale = parts.scales[at];
+            *value = match (&parts.code_table, &parts.offsets) {
+                (Some(table), _) => table.values()[usize::from(code)] * scale,
+                (None, Some(offsets)) => f32::from(code) * scale + offsets[at],
+                (None, None) => (f32::from(code) - f32::from(self.zero_point(at))) * scale,
+            };
         }
     }
 
     /// All values as f32, row-major.
     pub fn to_f32(&self) -> Vec<f32> {
-        let mut out = vec![0.0; self.rows * self.columns];
-        for (row, values) in out.chunks_exact_mut(self.columns.max(1)).enumerate() {
+        let mut out = vec![0.0; self.parts.rows * self.parts.columns];
+        for (row, values) in out.chunks_exact_mut(self.parts.columns.max(1)).enumerate() {
             self.row_to_f32(row, values);
         }
         out
     }
 
-    /// Bits that this matrix takes when stored: codes, scales, zero points and group index.
+    /// Bits that this matrix takes when stored: codes, scales, zero points, offsets (in the type of the scales) and
+    /// group index.
     pub fn stored_bits(&self) -> u64 {
-        let bits = u64::from(self.bits);
-        let groups = (self.rows * self.groups()) as u64;
-        let zero_points = if self.zero_points.is_some() { groups * bits } else { 0 };
-        let index = if self.group_index.is_some() { self.columns as u64 * 32 } else { 0 };
-        (self.rows * self.columns) as u64 * bits + groups * self.scale_type.bits() as u64 + zero_points + index
+        let bits = u64::from(self.parts.bits);
+        let scales = self.parts.scales.len() as u64;
+        let scale_bits = self.parts.scale_type.bits() as u64;
+        let zero_points = if self.parts.zero_points.is_some() { scales * bits } else { 0 };
+        let offsets = if self.parts.offsets.is_some() { scales * scale_bits } else { 0 };
+        let index = if self.parts.group_index.is_some() { self.parts.columns as u64 * 32 } else { 0 };
+        self.parts.codes.len() as u64 * bits + scales * scale_bits + zero_points + offsets + index
     }
 }
 
@@ -219,7 +324,7 @@ mod tests {
             scales: vec![0.5, 2.0, 1.0, 4.0],
             scale_type: ElementType::F16,
             zero_points: Some(vec![1, 0, 2, 3]),
-            group_index: None,
+            ..QuantizedParts::default()
         }
     }
 
@@ -240,14 +345,47 @@ mod tests {
     }
 
     #[test]
+    fn groups_along_the_outputs_have_scales_per_column() {
+        let mut parts = QuantizedParts { rows: 3, columns: 2, codes: vec![3, 1, 0, 2, 1, 3], ..parts() };
+        (parts.group_size, parts.group_axis) = (GroupSize::Columns(2), GroupAxis::Output);
+        parts.scales = vec![1.0, 2.0, 4.0, 8.0];
+        parts.zero_points = Some(vec![0, 1, 2, 3]);
+        let matrix = QuantizedMatrix::new(parts).unwrap();
+        assert_eq!((matrix.groups(), matrix.scales().len()), (2, 4));
+        assert_eq!(matrix.to_f32(), [3.0, 0.0, 0.0, 2.0, -4.0, 0.0]);
+    }
+
+    #[test]
+    fn offsets_are_added_and_tables_looked_up() {
+        let offsets = QuantizedParts { zero_points: None, offsets: Some(vec![1.0, -1.0, 0.25, 0.0]), ..parts() };
+        let matrix = QuantizedMatrix::new(offsets).unwrap();
+        assert_eq!(matrix.to_f32(), [1.0, 1.5, 2.0, 5.0, -1.0, 3.25, 2.25, 1.25, 0.0, 4.0]);
+        assert!(!matrix.is_symmetric());
+        assert_eq!(matrix.stored_bits(), 10 * 2 + 4 * 16 + 4 * 16);
+
+        let table = QuantizedParts { bits: 4, zero_points: None, code_table: Some(CodeTable::FP4), ..parts() };
+        let matrix =
+            QuantizedMatrix::new(QuantizedParts { codes: vec![0, 1, 7, 15, 9, 0, 1, 2, 3, 4], ..table }).unwrap();
+        assert_eq!(matrix.to_f32(), [0.0, 0.25, 3.0, -12.0, -1.0, 0.0, 0.5, 1.0, 6.0, 8.0]);
+    }
+
+    #[test]
     fn parts_that_do_not_fit_are_refused() {
-        let spoil: [fn(&mut QuantizedParts); 6] = [
-            |p| p.bits = 5,
+        let spoil: [fn(&mut QuantizedParts); 11] = [
+            |p| p.bits = 7,
             |p| p.codes[3] = 4,
             |p| p.codes.truncate(9),
             |p| p.scales.push(1.0),
             |p| p.zero_points = Some(vec![0; 3]),
             |p| p.group_index = Some(vec![2; 5]),
+            |p| p.offsets = Some(vec![0.0; 4]),
+            |p| (p.zero_points, p.offsets) = (None, Some(vec![0.0; 3])),
+            |p| (p.zero_points, p.code_table) = (None, Some(CodeTable::NF4)),
+            |p| p.group_axis = GroupAxis::Output,
+            |p| {
+                (p.group_axis, p.group_size) = (GroupAxis::Output, GroupSize::WholeRow);
+                (p.scales, p.zero_points, p.group_index) = (vec![1.0; 5], None, Some(vec![0; 5]));
+            },
         ];
         for spoil in spoil {
             let mut parts = parts();

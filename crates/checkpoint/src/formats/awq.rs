@@ -8,9 +8,9 @@ use super::gptq::check_groups_and_scales;
 use crate::config_fields::{bool_or, integer, invalid, strings, unsupported};
 use crate::linear_format::{EncodedTensor, LinearFormat, MatrixForm};
 use crate::packed_rows::{pack_rows, transposed, unpack_rows};
-use crate::quantization_config::{Scheme, group_size_number};
 use crate::safetensors_writer::{float_bytes, float_dtype};
-use crate::{LinearTensors, QuantizationConfig};
+use crate::scheme::group_size_number;
+use crate::{LinearTensors, QuantizationConfig, Scheme};
 
 const CODES: &str = "qweight";
 const ZERO_POINTS: &str = "qzeros";
@@ -78,7 +78,8 @@ impl LinearFormat for Awq {
             ignore.push(HEAD.to_string());
         }
         let symmetric = !bool_or(config, "zero_point", true)? || bool_or(config, "sym", false)?;
-        Ok(QuantizationConfig { format: &Awq, bits, group_size, symmetric, group_index: false, ignore })
+        let scheme = Scheme { bits, group_size, symmetric, group_index: false };
+        Ok(QuantizationConfig::uniform(&Awq, scheme, ignore))
     }
 
     fn write_config(&self, config: &QuantizationConfig) -> Result<Value> {
@@ -163,7 +164,7 @@ impl LinearFormat for Awq {
                 scales: transposed(&scales, groups, rows),
                 scale_type,
                 zero_points,
-                group_index: None,
+                ..QuantizedParts::default()
             },
         )
     }

@@ -6,13 +6,14 @@ use kintsugi_weights::GroupSize;
 use serde_json::{Map, Value, json};
 
 use crate::config_fields::{bool_or, integer, invalid, object, require_empty, string_or, strings, unsupported};
-use crate::quantization_config::Scheme;
-use crate::{LinearFormat, QuantizationConfig};
+use crate::{LinearFormat, LinearTarget, QuantizationConfig, Scheme, SchemeException};
 
 /// What `quant_method` says.
 pub(super) const METHOD: &str = "compressed-tensors";
 /// The field that names the layout, of the whole and of each scheme.
 pub(super) const LAYOUT_FIELD: &str = "format";
+/// The target that means every Linear.
+const CLASS: &str = "Linear";
 /// The release of compressed-tensors whose layout is written: dense packing of every width, packed zero points.
 const VERSION: &str = "0.18.0";
 
@@ -38,53 +39,89 @@ pub(super) fn read_config(
     }
 
     let groups = config.get("config_groups").ok_or_else(|| invalid("config_groups", "an object of schemes"))?;
-    let mut scheme: Option<Scheme> = None;
+    // Groups that name Linears go before the one for the class of all Linears.
+    let mut usual: Option<Scheme> = None;
+    let mut exceptions = Vec::new();
     for (name, group) in object(groups, "config_groups")? {
-        let parsed = read_scheme(format, name, group)?;
-        if scheme.replace(parsed).is_some_and(|first| first != parsed) {
-            return Err(unsupported("config_groups", "several schemes that differ"));
+        let scheme = read_scheme(format, name, group)?;
+        let targets = strings(object(group, name)?, "targets")?;
+        for target in &targets {
+            match target.strip_prefix("re:") {
+                _ if target == CLASS => {
+                    if usual.replace(scheme).is_some_and(|first| first != scheme) {
+                        return Err(unsupported("config_groups", "several schemes for all Linears"));
+                    }
+                }
+                Some(expression) => {
+                    exceptions.push(SchemeException { linears: LinearTarget::expression(expression)?, scheme });
+                }
+                None => exceptions.push(SchemeException { linears: LinearTarget::name(target), scheme }),
+            }
+        }
+        if targets.is_empty() {
+            usual.get_or_insert(scheme);
         }
     }
-    let Scheme { bits, group_size, symmetric, group_index } =
-        scheme.ok_or_else(|| invalid("config_groups", "at least one scheme"))?;
+    let first = exceptions.first().map(|exception| exception.scheme);
+    let usual = usual.or(first).ok_or_else(|| invalid("config_groups", "at least one scheme"))?;
+    // Where all agree, names have nothing to tell.
+    if exceptions.iter().all(|exception| exception.scheme == usual) {
+        exceptions.clear();
+    }
     let ignore = strings(config, "ignore")?;
-    Ok(QuantizationConfig { format, bits, group_size, symmetric, group_index, ignore })
+    Ok(QuantizationConfig { exceptions, ..QuantizationConfig::uniform(format, usual, ignore) })
 }
 
 /// The configuration of a checkpoint in `layout`. Only fields that every release of compressed-tensors with this layout
 /// knows.
 pub(super) fn write_config(config: &QuantizationConfig, layout: &str) -> Value {
-    let (strategy, group_size) = match config.group_size {
-        GroupSize::Columns(size) => ("group", json!(size)),
-        GroupSize::WholeRow => ("channel", Value::Null),
-    };
-    let actorder = if config.group_index { json!("group") } else { Value::Null };
+    let mut groups = Map::new();
+    groups.insert("group_0".into(), write_group(config.scheme(), &[CLASS.to_owned()], layout));
+    // Linears of one scheme in one group, in the order in which schemes first appear.
+    let mut rest: Vec<&SchemeException> = config.exceptions.iter().collect();
+    while let Some(&first) = rest.first() {
+        let (group, others): (Vec<_>, Vec<_>) = rest.into_iter().partition(|other| other.scheme == first.scheme);
+        let targets: Vec<String> = group.iter().map(|exception| target(&exception.linears)).collect();
+        groups.insert(format!("group_{}", groups.len()), write_group(first.scheme, &targets, layout));
+        rest = others;
+    }
     json!({
         "quant_method": METHOD,
         "format": layout,
         "quantization_status": "compressed",
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": {
-                    "num_bits": config.bits,
-                    "type": "int",
-                    "symmetric": config.symmetric,
-                    "strategy": strategy,
-                    "group_size": group_size,
-                    "actorder": actorder,
-                    "dynamic": false,
-                },
-                "input_activations": null,
-                "output_activations": null,
-                "format": layout,
-            },
-        },
+        "config_groups": groups,
         "ignore": config.ignore,
         "kv_cache_scheme": null,
         "global_compression_ratio": null,
         "version": VERSION,
     })
+}
+
+fn write_group(scheme: Scheme, targets: &[String], layout: &str) -> Value {
+    let (strategy, group_size) = match scheme.group_size {
+        GroupSize::Columns(size) => ("group", json!(size)),
+        GroupSize::WholeRow => ("channel", Value::Null),
+    };
+    let actorder = if scheme.group_index { json!("group") } else { Value::Null };
+    json!({
+        "targets": targets,
+        "weights": {
+            "num_bits": scheme.bits,
+            "type": "int",
+            "symmetric": scheme.symmetric,
+            "strategy": strategy,
+            "group_size": group_size,
+            "actorder": actorder,
+            "dynamic": false,
+        },
+        "input_activations": null,
+        "output_activations": null,
+        "format": layout,
+    })
+}
+
+fn target(linears: &LinearTarget) -> String {
+    if linears.is_expression() { format!("re:{}", linears.text()) } else { linears.text().to_owned() }
 }
 
 fn read_scheme(format: &dyn LinearFormat, name: &str, group: &Value) -> Result<Scheme> {
@@ -161,27 +198,25 @@ mod tests {
     use crate::PackQuantized;
 
     fn config() -> QuantizationConfig {
-        QuantizationConfig {
-            format: &PackQuantized,
-            bits: 4,
-            group_size: GroupSize::Columns(128),
-            symmetric: false,
-            group_index: true,
-            ignore: vec!["lm_head".into()],
-        }
+        let scheme = Scheme { bits: 4, group_size: GroupSize::Columns(128), symmetric: false, group_index: true };
+        QuantizationConfig::uniform(&PackQuantized, scheme, vec!["lm_head".into()])
     }
 
     #[test]
     fn what_is_written_is_read() {
-        let whole_row = QuantizationConfig {
-            format: &PackQuantized,
-            bits: 3,
-            group_size: GroupSize::WholeRow,
-            symmetric: true,
-            group_index: false,
-            ignore: Vec::new(),
+        let scheme = Scheme { bits: 3, group_size: GroupSize::WholeRow, symmetric: true, group_index: false };
+        let whole_row = QuantizationConfig::uniform(&PackQuantized, scheme, Vec::new());
+        let except = |linears, bits| SchemeException { linears, scheme: Scheme { bits, ..scheme } };
+        let mixed = QuantizationConfig {
+            exceptions: vec![
+                except(LinearTarget::name("model.layers.0.mlp.down_proj"), 8),
+                except(LinearTarget::name("model.layers.1.mlp.down_proj"), 8),
+                except(LinearTarget::expression(r".*\.self_attn\.v_proj").unwrap(), 6),
+            ],
+            ..whole_row.clone()
         };
-        for config in [config(), whole_row] {
+        assert_eq!(mixed.to_json().unwrap()["config_groups"].as_object().unwrap().len(), 3);
+        for config in [config(), whole_row, mixed] {
             assert_eq!(QuantizationConfig::from_json(&config.to_json().unwrap()).unwrap(), config);
         }
     }
@@ -223,7 +258,7 @@ mod tests {
             ("/config_groups", json!({ "W4A16": ["Linear"] }), ErrorCode::QuantizationUnsupported),
             ("/config_groups/group_0", json!(3), ErrorCode::ConfigInvalid),
             ("/config_groups/group_0/input_activations", json!({ "num_bits": 8 }), ErrorCode::QuantizationUnsupported),
-            ("/config_groups/group_0/weights/num_bits", json!(5), ErrorCode::QuantizationUnsupported),
+            ("/config_groups/group_0/weights/num_bits", json!(7), ErrorCode::QuantizationUnsupported),
             ("/config_groups/group_0/weights/num_bits", json!("4"), ErrorCode::ConfigInvalid),
             ("/config_groups/group_0/weights/type", json!("float"), ErrorCode::QuantizationUnsupported),
             ("/config_groups/group_0/weights/group_size", json!(0), ErrorCode::ConfigInvalid),
@@ -241,12 +276,20 @@ mod tests {
     }
 
     #[test]
-    fn two_schemes_must_agree() {
+    fn groups_name_their_linears() {
         let mut json = config().to_json().unwrap();
         let first = json["config_groups"]["group_0"].clone();
         json["config_groups"]["group_1"] = first;
         assert_eq!(QuantizationConfig::from_json(&json).unwrap(), config());
         json["config_groups"]["group_1"]["weights"]["num_bits"] = json!(8);
         assert_eq!(QuantizationConfig::from_json(&json).unwrap_err().code, ErrorCode::QuantizationUnsupported);
+        json["config_groups"]["group_1"]["targets"] = json!(["re:.*down_proj", "lm_head"]);
+        let mixed = QuantizationConfig::from_json(&json).unwrap();
+        assert_eq!(mixed.scheme_of("model.layers.0.mlp.up_proj"), config().scheme());
+        for name in ["model.layers.0.mlp.down_proj", "lm_head"] {
+            assert_eq!(mixed.scheme_of(name), Scheme { bits: 8, ..config().scheme() });
+        }
+        json["config_groups"]["group_1"]["targets"] = json!(["re:("]);
+        assert_eq!(QuantizationConfig::from_json(&json).unwrap_err().code, ErrorCode::ConfigInvalid);
     }
 }

@@ -9,14 +9,17 @@ use super::assemble;
 use crate::config_fields::{bool_or, integer, invalid, object, string_or, unsupported};
 use crate::linear_format::{EncodedTensor, LinearFormat, MatrixForm};
 use crate::packed_rows::{pack_rows, transposed, unpack_rows};
-use crate::quantization_config::{Scheme, group_size_number};
 use crate::safetensors_writer::{float_bytes, float_dtype};
-use crate::{LinearTensors, QuantizationConfig};
+use crate::scheme::group_size_number;
+use crate::{LinearTarget, LinearTensors, QuantizationConfig, Scheme, SchemeException};
 
 const CODES: &str = "qweight";
 const ZERO_POINTS: &str = "qzeros";
 const SCALES: &str = "scales";
 const GROUP_INDEX: &str = "g_idx";
+
+/// Widths of a code that programs for the format know.
+const BITS: [u8; 4] = [2, 3, 4, 8];
 
 /// The head, which the format speaks of in a field of its own.
 const HEAD: &str = "lm_head";
@@ -125,6 +128,9 @@ impl LinearFormat for Gptq {
         let bits = integer(config, "bits")?.ok_or_else(|| invalid("bits", "there"))?;
         let size = integer(config, "group_size")?.ok_or_else(|| invalid("group_size", "there"))?;
         let (bits, group_size) = Scheme::grid(bits, size)?;
+        if !BITS.contains(&bits) {
+            return Err(unsupported("bits", &bits.to_string()));
+        }
         let pack_type = string_or(config, "pack_dtype", "int32")?;
         if pack_type != "int32" {
             return Err(unsupported("pack_dtype", pack_type));
@@ -136,21 +142,18 @@ impl LinearFormat for Gptq {
         if !bool_or(config, HEAD, false)? {
             ignore.push(HEAD.to_string());
         }
+        let (symmetric, group_index) = (bool_or(config, "sym", true)?, bool_or(config, "desc_act", false)?);
+        let usual = Scheme { bits, group_size, symmetric, group_index };
+        let mut exceptions = Vec::new();
         if let Some(rules) = config.get("dynamic").filter(|rules| !rules.is_null()) {
-            for (rule, _) in object(rules, "dynamic")? {
-                // Rules without the sign of exclusion give other bits or groups to some Linears.
-                let excluded = rule.strip_prefix("-:").ok_or_else(|| unsupported("dynamic", rule))?;
-                ignore.push(format!("re:{excluded}"));
+            for (rule, fields) in object(rules, "dynamic")? {
+                match rule.strip_prefix("-:") {
+                    Some(excluded) => ignore.push(format!("re:{excluded}")),
+                    None => exceptions.push(read_rule(rule, object(fields, rule)?, usual)?),
+                }
             }
         }
-        Ok(QuantizationConfig {
-            format: self.shared(),
-            bits,
-            group_size,
-            symmetric: bool_or(config, "sym", true)?,
-            group_index: bool_or(config, "desc_act", false)?,
-            ignore,
-        })
+        Ok(QuantizationConfig { exceptions, ..QuantizationConfig::uniform(self.shared(), usual, ignore) })
     }
 
     fn write_config(&self, config: &QuantizationConfig) -> Result<Value> {
@@ -158,12 +161,21 @@ impl LinearFormat for Gptq {
             Some(pattern) => format!("-:{pattern}"),
             None => format!("-:^{}$", entry.replace('.', r"\.")),
         };
-        let rules: Map<String, Value> = config
+        let mut rules: Map<String, Value> = config
             .ignore
             .iter()
             .filter(|entry| *entry != HEAD)
             .map(|entry| (excluded(entry), Value::Object(Map::new())))
             .collect();
+        for SchemeException { linears, scheme } in &config.exceptions {
+            let fields = json!({
+                "bits": scheme.bits,
+                "group_size": group_size_number(scheme.group_size),
+                "desc_act": scheme.group_index,
+                "sym": scheme.symmetric,
+            });
+            rules.insert(format!("+:{}", linears.to_expression()), fields);
+        }
         let mut json = json!({
             "quant_method": self.method(),
             "checkpoint_format": self.name(),
@@ -207,6 +219,9 @@ impl LinearFormat for Gptq {
     }
 
     fn check(&self, form: &MatrixForm) -> Result<(), String> {
+        if !BITS.contains(&form.bits) {
+            return Err(format!("its codes have {} bits, the format has 2, 3, 4 or 8", form.bits));
+        }
         // Readers of the format count words by the 32.
         for (what, count) in [("outputs", form.rows), ("inputs", form.columns)] {
             if !count.is_multiple_of(32) {
@@ -262,8 +277,18 @@ impl LinearFormat for Gptq {
 
         let group_size = config.group_size;
         let group_index = Self::group_index(config, linear, columns, groups)?;
-        let parts =
-            QuantizedParts { rows, columns, bits, group_size, codes, scales, scale_type, zero_points, group_index };
+        let parts = QuantizedParts {
+            rows,
+            columns,
+            bits,
+            group_size,
+            codes,
+            scales,
+            scale_type,
+            zero_points,
+            group_index,
+            ..QuantizedParts::default()
+        };
         assemble(linear, parts)
     }
 
@@ -303,6 +328,7 @@ impl LinearFormat for Gptq {
 /// # Errors
 /// What stands against it, as a clause.
 pub(super) fn check_groups_and_scales(form: &MatrixForm) -> Result<(), String> {
+    form.check_integers()?;
     if let (true, GroupSize::Columns(size)) = (form.is_ragged(), form.group_size) {
         return Err(format!("its {} inputs are no multiple of the group size {size}", form.columns));
     }
@@ -311,6 +337,27 @@ pub(super) fn check_groups_and_scales(form: &MatrixForm) -> Result<(), String> {
         return Err("its scales are f32, readers of the format take 16 bits".into());
     }
     Ok(())
+}
+
+/// A rule of `dynamic`: an expression, marked as positive or not at all, and the fields in which its Linears differ.
+///
+/// # Errors
+/// `ERR_QUANTIZATION_UNSUPPORTED`, `ERR_CONFIG_INVALID`.
+fn read_rule(rule: &str, fields: &Map<String, Value>, usual: Scheme) -> Result<SchemeException> {
+    let known = ["bits", "group_size", "sym", "desc_act"];
+    if let Some(stranger) = fields.keys().find(|field| !known.contains(&field.as_str())) {
+        return Err(unsupported("dynamic", &format!("{rule} with {stranger}")));
+    }
+    let bits = integer(fields, "bits")?.unwrap_or(i64::from(usual.bits));
+    let size = integer(fields, "group_size")?.unwrap_or(group_size_number(usual.group_size));
+    let (bits, group_size) = Scheme::grid(bits, size)?;
+    if !BITS.contains(&bits) {
+        return Err(unsupported("bits", &bits.to_string()));
+    }
+    let symmetric = bool_or(fields, "sym", usual.symmetric)?;
+    let group_index = bool_or(fields, "desc_act", usual.group_index)?;
+    let linears = LinearTarget::expression(rule.strip_prefix("+:").unwrap_or(rule))?;
+    Ok(SchemeException { linears, scheme: Scheme { bits, group_size, symmetric, group_index } })
 }
 
 /// Words that `count` codes fill without a rest.

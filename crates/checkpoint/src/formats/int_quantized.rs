@@ -83,8 +83,18 @@ impl LinearFormat for IntQuantized {
             None
         };
         let group_size = config.group_size;
-        let parts =
-            QuantizedParts { rows, columns, bits, group_size, codes, scales, scale_type, zero_points, group_index };
+        let parts = QuantizedParts {
+            rows,
+            columns,
+            bits,
+            group_size,
+            codes,
+            scales,
+            scale_type,
+            zero_points,
+            group_index,
+            ..QuantizedParts::default()
+        };
         assemble(linear, parts)
     }
 

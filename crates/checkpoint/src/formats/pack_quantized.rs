@@ -63,8 +63,8 @@ impl LinearFormat for PackQuantized {
         Ok(compressed_tensors::write_config(config, "pack-quantized"))
     }
 
-    fn check(&self, _form: &MatrixForm) -> Result<(), String> {
-        Ok(())
+    fn check(&self, form: &MatrixForm) -> Result<(), String> {
+        form.check_integers()
     }
 
     fn shape(&self, _config: &QuantizationConfig, linear: &LinearTensors<'_>) -> Result<(usize, usize)> {
@@ -106,8 +106,18 @@ impl LinearFormat for PackQuantized {
         };
 
         let group_size = config.group_size;
-        let parts =
-            QuantizedParts { rows, columns, bits, group_size, codes, scales, scale_type, zero_points, group_index };
+        let parts = QuantizedParts {
+            rows,
+            columns,
+            bits,
+            group_size,
+            codes,
+            scales,
+            scale_type,
+            zero_points,
+            group_index,
+            ..QuantizedParts::default()
+        };
         assemble(linear, parts)
     }
 

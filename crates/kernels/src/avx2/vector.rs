@@ -151,6 +151,7 @@ impl Level for Avx2 {
     type Vector = F32x32;
     type Half = F32x16;
     type Words = U32x32;
+    type Table = F32x16;
 
     #[inline(always)]
     unsafe fn assume() -> Self {
@@ -236,6 +237,16 @@ impl Level for Avx2 {
     }
 
     #[inline(always)]
+    fn table(self, values: &[f32; 16]) -> F32x16 {
+        self.half(values)
+    }
+
+    #[inline(always)]
+    fn table4_pair<const PAIR: u32>(self, table: F32x16, words: U32x32) -> (F32x32, F32x32) {
+        (from_table(table, words, 4 * PAIR), from_table(table, words, 16 + 4 * PAIR))
+    }
+
+    #[inline(always)]
     fn bits8_pair<const PAIR: u32>(self, words: U32x32) -> (F32x32, F32x32) {
         (signed_field::<8>(words, 8 * PAIR), signed_field::<8>(words, 16 + 8 * PAIR))
     }
@@ -259,6 +270,31 @@ fn looked_up(words: U32x32, position: u32) -> F32x32 {
             register(words.1, position),
             register(words.2, position),
             register(words.3, position),
+        )
+    }
+}
+
+/// What the field of 4 bits at `position` stands for: its lowest three bits choose in each half of the table, the
+/// fourth chooses the half.
+#[inline(always)]
+fn from_table(table: F32x16, words: U32x32, position: u32) -> F32x32 {
+    #[inline(always)]
+    unsafe fn register(table: F32x16, words: __m256i, position: u32) -> __m256 {
+        // SAFETY: the caller has AVX2.
+        unsafe {
+            let codes = _mm256_srlv_epi32(words, _mm256_set1_epi32(position as i32));
+            let lower = _mm256_permutevar8x32_ps(table.0, codes);
+            let upper = _mm256_permutevar8x32_ps(table.1, codes);
+            _mm256_blendv_ps(lower, upper, _mm256_castsi256_ps(_mm256_slli_epi32::<28>(codes)))
+        }
+    }
+    // SAFETY: the words come from `Avx2::load_words`.
+    unsafe {
+        F32x32(
+            register(table, words.0, position),
+            register(table, words.1, position),
+            register(table, words.2, position),
+            register(table, words.3, position),
         )
     }
 }

@@ -23,10 +23,15 @@ impl<E: Bf16Encoding> Codec for Bf16Products<E> {
     type Level = Avx512;
     const BYTES: usize = E::BYTES;
     const X_WORDS: usize = E::COLUMNS / 2;
+    type State = ();
+
+    #[inline(always)]
+    fn state(_: Avx512, _: &[f32; 16]) {}
 
     #[inline(always)]
     unsafe fn step<const ROWS: usize, const PANELS: usize>(
         level: Avx512,
+        (): (),
         panels: [*const u8; PANELS],
         x: [*const u32; ROWS],
         sums: &mut [[F32x32; PANELS]; ROWS],

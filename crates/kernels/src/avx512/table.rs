@@ -29,6 +29,8 @@ fn bf16(encoding: PanelEncoding, rows: usize, panels: usize) -> Accumulate {
         PanelEncoding::Bits4 => bf16_products::<Bf16Products<Bits4>>(rows, panels),
         PanelEncoding::Bits8 => bf16_products::<Bf16Products<Bits8>>(rows, panels),
         PanelEncoding::Bf16 => bf16_products::<Bf16Products<Bf16>>(rows, panels),
-        PanelEncoding::F32 | PanelEncoding::F16 => unreachable!("{encoding:?} has no bf16 products"),
+        PanelEncoding::Table4 | PanelEncoding::F32 | PanelEncoding::F16 => {
+            unreachable!("{encoding:?} has no bf16 products")
+        }
     }
 }

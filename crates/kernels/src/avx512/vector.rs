@@ -130,6 +130,7 @@ impl Level for Avx512 {
     type Vector = F32x32;
     type Half = F32x16;
     type Words = U32x32;
+    type Table = F32x16;
 
     #[inline(always)]
     unsafe fn assume() -> Self {
@@ -214,6 +215,16 @@ impl Level for Avx512 {
     }
 
     #[inline(always)]
+    fn table(self, values: &[f32; 16]) -> F32x16 {
+        self.half(values)
+    }
+
+    #[inline(always)]
+    fn table4_pair<const PAIR: u32>(self, table: F32x16, words: U32x32) -> (F32x32, F32x32) {
+        (from_table(table, words, 4 * PAIR), from_table(table, words, 16 + 4 * PAIR))
+    }
+
+    #[inline(always)]
     fn bits8_pair<const PAIR: u32>(self, words: U32x32) -> (F32x32, F32x32) {
         (signed_byte(words, 8 * PAIR), signed_byte(words, 16 + 8 * PAIR))
     }
@@ -250,6 +261,18 @@ pub(super) fn looked_up(words: U32x32, position: u32, table: [u16; 32]) -> U32x3
     }
     // SAFETY: the words come from `Avx512::load_words`.
     unsafe { U32x32(register(words.0, position, table), register(words.1, position, table)) }
+}
+
+/// What the field of 4 bits at `position` stands for: the look-up reads no more bits than those.
+#[inline(always)]
+fn from_table(table: F32x16, words: U32x32, position: u32) -> F32x32 {
+    #[inline(always)]
+    unsafe fn register(table: F32x16, words: __m512i, position: u32) -> __m512 {
+        // SAFETY: the caller has AVX-512.
+        unsafe { _mm512_permutexvar_ps(_mm512_srlv_epi32(words, _mm512_set1_epi32(position as i32)), table.0) }
+    }
+    // SAFETY: the words come from `Avx512::load_words`.
+    unsafe { F32x32(register(table, words.0, position), register(table, words.1, position)) }
 }
 
 /// The byte at `position` minus 128.

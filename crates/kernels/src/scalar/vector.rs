@@ -98,6 +98,7 @@ impl Level for Scalar {
     type Vector = F32x32;
     type Half = F32x16;
     type Words = [u32; LANES];
+    type Table = [f32; 16];
 
     unsafe fn assume() -> Self {
         Scalar
@@ -167,6 +168,17 @@ impl Level for Scalar {
     #[inline(always)]
     fn bits4_pair<const PAIR: u32>(self, words: [u32; LANES]) -> (F32x32, F32x32) {
         (signed_field::<4>(words, 4 * PAIR), signed_field::<4>(words, 16 + 4 * PAIR))
+    }
+
+    #[inline(always)]
+    fn table(self, values: &[f32; 16]) -> [f32; 16] {
+        *values
+    }
+
+    #[inline(always)]
+    fn table4_pair<const PAIR: u32>(self, table: [f32; 16], words: [u32; LANES]) -> (F32x32, F32x32) {
+        let field = |word: u32, position: u32| table[(word >> position & 15) as usize];
+        (lanewise!(|i| field(words[i], 4 * PAIR)), lanewise!(|i| field(words[i], 16 + 4 * PAIR)))
     }
 
     #[inline(always)]

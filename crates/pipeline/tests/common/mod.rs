@@ -27,6 +27,8 @@ pub(crate) fn recipe(source: &Path, out: &Path, method: &str, bits: u8, rank: us
         method: method.to_owned(),
         rounding: "rtn".to_owned(),
         bits,
+        overrides: Vec::new(),
+        format: "auto".to_owned(),
         group_size: Some(64),
         symmetric: false,
         clip: false,

@@ -1,0 +1,184 @@
+use std::fmt;
+
+use fancy_regex::{Regex, RegexBuilder};
+use kintsugi_runtime::Result;
+use kintsugi_weights::{CODE_BITS, GroupSize, QuantizedMatrix};
+use serde::{Deserialize, Serialize};
+
+use crate::config_fields::{invalid, unsupported};
+
+/// Most steps that an expression may take over a name: expressions come from files that nobody trusts.
+const BACKTRACK_LIMIT: usize = 10_000;
+
+/// How the weights of a configuration, or of one matrix, are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Scheme {
+    /// Width of a code: 2, 3, 4, 5, 6 or 8.
+    pub bits: u8,
+    /// Columns that share a scale.
+    pub group_size: GroupSize,
+    /// Whether the zero point of every group is `2^(bits−1)`.
+    pub symmetric: bool,
+    /// Whether columns may have groups of their own.
+    pub group_index: bool,
+}
+
+/// Linears that a configuration stores in another way than the rest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SchemeException {
+    /// Which ones.
+    pub linears: LinearTarget,
+    /// How.
+    pub scheme: Scheme,
+}
+
+/// Names of Linears: one name, or a regular expression that matches from their start.
+#[derive(Clone, Debug)]
+pub struct LinearTarget {
+    text: String,
+    expression: Option<Regex>,
+}
+
+impl Scheme {
+    /// How `matrix` is stored.
+    pub fn of(matrix: &QuantizedMatrix) -> Self {
+        Scheme {
+            bits: matrix.bits(),
+            group_size: matrix.group_size(),
+            symmetric: matrix.is_symmetric(),
+            group_index: matrix.group_index().is_some(),
+        }
+    }
+
+    /// Whether a matrix stored like this can be read where `config` speaks of `stated`: a Linear whose columns are in
+    /// order needs no index where others have one.
+    pub(crate) fn fits(self, stated: Scheme) -> bool {
+        self == stated || (stated.group_index && Scheme { group_index: true, ..self } == stated)
+    }
+
+    /// `bits` and `group_size` as configurations write them: −1 is one group per row.
+    ///
+    /// # Errors
+    /// `ERR_QUANTIZATION_UNSUPPORTED` for other widths, `ERR_CONFIG_INVALID` for sizes that are no size.
+    pub(crate) fn grid(bits: i64, size: i64) -> Result<(u8, GroupSize)> {
+        let group_size = match usize::try_from(size) {
+            Ok(size) if size > 0 => GroupSize::Columns(size),
+            _ if size == -1 => GroupSize::WholeRow,
+            _ => return Err(invalid("group_size", "a positive number")),
+        };
+        Ok((Self::width(bits, "bits")?, group_size))
+    }
+
+    /// A code width that is known.
+    ///
+    /// # Errors
+    /// `ERR_QUANTIZATION_UNSUPPORTED`.
+    pub(crate) fn width(bits: i64, field: &str) -> Result<u8> {
+        let known = u8::try_from(bits).ok().filter(|bits| CODE_BITS.contains(bits));
+        known.ok_or_else(|| unsupported(field, &bits.to_string()))
+    }
+}
+
+impl fmt::Display for Scheme {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let grid = if self.symmetric { "symmetric" } else { "asymmetric" };
+        match self.group_size {
+            GroupSize::Columns(size) => write!(f, "{} bits, {grid}, groups of {size}", self.bits)?,
+            GroupSize::WholeRow => write!(f, "{} bits, {grid}, one group per row", self.bits)?,
+        }
+        f.write_str(if self.group_index { ", with group index" } else { "" })
+    }
+}
+
+/// The `group_size` that configurations write: −1 for one group per row.
+pub(crate) fn group_size_number(group_size: GroupSize) -> i64 {
+    match group_size {
+        GroupSize::Columns(size) => i64::try_from(size).unwrap_or(i64::MAX),
+        GroupSize::WholeRow => -1,
+    }
+}
+
+impl LinearTarget {
+    /// The Linear of that name.
+    pub fn name(name: impl Into<String>) -> Self {
+        LinearTarget { text: name.into(), expression: None }
+    }
+
+    /// The Linears whose names an expression matches from their start, as Python's `re.match` does.
+    ///
+    /// # Errors
+    /// `ERR_CONFIG_INVALID` for what is no expression.
+    pub fn expression(expression: &str) -> Result<Self> {
+        let compiled = RegexBuilder::new(&format!("^(?:{expression})")).backtrack_limit(BACKTRACK_LIMIT).build();
+        let compiled = compiled.map_err(|_| invalid(expression, "a regular expression"))?;
+        Ok(LinearTarget { text: expression.to_owned(), expression: Some(compiled) })
+    }
+
+    /// The name or the expression.
+    pub fn text(&self) -> &str {
+        &self.text
+    }
+
+    /// Whether it is an expression.
+    pub fn is_expression(&self) -> bool {
+        self.expression.is_some()
+    }
+
+    /// Whether the Linear of that name is meant.
+    pub fn matches(&self, name: &str) -> bool {
+        match &self.expression {
+            // One that runs away does not match.
+            Some(expression) => expression.is_match(name).unwrap_or(false),
+            None => self.text == name,
+        }
+    }
+
+    /// An expression that matches the same names.
+    pub(crate) fn to_expression(&self) -> String {
+        match &self.expression {
+            Some(_) => self.text.clone(),
+            None => format!("^{}$", self.text.replace('.', r"\.")),
+        }
+    }
+}
+
+impl PartialEq for LinearTarget {
+    fn eq(&self, other: &Self) -> bool {
+        (&self.text, self.is_expression()) == (&other.text, other.is_expression())
+    }
+}
+
+impl Eq for LinearTarget {}
+
+#[cfg(test)]
+mod tests {
+    use kintsugi_runtime::ErrorCode;
+
+    use super::*;
+
+    #[test]
+    fn names_and_expressions_match_as_in_python() {
+        let name = LinearTarget::name("model.layers.1.mlp.up_proj");
+        assert!(name.matches("model.layers.1.mlp.up_proj") && !name.matches("model.layers.11.mlp.up_proj"));
+        for (expression, linear, expected) in [
+            (r".*self_attn.*", "model.layers.0.self_attn.q_proj", true),
+            (r"self_attn", "model.layers.0.self_attn.q_proj", false),
+            (r"model\.layers\.[0-3]\.", "model.layers.3.mlp.up_proj", true),
+            (r"model\.layers\.[0-3]\.", "model.layers.31.mlp.up_proj", false),
+            (r"(?!.*lm_head).*proj$", "model.layers.3.mlp.up_proj", true),
+            (r"a|model.*down", "model.layers.3.mlp.down_proj", true),
+        ] {
+            let target = LinearTarget::expression(expression).unwrap();
+            assert_eq!(target.matches(linear), expected, "{expression} on {linear}");
+        }
+        let escaped = LinearTarget::expression(&name.to_expression()).unwrap();
+        assert!(escaped.matches("model.layers.1.mlp.up_proj") && !escaped.matches("model.layers.1xmlp.up_proj"));
+    }
+
+    #[test]
+    fn hostile_expressions_end() {
+        let runaway = LinearTarget::expression(r"(?=(a+)+$)\1b").unwrap();
+        assert!(!runaway.matches(&"a".repeat(40)));
+        assert_eq!(LinearTarget::expression("(").unwrap_err().code, ErrorCode::ConfigInvalid);
+    }
+}

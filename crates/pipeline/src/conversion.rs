@@ -1,0 +1,305 @@
+use std::collections::HashSet;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use kintsugi_checkpoint::{Checkpoint, CheckpointWriter, CodeGrid, FORMATS, LinearFormat, MatrixForm, linear_format};
+use kintsugi_compress::{Clip, QuantizeOptions, linear_method};
+use kintsugi_runtime::{CancelToken, Error, ErrorCode, Progress, Result, ThreadPool, nearest};
+use kintsugi_weights::{CODE_BITS, DenseMatrix, ElementType, GroupAxis, GroupSize, QuantizedMatrix, WeightMatrix};
+use serde::Serialize;
+
+/// Group sizes to try where the format does not hold that of the source.
+const GROUP_SIZES: [GroupSize; 4] =
+    [GroupSize::Columns(128), GroupSize::Columns(64), GroupSize::Columns(32), GroupSize::WholeRow];
+
+/// A conversion of the quantized Linears of a checkpoint to another format, as the user asked for it.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ConvertRecipe {
+    /// Folder of the checkpoint.
+    pub source: PathBuf,
+    /// Folder that is written.
+    pub out: PathBuf,
+    /// Name of a format of quantized Linears, or of a float type that they are widened to.
+    pub format: String,
+    /// Round Linears anew whose grid the format does not hold.
+    pub allow_requantize: bool,
+    /// Width of a code of Linears that are rounded anew; `null` takes the nearest that the format holds.
+    pub bits: Option<u8>,
+    /// Columns that share a scale there, 0 for the whole row; `null` likewise.
+    pub group_size: Option<usize>,
+    /// Only measure what it would cost.
+    pub dry_run: bool,
+}
+
+/// What a conversion did, or would do.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ConversionReport {
+    /// What was asked.
+    pub recipe: ConvertRecipe,
+    /// Format of the source.
+    pub source_format: &'static str,
+    /// Format that was written.
+    pub format: String,
+    /// Bytes of the source's tensors.
+    pub source_bytes: u64,
+    /// Bytes of the folder; 0 for a dry run.
+    pub bytes: u64,
+    /// Each Linear, in name order.
+    pub linears: Vec<ConvertedLinear>,
+    /// Seconds that it took.
+    pub seconds: f64,
+}
+
+/// One Linear of a [`ConversionReport`].
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ConvertedLinear {
+    /// Name in the checkpoint.
+    pub name: String,
+    /// Outputs.
+    pub rows: usize,
+    /// Inputs.
+    pub columns: usize,
+    /// Bits of a weight, in codes or floats.
+    pub bits: u8,
+    /// Whether every weight kept its value.
+    pub exact: bool,
+    /// ‖W′ − W‖ / ‖W‖ between what is written and what was read; 0 where exact.
+    pub error: f64,
+}
+
+/// What Linears become.
+#[derive(Clone, Copy)]
+enum Target {
+    Quantized(&'static dyn LinearFormat),
+    Dense(ElementType),
+}
+
+impl Target {
+    /// # Errors
+    /// `ERR_OPTION_UNKNOWN`, with the nearest name and all names in the hint.
+    fn of(name: &str) -> Result<Self> {
+        if let Some(element) = ElementType::from_name(name) {
+            return Ok(Target::Dense(element));
+        }
+        linear_format(name).map(Target::Quantized).map_err(|error| {
+            let names: Vec<&str> = FORMATS
+                .iter()
+                .map(|format| format.name())
+                .chain(ElementType::ALL.into_iter().map(ElementType::name))
+                .collect();
+            let closest = nearest(name, names.iter().copied()).unwrap_or_default();
+            error.hint(format!("Did you mean {closest:?}? Formats are: {}", names.join(", ")))
+        })
+    }
+}
+
+/// Writes the quantized Linears of a checkpoint in another format; everything else is copied.
+///
+/// Values stay as they are, bit for bit, where the format holds the grid. Where it does not, the Linear is rounded anew
+/// to the nearest grid that it holds, if the recipe allows that. One Linear is in memory at a time.
+///
+/// # Errors
+/// `ERR_OPTION_UNKNOWN`, `ERR_OPTION_INVALID`; `ERR_QUANTIZATION_UNSUPPORTED` for a checkpoint without quantized
+/// Linears; `ERR_CONVERSION_INEXACT` with the cost where rounding anew is needed and not allowed; what reading and
+/// writing report. Nothing stays behind then.
+pub fn convert(recipe: &ConvertRecipe, cancel: &CancelToken, progress: &Progress) -> Result<ConversionReport> {
+    let started = Instant::now();
+    let target = Target::of(&recipe.format)?;
+    let checkpoint = Checkpoint::open(&recipe.source)?;
+    let quantization = checkpoint.quantization().ok_or_else(|| {
+        Error::new(ErrorCode::QuantizationUnsupported, "the checkpoint has no quantized Linears to convert")
+            .subject(recipe.source.display())
+            .hint("Compress it instead (kintsugi compress)")
+    })?;
+    let names = checkpoint.quantized_linears();
+    progress.begin("convert", names.len() as u64);
+    let mut writer = match (recipe.dry_run, target) {
+        (true, _) => None,
+        (false, Target::Quantized(format)) => Some(CheckpointWriter::create(&recipe.out, &checkpoint)?.format(format)),
+        (false, Target::Dense(_)) => Some(CheckpointWriter::create(&recipe.out, &checkpoint)?),
+    };
+    let mut replaced = HashSet::new();
+    let mut linears = Vec::with_capacity(names.len());
+    for name in &names {
+        cancel.check()?;
+        progress.at("convert", name.clone());
+        replaced.extend(checkpoint.parts_of(name).map(|tensor| tensor.name.clone()));
+        let WeightMatrix::Quantized(matrix) = checkpoint.linear(name)?.matrix else { continue };
+        let (rows, columns) = (matrix.rows(), matrix.columns());
+        let (bits, error) = match target {
+            Target::Quantized(format) => {
+                let (fitting, error) = fit(&matrix, format, recipe).map_err(|error| error.subject(name))?;
+                let written = fitting.as_ref().unwrap_or(&matrix);
+                if let Some(writer) = &mut writer {
+                    writer.write_linear(name, written)?;
+                }
+                (written.bits(), error)
+            }
+            Target::Dense(element) => {
+                let values = matrix.to_f32();
+                let rounded: Vec<f32> = values.iter().map(|&value| element.round(value)).collect();
+                let error = relative_error(&values, &rounded);
+                if let Some(writer) = &mut writer {
+                    writer.write_dense(&format!("{name}.weight"), &[rows, columns], &rounded, element)?;
+                }
+                (element.bits() as u8, error)
+            }
+        };
+        linears.push(ConvertedLinear {
+            name: name.clone(),
+            rows,
+            columns,
+            bits,
+            exact: error.is_none(),
+            error: error.unwrap_or(0.0),
+        });
+        if let Some(writer) = &mut writer {
+            writer.end_unit()?;
+        }
+        progress.advance(1);
+    }
+    if !recipe.allow_requantize && !recipe.dry_run {
+        check_exact(&linears, recipe)?;
+    }
+    let mut bytes = 0;
+    if let Some(mut writer) = writer {
+        progress.at("write", "");
+        for tensor in checkpoint.tensors().filter(|tensor| !replaced.contains(&tensor.name)) {
+            cancel.check()?;
+            writer.copy(&tensor.name)?;
+        }
+        if let Some(mut compensation) = checkpoint.compensation()? {
+            // It belongs to the folder that is written.
+            compensation.base_model = None;
+            writer.write_compensation(&compensation)?;
+        }
+        let config = writer.quantization(quantization.ignore.clone()).unwrap_or_else(|| quantization.clone());
+        bytes = writer.seal(&config)?;
+        cancel.check()?;
+        writer.commit()?;
+    }
+    Ok(ConversionReport {
+        source_format: quantization.format.name(),
+        format: recipe.format.clone(),
+        source_bytes: checkpoint.tensors().map(|tensor| tensor.bytes).sum(),
+        bytes,
+        linears,
+        seconds: started.elapsed().as_secs_f64(),
+        recipe: recipe.clone(),
+    })
+}
+
+/// The matrix on a grid that `format` holds, with the relative error of that; `None` and `None` where it holds the
+/// matrix as it is.
+fn fit(
+    matrix: &QuantizedMatrix,
+    format: &'static dyn LinearFormat,
+    recipe: &ConvertRecipe,
+) -> Result<(Option<QuantizedMatrix>, Option<f64>)> {
+    let form = MatrixForm::of(matrix);
+    if form.check(format).is_ok() {
+        return Ok((None, None));
+    }
+    let options = nearest_grid(matrix, &form, format, recipe)?;
+    let values = matrix.to_f32();
+    let dense = DenseMatrix::from_f32(matrix.rows(), matrix.columns(), values);
+    let rounded = linear_method("rtn")?.compress(&dense, None, &options, ThreadPool::global())?;
+    let error = relative_error(&dense.to_f32(), &rounded.to_f32());
+    Ok((Some(rounded), error))
+}
+
+/// Options of rounding to the grid nearest to that of `matrix` that `format` holds: as many bits or the next more, the
+/// same groups or the next smaller.
+fn nearest_grid(
+    matrix: &QuantizedMatrix,
+    form: &MatrixForm,
+    format: &'static dyn LinearFormat,
+    recipe: &ConvertRecipe,
+) -> Result<QuantizeOptions> {
+    let given_size =
+        recipe.group_size.map(|size| if size == 0 { GroupSize::WholeRow } else { GroupSize::Columns(size) });
+    let more = CODE_BITS.into_iter().filter(|&bits| bits > matrix.bits());
+    let fewer = CODE_BITS.into_iter().rev().filter(|&bits| bits < matrix.bits());
+    let widths: Vec<u8> = match recipe.bits {
+        Some(bits) => vec![bits],
+        None => std::iter::once(matrix.bits()).chain(more).chain(fewer).collect(),
+    };
+    let sizes: Vec<GroupSize> = match given_size {
+        Some(size) => vec![size],
+        None => std::iter::once(matrix.group_size()).chain(GROUP_SIZES).collect(),
+    };
+    let scale_type = match form.scale_type {
+        ElementType::F32 => ElementType::F16,
+        stored => stored,
+    };
+    let mut reason = None;
+    for &bits in &widths {
+        for &group_size in &sizes {
+            for symmetric in [matrix.is_symmetric(), !matrix.is_symmetric()] {
+                let options = QuantizeOptions {
+                    bits,
+                    group_size,
+                    symmetric,
+                    scale_type,
+                    clip: Clip::Weights,
+                    ..QuantizeOptions::default()
+                };
+                options.validate()?;
+                let wanted = MatrixForm {
+                    bits,
+                    group_size,
+                    scale_type,
+                    smallest_zero_point: (!symmetric).then_some(0),
+                    group_index: false,
+                    group_axis: GroupAxis::Input,
+                    grid: CodeGrid::Integers,
+                    ..*form
+                };
+                match wanted.check(format) {
+                    Ok(()) => return Ok(options),
+                    Err(error) => reason = reason.or(Some(error)),
+                }
+            }
+        }
+    }
+    Err(reason.unwrap_or_else(|| Error::new(ErrorCode::Internal, "no grid was tried")))
+}
+
+/// ‖b − a‖ / ‖a‖; `None` where they are the same.
+fn relative_error(a: &[f32], b: &[f32]) -> Option<f64> {
+    let square = |value: f32| f64::from(value) * f64::from(value);
+    let difference: f64 = a
+        .iter()
+        .zip(b)
+        .map(|(&a, &b)| {
+            let d = f64::from(b) - f64::from(a);
+            d * d
+        })
+        .sum();
+    let norm: f64 = a.iter().map(|&value| square(value)).sum();
+    (difference > 0.0).then(|| if norm > 0.0 { (difference / norm).sqrt() } else { 1.0 })
+}
+
+fn check_exact(linears: &[ConvertedLinear], recipe: &ConvertRecipe) -> Result<()> {
+    let inexact: Vec<&ConvertedLinear> = linears.iter().filter(|linear| !linear.exact).collect();
+    let Some(worst) = inexact.iter().max_by(|a, b| a.error.total_cmp(&b.error)) else { return Ok(()) };
+    let mean = inexact.iter().map(|linear| linear.error).sum::<f64>() / inexact.len() as f64;
+    Err(Error::new(
+        ErrorCode::ConversionInexact,
+        format!(
+            "{} of {} Linears do not fit {} as they are; rounding them anew changes their weights by {:.2} % in the mean \
+             and {:.2} % at most ({})",
+            inexact.len(),
+            linears.len(),
+            recipe.format,
+            100.0 * mean,
+            100.0 * worst.error,
+            worst.name
+        ),
+    )
+    .subject("format")
+    .hint("Allow it with allowRequantize (--allow-requantize), choose a format that holds the grid, or compress the original"))
+}
