@@ -168,7 +168,7 @@ test('empty, short, unreadable and undecodable calibration text', async (t) => {
 test('options that do not fit', async (t) => {
   const shop = workshop(t)
   await refuses(t, shop, 'ERR_OPTION_UNKNOWN', 'grupSize', { grupSize: 64 } as Partial<CompressOptions>)
-  await refuses(t, shop, 'ERR_OPTION_INVALID', 'bits', { bits: 5 } as unknown as Partial<CompressOptions>)
+  await refuses(t, shop, 'ERR_OPTION_INVALID', 'bits', { bits: 7 } as unknown as Partial<CompressOptions>)
   await refuses(t, shop, 'ERR_OPTION_INVALID', 'method', { method: 'gtpq' } as unknown as Partial<CompressOptions>)
   await refuses(t, shop, 'ERR_OPTION_INVALID', 'eora.rank', { eora: { rank: 0 } })
   const { source, out } = shop

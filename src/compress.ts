@@ -226,6 +226,8 @@ export interface CompressReport {
 
 /** The whole model. */
 export interface CompressSummary {
+  /** Layout of the quantized Linears. */
+  format: LinearFormat
   /** Bits of codes, scales, zero points and factors over the number of quantized weights. */
   bitsPerWeight: number
   /** Bytes of the folder. */

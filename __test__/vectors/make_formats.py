@@ -1,6 +1,6 @@
 """Small checkpoints of one quantized Linear in every format, with the matrix that they stand for.
 
-    pip install torch compressed-tensors safetensors numpy
+    pip install torch compressed-tensors bitsandbytes safetensors numpy
     python __test__/vectors/make_formats.py
 
 Writes formats/NAME/{config.json, model.safetensors}: the Linear `up` as a quantizer stores it, and its weight as the
@@ -163,6 +163,68 @@ def fine_grained_float8(name):
     save(name, config, {"weight": weight, "weight_scale_inv": scale}, weight.to(torch.float32) * tiles)
 
 
+def float4(name, layout, group, activations):
+    """Scales and codes come from the packer; `expected` are its codes times its scales, in float32."""
+    strategy = "tensor_group" if group == 16 else "group"
+    kind = dict(num_bits=4, type="float", symmetric=True, strategy=strategy, group_size=group)
+    scheme = QuantizationScheme(
+        targets=["Linear"],
+        weights=QuantizationArgs(**kind),
+        input_activations=QuantizationArgs(**kind, dynamic="local") if activations else None,
+    )
+    weight = torch.randn(ROWS, 64)
+    groups = weight.reshape(ROWS, -1, group).abs().amax(-1)
+    state = {"weight": weight}
+    if group == 16:
+        state["weight_global_scale"] = (448 * 6 / groups.max()).reshape(1)
+        stored_scale = (groups / 6 * state["weight_global_scale"]).to(torch.float8_e4m3fn)
+        state["weight_scale"] = stored_scale.to(torch.float32)
+    else:
+        state["weight_scale"] = torch.exp2(torch.floor(torch.log2(groups / 6)) + 1)
+    compressor = BaseCompressor.get_value_from_registry(layout)
+    stored = compressor.compress(dict(state), scheme)
+    values = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+    table = torch.tensor(values + [-value for value in values])
+    packed = stored["weight_packed"]
+    codes = torch.stack([packed & 15, packed >> 4], -1).reshape(ROWS, -1).long()
+    if group == 16:
+        scale = stored["weight_scale"].to(torch.float32) / stored["weight_global_scale"]
+    else:
+        scale = torch.exp2(stored["weight_scale"].to(torch.float32) - 127)
+    expected = table[codes] * scale.repeat_interleave(group, 1)
+    # The unpacker of compressed-tensors rounds to bfloat16.
+    unpacked = compressor.decompress(dict(stored), scheme)["weight"].to(torch.float32)
+    assert torch.allclose(unpacked, expected, rtol=2**-7, atol=0)
+    config = {
+        "quant_method": "compressed-tensors",
+        "format": layout,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": scheme.model_dump(mode="json")},
+        "ignore": ["lm_head"],
+    }
+    save(name, config, {key: value for key, value in stored.items()}, expected)
+
+
+def bits_and_bytes(name, kind, nested):
+    import bitsandbytes.functional as functional
+
+    weight = torch.randn(ROWS, 128)
+    packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type=kind, compress_statistics=nested)
+    tensors = {"weight": packed}
+    tensors |= {f"weight.{key}": value for key, value in state.as_dict(packed=True).items()}
+    config = {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": kind,
+        "bnb_4bit_use_double_quant": nested,
+        "bnb_4bit_compute_dtype": "bfloat16",
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": ["lm_head"],
+    }
+    save(name, config, tensors, functional.dequantize_4bit(packed, state))
+
+
 def main():
     shutil.rmtree(OUT, ignore_errors=True)
     torch.manual_seed(0)
@@ -182,6 +244,11 @@ def main():
     float8("float8-channel", "float-quantized", "channel")
     float8("float8-block", "naive-quantized", "block", [16, 8])
     fine_grained_float8("float8-fine-grained")
+    float4("nvfp4", "nvfp4-pack-quantized", 16, True)
+    float4("mxfp4", "mxfp4-pack-quantized", 32, False)
+    bits_and_bytes("nf4", "nf4", False)
+    bits_and_bytes("nf4-nested", "nf4", True)
+    bits_and_bytes("fp4-nested", "fp4", True)
 
 
 if __name__ == "__main__":

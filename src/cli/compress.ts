@@ -163,7 +163,7 @@ function describeReport(report: CompressReport): string {
   const compensated = recipe.eora && error ? ` → ${formatShare(error.compensated)} with factors` : ''
   const pairs = formatPairs(
     [
-      ['written', recipe.out],
+      ['written', `${recipe.out} (${summary.format})`],
       ['size', `${formatBytes(summary.sourceBytes)} → ${formatBytes(summary.bytes)}`],
       ['bits per weight', summary.bitsPerWeight.toFixed(2)],
       ['mean output error', error ? formatShare(error.quantized) + compensated : undefined],

@@ -142,7 +142,7 @@ fn tile_of(size: &Value, field: &str) -> Result<[Option<usize>; 2]> {
 
 /// The value of an F8_E4M3 number: a sign, 4 bits of exponent with bias 7, 3 of mantissa; no infinities, and all ones is
 /// NaN (<https://arxiv.org/abs/2209.05433>).
-fn float8(code: u8) -> f32 {
+pub(crate) fn float8(code: u8) -> f32 {
     let (exponent, mantissa) = (i32::from(code >> 3 & 15), f32::from(code & 7));
     let magnitude = match (exponent, code & 7) {
         (15, 7) => f32::NAN,

@@ -30,7 +30,7 @@ mod tensor_set;
 
 pub use checkpoint::Checkpoint;
 pub use checkpoint_writer::{CheckpointWriter, UnitRecord};
-pub use formats::{Awq, Gptq, IntQuantized, PackQuantized};
+pub use formats::{Awq, BitsAndBytes, Float4, Gptq, IntQuantized, PackQuantized};
 pub use linear_format::{CodeGrid, EncodedTensor, FORMATS, LinearFormat, MatrixForm, linear_format};
 pub use linear_tensors::LinearTensors;
 pub use peft_adapter::{read_adapter, write_adapter};

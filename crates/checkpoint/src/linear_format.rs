@@ -5,7 +5,7 @@ use kintsugi_weights::{ElementType, GroupAxis, GroupSize, QuantizedMatrix};
 use safetensors::Dtype;
 use serde_json::{Map, Value};
 
-use crate::formats::{Awq, Gptq, IntQuantized, PackQuantized};
+use crate::formats::{Awq, BitsAndBytes, Float4, Gptq, IntQuantized, PackQuantized};
 use crate::{LinearTensors, QuantizationConfig};
 
 /// A layout of quantized Linears in the tensors of a checkpoint, with its `quantization_config`.
@@ -50,6 +50,11 @@ pub trait LinearFormat: Debug + Sync {
         Ok(None)
     }
 
+    /// Whether single Linears may be quantized otherwise than the rest.
+    fn takes_exceptions(&self) -> bool {
+        true
+    }
+
     /// Whether a matrix of that form can be written.
     ///
     /// # Errors
@@ -85,7 +90,17 @@ impl PartialEq for dyn LinearFormat {
 impl Eq for dyn LinearFormat {}
 
 /// Every format, the one that is written by default first.
-pub const FORMATS: &[&dyn LinearFormat] = &[&PackQuantized, &IntQuantized, &Gptq::V1, &Gptq::V2, &Awq];
+pub const FORMATS: &[&dyn LinearFormat] = &[
+    &PackQuantized,
+    &IntQuantized,
+    &Float4::Nv,
+    &Float4::Mx,
+    &Gptq::V1,
+    &Gptq::V2,
+    &Awq,
+    &BitsAndBytes::Nf4,
+    &BitsAndBytes::Fp4,
+];
 
 /// The format of that name.
 ///

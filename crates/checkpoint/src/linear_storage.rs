@@ -71,6 +71,8 @@ impl LinearStorage {
         let dense = tensors.get(&format!("{name}.{DENSE}"));
         let packed = packed_markers().find_map(|marker| tensors.get(&format!("{name}.{marker}")));
         let stored = match (dense, packed) {
+            // Some formats keep their codes where plain weights lie.
+            (Some(_), Some(packed)) if packed.name.starts_with(&format!("{name}.{DENSE}.")) => packed,
             (Some(_), Some(_)) => {
                 return Err(Error::new(ErrorCode::CheckpointCorrupt, "the Linear is stored both packed and unpacked")
                     .subject(name)

@@ -95,6 +95,32 @@ impl<'a> LinearTensors<'a> {
         }
     }
 
+    /// The length of a tensor of one dimension.
+    ///
+    /// # Errors
+    /// `ERR_CHECKPOINT_TENSOR_MISSING`, `ERR_CHECKPOINT_SHAPE`.
+    pub(crate) fn vector_length(&self, suffix: &str) -> Result<usize> {
+        let tensor = self.tensor(suffix);
+        let (_, stored) = self.tensors.require(&tensor)?;
+        match *stored.shape.as_slice() {
+            [length] => Ok(length),
+            _ => Err(wrong_shape(&tensor, &stored.shape, "[length]")),
+        }
+    }
+
+    /// A vector of `length` floats, all of them finite.
+    ///
+    /// # Errors
+    /// As [`LinearTensors::scales`].
+    pub(crate) fn floats(&self, suffix: &str, length: usize) -> Result<Vec<f32>> {
+        let tensor = self.tensor(suffix);
+        let (_, stored) = self.tensors.require(&tensor)?;
+        if stored.shape != [length] {
+            return Err(wrong_shape(&tensor, &stored.shape, &format!("[{length}]")));
+        }
+        self.tensors.vector(&tensor)
+    }
+
     /// The group of each column, i32 `[columns]`; `None` where the tensor was never filled (all −1).
     ///
     /// # Errors

@@ -114,7 +114,9 @@ impl QuantizationConfig {
             if format.layouts().contains(&layout.to_ascii_lowercase().as_str()) {
                 return format.read_config(config);
             }
-            stranger = unsupported(field, layout);
+            if !field.is_empty() {
+                stranger = unsupported(field, layout);
+            }
         }
         Err(stranger)
     }

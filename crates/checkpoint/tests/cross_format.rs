@@ -60,6 +60,7 @@ fn config(format: &'static dyn LinearFormat, matrix: &QuantizedMatrix) -> Quanti
         group_size: matrix.group_size(),
         symmetric: matrix.zero_points().is_none(),
         group_index: matrix.group_index().is_some(),
+        exceptions: Vec::new(),
         ignore: vec!["lm_head".into()],
     }
 }
@@ -202,6 +203,7 @@ fn a_configuration_that_the_format_cannot_say_is_refused() {
         group_size: GroupSize::WholeRow,
         symmetric: false,
         group_index: false,
+        exceptions: Vec::new(),
         ignore: vec![ignore.into()],
     };
     awq("lm_head").to_json().unwrap();

@@ -239,6 +239,8 @@ fn absurd_numbers_in_a_configuration() {
     misconfigured(gptq, "/sym", json!("yes"), ErrorCode::ConfigInvalid);
     misconfigured(gptq, "/checkpoint_format", json!(2), ErrorCode::ConfigInvalid);
     misconfigured(gptq, "/dynamic", json!([1]), ErrorCode::ConfigInvalid);
+    misconfigured(gptq, "/dynamic", json!({ "+:(": { "bits": 8 } }), ErrorCode::ConfigInvalid);
+    misconfigured(gptq, "/dynamic", json!({ "+:.*": 8 }), ErrorCode::ConfigInvalid);
     misconfigured(awq, "/modules_to_not_convert", json!([1]), ErrorCode::ConfigInvalid);
 }
 
@@ -250,7 +252,7 @@ fn layouts_and_features_that_are_not_read_are_refused_by_name() {
         (gptq, "/checkpoint_format", json!("bitblas"), "bitblas"),
         (gptq, "/is_marlin_format", json!(true), "is_marlin_format"),
         (gptq, "/pack_dtype", json!("int64"), "int64"),
-        (gptq, "/dynamic", json!({ "+:.*down.*": { "bits": 8 } }), "+:.*down.*"),
+        (gptq, "/dynamic", json!({ "+:.*down.*": { "bits": 8, "adapter": {} } }), "+:.*down.* with adapter"),
         (awq, "/version", json!("gemv"), "gemv"),
         (awq, "/version", json!("gemv_fast"), "gemv_fast"),
         (awq, "/version", json!("llm-awq"), "llm-awq"),

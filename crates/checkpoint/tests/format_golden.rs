@@ -45,6 +45,7 @@ fn write(format: &'static dyn LinearFormat, matrix: &QuantizedMatrix) -> (tempfi
         group_size: matrix.group_size(),
         symmetric: matrix.zero_points().is_none(),
         group_index: matrix.group_index().is_some(),
+        exceptions: Vec::new(),
         ignore: vec!["lm_head".into()],
     };
     finish(writer, &config).unwrap();
@@ -225,6 +226,7 @@ fn linears_that_stay_as_they_are_come_back() {
         group_size: GroupSize::WholeRow,
         symmetric: true,
         group_index: false,
+        exceptions: Vec::new(),
         ignore: vec!["lm_head".into(), "re:.*gate$".into(), "model.embed".into()],
     };
     let json = config.to_json().unwrap();

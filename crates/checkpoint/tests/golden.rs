@@ -32,6 +32,7 @@ fn config() -> QuantizationConfig {
         group_size: GroupSize::Columns(2),
         symmetric: false,
         group_index: false,
+        exceptions: Vec::new(),
         ignore: vec!["lm_head".into()],
     }
 }

@@ -6,7 +6,8 @@
 use std::path::Path;
 
 use kintsugi_checkpoint::{
-    Awq, Checkpoint, CheckpointWriter, Gptq, IntQuantized, LinearFormat, MatrixForm, PackQuantized,
+    Awq, BitsAndBytes, Checkpoint, CheckpointWriter, Float4, Gptq, IntQuantized, LinearFormat, MatrixForm,
+    PackQuantized,
 };
 use kintsugi_weights::{QuantizedMatrix, WeightMatrix};
 
@@ -35,7 +36,7 @@ fn what_peers_scaled_is_what_is_read() {
 #[test]
 fn what_peers_packed_is_what_is_read() {
     // Folder, format, bits, symmetric, act-order.
-    let cases: [(&str, &dyn LinearFormat, u8, bool, bool); 10] = [
+    let cases: [(&str, &dyn LinearFormat, u8, bool, bool); 15] = [
         ("pack-3-symmetric", &PackQuantized, 3, true, false),
         ("pack-4-asymmetric", &PackQuantized, 4, false, false),
         ("int-8-channel", &IntQuantized, 8, true, false),
@@ -46,6 +47,11 @@ fn what_peers_packed_is_what_is_read() {
         ("gptq-v2-4-act-order", &Gptq::V2, 4, false, true),
         ("gptq-8-symmetric", &Gptq::V1, 8, true, true),
         ("awq", &Awq, 4, false, false),
+        ("nvfp4", &Float4::Nv, 4, false, false),
+        ("mxfp4", &Float4::Mx, 4, false, false),
+        ("nf4", &BitsAndBytes::Nf4, 4, false, false),
+        ("nf4-nested", &BitsAndBytes::Nf4, 4, false, false),
+        ("fp4-nested", &BitsAndBytes::Fp4, 4, false, false),
     ];
     let vectors = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../__test__/vectors/formats");
     let folders = std::fs::read_dir(&vectors).unwrap().count();
@@ -58,7 +64,7 @@ fn what_peers_packed_is_what_is_read() {
         assert_eq!(config.format, format, "{name}");
         assert_eq!(config.ignore, ["lm_head"], "{name}");
         let WeightMatrix::Quantized(matrix) = checkpoint.linear("up").unwrap().matrix else { panic!("{name}") };
-        assert_eq!((matrix.bits(), matrix.zero_points().is_none()), (bits, symmetric), "{name}");
+        assert_eq!((matrix.bits(), matrix.is_symmetric()), (bits, symmetric), "{name}");
         assert_eq!(matrix.group_index().is_some(), act_order, "{name}");
         if format.check(&MatrixForm::of(&matrix)).is_ok() {
             assert_written_alike(&checkpoint, &matrix);

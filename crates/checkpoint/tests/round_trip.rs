@@ -53,6 +53,7 @@ fn config(bits: u8, group_size: GroupSize, symmetric: bool, group_index: bool) -
         group_size,
         symmetric,
         group_index,
+        exceptions: Vec::new(),
         ignore: vec!["lm_head".into()],
     }
 }

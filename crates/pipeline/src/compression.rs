@@ -207,6 +207,7 @@ impl Compression<'_> {
         let report = Report {
             recipe: recipe.clone(),
             summary: Summary {
+                format: plan.format,
                 bits_per_weight: stored_bits as f64 / plan.quantized_weights as f64,
                 bytes,
                 source_bytes: plan.source_bytes,

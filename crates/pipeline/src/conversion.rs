@@ -131,7 +131,8 @@ pub fn convert(recipe: &ConvertRecipe, cancel: &CancelToken, progress: &Progress
         let (rows, columns) = (matrix.rows(), matrix.columns());
         let (bits, error) = match target {
             Target::Quantized(format) => {
-                let (fitting, error) = fit(&matrix, format, recipe).map_err(|error| error.subject(name))?;
+                let usual = (!format.takes_exceptions()).then_some(quantization.group_size);
+                let (fitting, error) = fit(&matrix, format, usual, recipe).map_err(|error| error.subject(name))?;
                 let written = fitting.as_ref().unwrap_or(&matrix);
                 if let Some(writer) = &mut writer {
                     writer.write_linear(name, written)?;
@@ -193,17 +194,18 @@ pub fn convert(recipe: &ConvertRecipe, cancel: &CancelToken, progress: &Progress
 }
 
 /// The matrix on a grid that `format` holds, with the relative error of that; `None` and `None` where it holds the
-/// matrix as it is.
+/// matrix as it is. `usual` is the one group size of a format that has one for all Linears.
 fn fit(
     matrix: &QuantizedMatrix,
     format: &'static dyn LinearFormat,
+    usual: Option<GroupSize>,
     recipe: &ConvertRecipe,
 ) -> Result<(Option<QuantizedMatrix>, Option<f64>)> {
     let form = MatrixForm::of(matrix);
-    if form.check(format).is_ok() {
+    if form.check(format).is_ok() && usual.is_none_or(|usual| usual == matrix.group_size()) {
         return Ok((None, None));
     }
-    let options = nearest_grid(matrix, &form, format, recipe)?;
+    let options = nearest_grid(matrix, &form, format, usual, recipe)?;
     let values = matrix.to_f32();
     let dense = DenseMatrix::from_f32(matrix.rows(), matrix.columns(), values);
     let rounded = linear_method("rtn")?.compress(&dense, None, &options, ThreadPool::global())?;
@@ -217,6 +219,7 @@ fn nearest_grid(
     matrix: &QuantizedMatrix,
     form: &MatrixForm,
     format: &'static dyn LinearFormat,
+    usual: Option<GroupSize>,
     recipe: &ConvertRecipe,
 ) -> Result<QuantizeOptions> {
     let given_size =
@@ -229,7 +232,7 @@ fn nearest_grid(
     };
     let sizes: Vec<GroupSize> = match given_size {
         Some(size) => vec![size],
-        None => std::iter::once(matrix.group_size()).chain(GROUP_SIZES).collect(),
+        None => std::iter::once(usual.unwrap_or(matrix.group_size())).chain(GROUP_SIZES).collect(),
     };
     let scale_type = match form.scale_type {
         ElementType::F32 => ElementType::F16,

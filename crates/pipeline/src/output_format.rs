@@ -1,6 +1,6 @@
 use kintsugi_checkpoint::{CodeGrid, Gptq, LinearFormat, MatrixForm, PackQuantized, linear_format};
 use kintsugi_model::DecoderSpec;
-use kintsugi_runtime::Result;
+use kintsugi_runtime::{Error, ErrorCode, Result};
 use kintsugi_weights::{ElementType, GroupAxis};
 
 use crate::Recipe;
@@ -30,6 +30,12 @@ pub(crate) fn output_format(
     };
     if recipe.format != AUTO {
         let format = linear_format(&recipe.format)?;
+        if let Some(given) = recipe.overrides.first().filter(|_| !format.takes_exceptions()) {
+            let message = format!("the format {} has one width and one group size for all Linears", format.name());
+            return Err(Error::new(ErrorCode::QuantizationUnsupported, message)
+                .subject(&given.linears)
+                .hint("Leave the overrides out, or choose another format"));
+        }
         for (name, form) in linears() {
             form.check(format).map_err(|error| error.subject(name))?;
         }

@@ -19,6 +19,8 @@ pub struct Report {
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Summary {
+    /// Format of the quantized Linears.
+    pub format: &'static str,
     /// Bits of codes, scales, zero points and factors over the number of quantized weights.
     pub bits_per_weight: f64,
     /// Bytes of the folder, this report aside.

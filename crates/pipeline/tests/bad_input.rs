@@ -176,7 +176,7 @@ fn calibration_beyond_the_context() {
 fn options_out_of_range() {
     type Spoil = fn(&mut Recipe);
     let spoil: [(Spoil, &str); 5] = [
-        (|recipe| recipe.bits = 5, "bits"),
+        (|recipe| recipe.bits = 7, "bits"),
         (|recipe| recipe.group_size = Some(0), "groupSize"),
         (|recipe| recipe.damping = -1.0, "damping"),
         (|recipe| recipe.eora = Some(kintsugi_pipeline::EoraRecipe { rank: 0 }), "eora.rank"),

@@ -83,6 +83,12 @@ impl LinearFormat for Awq {
     }
 
     fn write_config(&self, config: &QuantizationConfig) -> Result<Value> {
+        if let Some(exception) = config.exceptions.first() {
+            let message = "the format awq has one width and one group size for all Linears";
+            return Err(Error::new(ErrorCode::QuantizationUnsupported, message)
+                .subject(exception.linears.text())
+                .hint("Write it as compressed-tensors/pack-quantized, which can, or quantize all alike"));
+        }
         // Readers look for the entries inside the names of modules.
         if let Some(pattern) = config.ignore.iter().find(|entry| entry.starts_with("re:")) {
             let message = format!("the format awq cannot exclude Linears by the pattern '{pattern}'");
@@ -117,6 +123,10 @@ impl LinearFormat for Awq {
         let zero_points = unpack(linear, ZERO_POINTS, config.group_size.groups(columns), rows)?;
         config.symmetric = zero_points.iter().all(|&zero| zero == 1 << (BITS - 1));
         Ok(None)
+    }
+
+    fn takes_exceptions(&self) -> bool {
+        false
     }
 
     fn check(&self, form: &MatrixForm) -> Result<(), String> {

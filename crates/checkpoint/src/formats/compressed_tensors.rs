@@ -25,6 +25,34 @@ pub(super) fn read_config(
     format: &'static dyn LinearFormat,
     config: &Map<String, Value>,
 ) -> Result<QuantizationConfig> {
+    read_schemes(format, config, "int")
+}
+
+/// Understands the configuration of a layout of four-bit floats in groups of `size` columns.
+///
+/// # Errors
+/// As [`read_config`].
+pub(super) fn read_float_config(
+    format: &'static dyn LinearFormat,
+    config: &Map<String, Value>,
+    size: usize,
+) -> Result<QuantizationConfig> {
+    let read = read_schemes(format, config, "float")?;
+    match read.scheme() {
+        Scheme { bits: 4, group_size: GroupSize::Columns(groups), symmetric: true, group_index: false }
+            if groups == size && read.exceptions.is_empty() =>
+        {
+            Ok(read)
+        }
+        other => Err(unsupported("config_groups", &format!("{other} of floats"))),
+    }
+}
+
+fn read_schemes(
+    format: &'static dyn LinearFormat,
+    config: &Map<String, Value>,
+    number: &str,
+) -> Result<QuantizationConfig> {
     let status = string_or(config, "quantization_status", "compressed")?;
     if status != "compressed" {
         return Err(unsupported("quantization_status", status));
@@ -43,7 +71,7 @@ pub(super) fn read_config(
     let mut usual: Option<Scheme> = None;
     let mut exceptions = Vec::new();
     for (name, group) in object(groups, "config_groups")? {
-        let scheme = read_scheme(format, name, group)?;
+        let scheme = read_scheme(format, number, name, group)?;
         let targets = strings(object(group, name)?, "targets")?;
         for target in &targets {
             match target.strip_prefix("re:") {
@@ -124,7 +152,7 @@ fn target(linears: &LinearTarget) -> String {
     if linears.is_expression() { format!("re:{}", linears.text()) } else { linears.text().to_owned() }
 }
 
-fn read_scheme(format: &dyn LinearFormat, name: &str, group: &Value) -> Result<Scheme> {
+fn read_scheme(format: &dyn LinearFormat, number: &str, name: &str, group: &Value) -> Result<Scheme> {
     if group.is_array() {
         return Err(unsupported("config_groups", &format!("the preset '{name}'")));
     }
@@ -139,7 +167,7 @@ fn read_scheme(format: &dyn LinearFormat, name: &str, group: &Value) -> Result<S
     let weights = object(weights.ok_or_else(|| unsupported("weights", "none"))?, "weights")?;
 
     let kind = string_or(weights, "type", "int")?;
-    if kind != "int" {
+    if kind != number {
         return Err(unsupported("weights.type", kind));
     }
     let bits = Scheme::width(integer(weights, "num_bits")?.unwrap_or(8), "weights.num_bits")?;
@@ -150,7 +178,7 @@ fn read_scheme(format: &dyn LinearFormat, name: &str, group: &Value) -> Result<S
     let size = integer(weights, "group_size")?.unwrap_or(-1);
     let inferred = if size > 0 { "group" } else { "channel" };
     let group_size = match string_or(weights, "strategy", inferred)? {
-        "group" => match usize::try_from(size) {
+        "group" | "tensor_group" => match usize::try_from(size) {
             Ok(size) if size > 0 => GroupSize::Columns(size),
             _ => return Err(invalid("weights.group_size", "a positive number")),
         },
@@ -170,7 +198,7 @@ fn read_scheme(format: &dyn LinearFormat, name: &str, group: &Value) -> Result<S
     Ok(Scheme { bits, group_size, symmetric, group_index })
 }
 
-/// Activations that are rounded to 8-bit integers while the model runs leave no trace in the checkpoint: the weights
+/// Activations that are rounded to 8-bit integers or 4-bit floats while the model runs leave no trace in the checkpoint: the weights
 /// mean the same without, and computing with the activations as they are is the more exact reading. Activations with
 /// stored scales, or in other types, are another model.
 fn refuse_static_activations(group: &Map<String, Value>) -> Result<()> {
@@ -180,10 +208,12 @@ fn refuse_static_activations(group: &Map<String, Value>) -> Result<()> {
     if activations.is_empty() {
         return Ok(());
     }
-    let dynamic = activations.get("dynamic") == Some(&Value::Bool(true));
+    // "local": scales of groups are dynamic, the one of the tensor is stored and only shifts their range.
     let bits = integer(activations, "num_bits")?.unwrap_or(8);
     let kind = string_or(activations, "type", "int")?;
-    if dynamic && bits == 8 && kind == "int" {
+    let local = (bits, kind) == (4, "float");
+    let dynamic = activations.get("dynamic").is_some_and(|dynamic| *dynamic == true || (local && *dynamic == "local"));
+    if dynamic && matches!((bits, kind), (8, "int") | (4, "float")) {
         return Ok(());
     }
     let when = if dynamic { "dynamic" } else { "static" };

@@ -1,9 +1,9 @@
-use kintsugi_runtime::{Error, ErrorCode, Result};
+use kintsugi_runtime::Result;
 use kintsugi_weights::{QuantizedMatrix, QuantizedParts};
 use safetensors::Dtype;
 use serde_json::{Map, Value};
 
-use super::{assemble, compressed_tensors};
+use super::{assemble, compressed_tensors, read_only};
 use crate::linear_format::{EncodedTensor, LinearFormat, MatrixForm};
 use crate::{LinearTensors, QuantizationConfig};
 
@@ -53,7 +53,7 @@ impl LinearFormat for IntQuantized {
     }
 
     fn write_config(&self, _config: &QuantizationConfig) -> Result<Value> {
-        Err(read_only())
+        Err(read_only(self.name()))
     }
 
     fn check(&self, _form: &MatrixForm) -> Result<(), String> {
@@ -99,7 +99,7 @@ impl LinearFormat for IntQuantized {
     }
 
     fn encode(&self, _matrix: &QuantizedMatrix, _emit: &mut dyn FnMut(EncodedTensor<'_>) -> Result<()>) -> Result<()> {
-        Err(read_only())
+        Err(read_only(self.name()))
     }
 }
 
@@ -115,10 +115,4 @@ fn unsigned(linear: &LinearTensors<'_>, suffix: &str, shape: [usize; 2], bits: u
         })
     };
     signed.iter().enumerate().map(shift).collect()
-}
-
-fn read_only() -> Error {
-    Error::new(ErrorCode::QuantizationUnsupported, "the format int-quantized is read, not written")
-        .subject("format")
-        .hint("Write compressed-tensors/pack-quantized, which holds the same")
 }
