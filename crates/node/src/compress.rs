@@ -74,15 +74,15 @@ pub fn compress<'env>(
     options: BindingCompressOptions,
     control: &BindingControl,
 ) -> napi::Result<Object<'env>> {
-    let recipe = recipe(&options).map_err(|error| to_napi(&error))?;
     let precision = precision(&options.precision).map_err(|error| to_napi(&error))?;
     let (cancel, progress) = (control.cancel.clone(), control.progress.clone());
-    let BindingCompressOptions { backend, dry_run, .. } = options;
     spawn(env, move || {
-        if dry_run {
+        // Here and not before: it may have to look into a calibration file.
+        let recipe = recipe(&options)?;
+        if options.dry_run {
             return to_json(&plan(&recipe)?);
         }
-        let report = match backend.as_str() {
+        let report = match options.backend.as_str() {
             "cpu" => run_compression(&recipe, &CpuBackend::new(precision)?, &cancel, &progress)?,
             "candle" => run_compression(&recipe, &CandleBackend, &cancel, &progress)?,
             other => return Err(invalid_option("backend", other, &kintsugi_model::BACKENDS)),

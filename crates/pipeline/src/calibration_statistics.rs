@@ -132,6 +132,10 @@ impl StatisticsWriter {
         spec: &DecoderSpec,
         finished_blocks: usize,
     ) -> Result<Self> {
+        if finished_blocks == 0 {
+            // What another job has left there may know experts that this one never reaches.
+            Self::discard(path);
+        }
         let description = describe(recipe, checkpoint, spec)?;
         let file = TensorFileWriter::create(&partial(path), &tensors(spec), (STATISTICS_KEY, &description))?;
         if finished_blocks > 0 && !file.was_begun() {
