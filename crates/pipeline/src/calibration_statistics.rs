@@ -191,6 +191,11 @@ impl StatisticsWriter {
         })
     }
 
+    /// Whether a job that was to write the file at `path` has not ended.
+    pub(crate) fn is_unfinished(path: &Path) -> bool {
+        partial(path).is_file()
+    }
+
     /// Removes what an unfinished job has written to `path`.
     pub(crate) fn discard(path: &Path) {
         let _ = fs::remove_file(partial(path));

@@ -82,8 +82,9 @@ pub fn compress<B: Backend>(recipe: &Recipe, backend: &B, cancel: &CancelToken, 
             Ok(report)
         }
         Err(error) => {
-            let interrupted = matches!(error.code, ErrorCode::Cancelled | ErrorCode::OutputUnwritable | ErrorCode::Io);
-            if !interrupted || job.units.len() < 2 {
+            use ErrorCode::{Cancelled, Io, OutputUnwritable, ResumeMismatch};
+            let kept = matches!(error.code, Cancelled | Io | OutputUnwritable | ResumeMismatch);
+            if !kept || job.units.len() < 2 {
                 job.writer.discard();
                 recipe.save_statistics.as_deref().inspect(|path| StatisticsWriter::discard(path));
             }
@@ -154,7 +155,8 @@ impl Compression<'_> {
         };
         let done = finished_blocks == spec.layers;
         let saver = match &recipe.save_statistics {
-            Some(path) if !done => {
+            // The last run may have ended before the file had its name.
+            Some(path) if !done || StatisticsWriter::is_unfinished(path) => {
                 Some(StatisticsWriter::create(path, recipe, self.checkpoint, spec, finished_blocks)?)
             }
             _ => None,

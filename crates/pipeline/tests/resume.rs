@@ -246,6 +246,7 @@ fn a_job_goes_on_with_other_memory_and_other_places() {
     let error = compress(&recipe, &backend(), &CancelToken::new(), &Progress::new()).unwrap_err();
     assert_eq!(error.code, ErrorCode::ResumeMismatch, "{error}");
     assert!(error.message.contains("statistics"), "{error}");
+    assert!(partial(&recipe).join("ledger.jsonl").is_file(), "the rest may still be of use");
 }
 
 /// A disk of its own, where the system lets this process have one.
