@@ -172,12 +172,12 @@ test('options that do not fit', async (t) => {
   await refuses(t, shop, 'ERR_OPTION_INVALID', 'method', { method: 'gtpq' } as unknown as Partial<CompressOptions>)
   await refuses(t, shop, 'ERR_OPTION_INVALID', 'eora.rank', { eora: { rank: 0 } })
   const { source, out } = shop
-  await failsWith(t, () => compress(source, { out }), 'ERR_OPTION_INVALID', 'calibration.text')
+  await failsWith(t, () => compress(source, { out }), 'ERR_OPTION_INVALID', 'calibration.file')
   await failsWith(
     t,
     () => compress(source, { out, method: 'rtn', eora: { rank: 4 } }),
     'ERR_OPTION_INVALID',
-    'calibration.text',
+    'calibration.file',
   )
   t.deepEqual(readdirSync(shop.folder), ['source'])
 })

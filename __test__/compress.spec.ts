@@ -29,7 +29,8 @@ test('GPTQ with EoRA: report, folder and progress', async (t) => {
 
   const { recipe, summary, linears } = report
   t.like(recipe, { source: TINY, out, method: 'gptq', bits: 4, groupSize: 64, actOrder: true, staticGroups: true })
-  t.deepEqual(recipe.calibration, { ...SHORT_CALIBRATION, subset: false })
+  const { text: file, ...taken } = SHORT_CALIBRATION
+  t.deepEqual(recipe.calibration, { ...taken, file, kind: 'text', field: 'text', seed: null, subset: false })
   t.is(linears.length, LINEARS)
   t.is(summary.calibrationTokens, SHORT_CALIBRATION.sequences * SHORT_CALIBRATION.length)
   for (const { name, rank, bits, error } of linears) {
@@ -119,7 +120,10 @@ test('a dry run gives the plan and writes nothing', async (t) => {
   t.deepEqual(readdirSync(folder), [])
   t.is(plan.architecture, 'LlamaForCausalLM')
   t.is(plan.linears.length, LINEARS)
-  t.true(plan.memoryBytes > 0)
+  const { peakBytes, budgetBytes, activationsOnDisk, passes, parts } = plan.memory
+  t.true(peakBytes > parts.weights + parts.statistics && peakBytes <= budgetBytes)
+  t.deepEqual([activationsOnDisk, passes], [false, 1])
+  t.true(plan.disk.neededBytes > plan.bytes)
   const { summary } = await compress(TINY, options)
   t.is(summary.bitsPerWeight, plan.bitsPerWeight)
 })

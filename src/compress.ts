@@ -1,4 +1,5 @@
 import { type Checkpoint, folderOf } from './checkpoint.js'
+import { KintsugiError } from './errors.js'
 import { Job } from './job.js'
 import { native } from './native.js'
 import {
@@ -54,6 +55,13 @@ export interface CompressOptions {
   damping?: number
   /** What the model reads while its statistics are taken. GPTQ, AWQ and EoRA need it. */
   calibration?: CalibrationOptions
+  /** File (safetensors) to save the statistics in, for other jobs on the same model; not with AWQ. */
+  saveStatistics?: string
+  /**
+   * Bytes of memory that the job may take; by default what the machine and its control groups have available. Changes
+   * no bit of the output. A job that does not fit is refused before it starts.
+   */
+  memory?: number
   /** Low-rank compensation of what compression broke. */
   eora?: EoraOptions
   /** Arithmetic of the forward passes, default `exact`. */
@@ -79,16 +87,27 @@ export interface LinearOverride {
   groupSize?: number | 'whole'
 }
 
-/** Where calibration statistics come from. */
+/** Where calibration statistics come from: `text` or `file`. */
 export interface CalibrationOptions {
-  /** Path of a UTF-8 text file. */
-  text: string
-  /** Most sequences that are taken from its beginning, default 128. */
+  /** Path of a UTF-8 text file, whatever its name. */
+  text?: string
+  /**
+   * Path of a file whose ending says what it holds: `.jsonl` records with a text or arrays of token ids, `.json` arrays
+   * of token ids, `.safetensors` token ids (`input_ids`) or statistics that an earlier job saved, else UTF-8 text.
+   */
+  file?: string
+  /** JSONL: field of a record with the text, default `text`. */
+  field?: string
+  /** Most sequences that are taken, default 128. */
   sequences?: number
   /** Tokens of a sequence, default 2048. */
   length?: number
+  /** Chooses the sequences by chance, the same for the same seed; by default those at the beginning are taken. */
+  seed?: number
   /** Take the inputs of each group of Linears after those before it are compressed; default false: once per block. */
   subset?: boolean
+  /** Where the activations of all tokens are kept; default `auto`: in memory if they fit. Changes no bit of the output. */
+  activations?: 'auto' | 'memory' | 'disk'
 }
 
 /** How the compensation is solved. */
@@ -119,8 +138,20 @@ export interface Recipe {
   staticGroups: boolean
   damping: number
   scaleType: string | null
-  calibration: null | { text: string; sequences: number; length: number; subset: boolean }
+  calibration: null | RecipeCalibration
+  saveStatistics: string | null
   eora: null | { rank: number }
+}
+
+/** The calibration of a {@link Recipe}. */
+export interface RecipeCalibration {
+  file: string
+  kind: 'text' | 'jsonl' | 'tokens' | 'statistics'
+  field: string
+  sequences: number
+  length: number
+  seed: number | null
+  subset: boolean
 }
 
 /** What will be done to each Linear. */
@@ -137,8 +168,42 @@ export interface Plan {
   bytes: number
   /** Bytes of the source's tensors. */
   sourceBytes: number
-  /** Estimate of the largest working set. */
-  memoryBytes: number
+  memory: MemoryPlan
+  disk: DiskPlan
+}
+
+/** The memory that a job takes at most, estimated from shapes, recipe and threads. */
+export interface MemoryPlan {
+  /** The estimate. */
+  peakBytes: number
+  /** What the job may take. */
+  budgetBytes: number
+  /** Whether the calibration activations lie on disk. */
+  activationsOnDisk: boolean
+  /** Forward passes per block that take statistics; more than one where those of a block do not fit together. */
+  passes: number
+  /** What the estimate consists of, in bytes. */
+  parts: Record<
+    | 'base'
+    | 'embedding'
+    | 'weights'
+    | 'prepared'
+    | 'statistics'
+    | 'forward'
+    | 'quantized'
+    | 'solver'
+    | 'activations'
+    | 'factors',
+    number
+  >
+}
+
+/** The disk space that a job takes at most while it runs. */
+export interface DiskPlan {
+  /** For the output and what is kept beside it. */
+  neededBytes: number
+  /** For the statistics that are saved. */
+  statisticsBytes: number
 }
 
 /** One Linear of a {@link Plan}; its weight is `[rows, columns]` = `[outFeatures, inFeatures]`. */
@@ -219,12 +284,18 @@ const schema = {
   damping: withDefault(number({ min: 0, max: 1 }), 0.01),
   calibration: optional(
     object({
-      text,
+      text: optional(text),
+      file: optional(text),
+      field: withDefault(text, 'text'),
       sequences: withDefault(integer({ min: 1, max: 2 ** 20 }), 128),
       length: withDefault(integer({ min: 2, max: 2 ** 20 }), 2048),
+      seed: optional(integer({ min: 0 })),
       subset: withDefault(boolean, false),
+      activations: withDefault(oneOf(['auto', 'memory', 'disk']), 'auto'),
     }),
   ),
+  saveStatistics: optional(text),
+  memory: optional(integer({ min: 1 })),
   eora: optional(object({ rank: integer({ min: 1, max: 2 ** 16 }) })),
   precision: withDefault(oneOf(['f32', 'exact']), 'exact'),
   backend: withDefault(oneOf(['cpu', 'candle']), 'cpu'),
@@ -257,15 +328,36 @@ export function compress(source: string | Checkpoint, options: CompressOptions):
       overrides: overrides.map(({ groupSize, ...rest }) =>
         withoutUndefined({ ...rest, groupSize: groupSize === undefined ? undefined : groupSizeNumber(groupSize) }),
       ),
-      calibrationText: calibration?.text,
+      ...calibrationSource(calibration),
+      calibrationField: calibration?.field ?? '',
       calibrationSequences: calibration?.sequences ?? 0,
       calibrationLength: calibration?.length ?? 0,
+      calibrationSeed: calibration?.seed,
+      activations: calibration?.activations ?? 'auto',
       subset: calibration?.subset ?? false,
       eoraRank: eora?.rank ?? 0,
     })
     const control = new (native().BindingControl)()
     return { control, result: native().compress(request, control) as Promise<CompressReport | Plan> }
   }, [signalOf(options)])
+}
+
+/** The one file that `calibration` names. */
+function calibrationSource(calibration: { text?: string | undefined; file?: string | undefined } | undefined): {
+  calibrationText?: string | undefined
+  calibrationFile?: string | undefined
+} {
+  if (calibration === undefined) return {}
+  const { text, file } = calibration
+  if ((text === undefined) === (file === undefined)) {
+    throw new KintsugiError({
+      code: 'ERR_OPTION_INVALID',
+      message: text === undefined ? 'calibration names no file' : 'calibration names two files',
+      subject: 'calibration.file',
+      hint: 'Give either text, a plain text, or file, whose ending says what it holds.',
+    })
+  }
+  return { calibrationText: text, calibrationFile: file }
 }
 
 /** What the addon takes for a group size. */

@@ -7,13 +7,16 @@ export {
   type CompressOptions,
   type CompressReport,
   type CompressSummary,
+  type DiskPlan,
   type EoraOptions,
   type LinearFormat,
   type LinearOverride,
+  type MemoryPlan,
   type Plan,
   type PlannedLinear,
   type Precision,
   type Recipe,
+  type RecipeCalibration,
 } from './compress.js'
 export { type ConversionReport, convert, type ConvertedLinear, type ConvertOptions, type GgufType } from './convert.js'
 export { doctor, type DoctorReport, type SelfCheck } from './doctor.js'

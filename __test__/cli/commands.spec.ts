@@ -37,6 +37,10 @@ test('compress, inspect, eval and generate work on each other', async (t) => {
   t.is(plan.code, 0)
   t.deepEqual(readdirSync(folder), [])
 
+  const readable = await kintsugi(...compressing, '--dry-run', '--memory', '2G', '--activations', 'disk')
+  t.regex(readable.stdout, /working memory +about [\d.]+ MB of 2\.\d+ GB, activations on disk/)
+  t.regex(readable.stdout, /disk space +about/)
+
   const compressed = await kintsugi(...compressing, '--json')
   t.is(compressed.code, 0, compressed.stderr)
   const report = JSON.parse(compressed.stdout)

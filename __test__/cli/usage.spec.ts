@@ -42,6 +42,11 @@ for (const { args, message, code } of [
     message: /bits must be one of 2, 3, 4, 8/,
     code: 'ERR_OPTION_INVALID',
   },
+  {
+    args: ['compress', TINY, '-o', 'x', '--memory', 'much'],
+    message: /--memory[^]*not a number of bytes/,
+    code: 'ERR_OPTION_INVALID',
+  },
   { args: ['eval', TINY, '--text', 'x', '--length', '-3'], message: /./, code: 'ERR_TEXT_UNREADABLE' },
 ]) {
   test(`kintsugi ${args.map((arg) => arg.replace(TINY, 'MODEL')).join(' ')}`, async (t) => {

@@ -21,6 +21,13 @@ export function groupSizeArgument(value: string): number | 'whole' {
   return value === 'whole' ? value : numberArgument(value)
 }
 
+/** Parses a number of bytes: plain, or with a unit of 1024 (`K`, `M`, `G`, `T`, with or without `iB`). */
+export function bytesArgument(value: string): number {
+  const match = /^(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?$/i.exec(value.trim())
+  if (!match) throw new InvalidArgumentError("It is not a number of bytes, such as 6G or '512 MiB'.")
+  return Math.floor(Number(match[1]) * 1024 ** ['', 'K', 'M', 'G', 'T'].indexOf(match[2]!.toUpperCase()))
+}
+
 /** Parses `--override PATTERN=BITS[:GROUP]`, which may be given several times. */
 export function overrideArgument(value: string, previous: LinearOverride[] | undefined): LinearOverride[] {
   const match = /^(?<linears>.+)=(?<bits>\d+)?(?::(?<group>\w+))?$/.exec(value)

@@ -2,6 +2,7 @@ import type { Command } from 'commander'
 
 import { compress, type CompressOptions, type CompressReport, type LinearOverride, type Plan } from '../index.js'
 import {
+  bytesArgument,
   groupSizeArgument,
   type ModelArguments,
   numberArgument,
@@ -27,8 +28,13 @@ interface CompressArguments extends ModelArguments {
   staticGroups: boolean
   damping: number
   calibration?: string
+  field: string
   sequences: number
   length: number
+  seed?: number
+  activations: NonNullable<NonNullable<CompressOptions['calibration']>['activations']>
+  saveCalibration?: string
+  memory?: number
   subset: boolean
   eoraRank?: number
   fresh: boolean
@@ -62,9 +68,17 @@ export function registerCompress(program: Command): void {
     .option('--no-act-order', 'GPTQ: keep the order of the columns')
     .option('--no-static-groups', 'GPTQ: scales from the corrected weights')
     .option('--damping <share>', 'GPTQ: share of the mean diagonal that is added', numberArgument, 0.01)
-    .option('--calibration <file>', 'UTF-8 text that the statistics are taken from; GPTQ, AWQ and EoRA need it')
+    .option(
+      '--calibration <file>',
+      'what the statistics are taken from: a text, .jsonl records, token ids, or saved statistics; GPTQ, AWQ and EoRA need it',
+    )
+    .option('--field <name>', 'JSONL: field with the text', 'text')
     .option('--sequences <n>', 'most calibration sequences', numberArgument, 128)
     .option('--length <n>', 'tokens of a calibration sequence', numberArgument, 2048)
+    .option('--seed <n>', 'choose the sequences by chance instead of from the beginning', numberArgument)
+    .option('--activations <place>', 'where calibration activations are kept: auto, memory or disk', 'auto')
+    .option('--save-calibration <file>', 'save the statistics for other jobs (safetensors)')
+    .option('--memory <size>', 'memory that the job may take, such as 6G; default: what is available', bytesArgument)
     .option('--subset', 'take the statistics of each group of Linears after those before it are compressed', false)
     .option('--eora-rank <n>', 'compensate with factors of this rank', numberArgument)
     .option('--fresh', 'discard what an interrupted job left instead of going on with it', false)
@@ -72,11 +86,14 @@ export function registerCompress(program: Command): void {
     .option('--json', 'print one JSON document')
   withModelOptions(command).action((checkpoint: string, given: CompressArguments) =>
     runCommand(given.json, async ({ signal, follow }) => {
-      const { json: _, calibration, sequences, length, subset, eoraRank, dryRun, override, ...rest } = given
+      const { json: _, calibration: file, eoraRank, dryRun, saveCalibration, override, ...others } = given
+      const { field, sequences, length, seed, subset, activations, ...rest } = others
+      const calibration = { file, field, sequences, length, subset, activations, ...(seed !== undefined && { seed }) }
       const options: CompressOptions = {
         ...rest,
         ...(override !== undefined && { overrides: override }),
-        ...(calibration !== undefined && { calibration: { text: calibration, sequences, length, subset } }),
+        ...(file !== undefined && { calibration: { ...calibration, file } }),
+        ...(saveCalibration !== undefined && { saveStatistics: saveCalibration }),
         ...(eoraRank !== undefined && { eora: { rank: eoraRank } }),
         signal,
       }
@@ -107,7 +124,8 @@ function describePlan(plan: Plan): string {
       ['weights to quantize', formatCount(plan.quantizedWeights)],
       ['bits per weight', plan.bitsPerWeight.toFixed(2)],
       ['size', `${formatBytes(plan.sourceBytes)} → ${formatBytes(plan.bytes)}`],
-      ['working memory', `about ${formatBytes(plan.memoryBytes)}`],
+      ['working memory', describeMemory(plan)],
+      ['disk space', `about ${formatBytes(plan.disk.neededBytes + plan.disk.statisticsBytes)}`],
       ['output', `${plan.recipe.out} (nothing was written)`],
     ],
     process.stdout,
@@ -128,6 +146,15 @@ function describePlan(plan: Plan): string {
     process.stdout,
   )
   return `${pairs}\n\n${table}`
+}
+
+function describeMemory({ memory }: Plan): string {
+  const ways = [
+    ...(memory.activationsOnDisk ? ['activations on disk'] : []),
+    ...(memory.passes > 1 ? [`statistics in ${memory.passes} passes`] : []),
+  ]
+  const how = ways.length > 0 ? `, ${ways.join(', ')}` : ''
+  return `about ${formatBytes(memory.peakBytes)} of ${formatBytes(memory.budgetBytes)}${how}`
 }
 
 function describeReport(report: CompressReport): string {

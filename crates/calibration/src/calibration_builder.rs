@@ -1,4 +1,4 @@
-use kintsugi_linalg::{accumulate_gram, mirror_upper_triangle};
+use kintsugi_linalg::{UpperTriangle, accumulate_gram};
 use kintsugi_runtime::{Error, ErrorCode, Result, ThreadPool};
 
 use crate::Calibration;
@@ -12,7 +12,7 @@ pub const CHUNK_TOKENS: usize = 512;
 /// however the tokens were split into calls and whatever the number of threads.
 #[derive(Debug)]
 pub struct CalibrationBuilder {
-    /// The sums so far; of the second moment only the upper triangle.
+    /// The sums so far.
     sums: Calibration,
     /// Vectors of the chunk that is not full yet.
     chunk: Vec<f32>,
@@ -24,7 +24,7 @@ impl CalibrationBuilder {
         let sums = Calibration {
             width,
             tokens: 0,
-            second_moment: vec![0.0; width * width],
+            second_moment: UpperTriangle::zeros(width),
             sums: vec![0.0; width],
             absolute_sums: vec![0.0; width],
         };
@@ -62,10 +62,9 @@ impl CalibrationBuilder {
         Ok(())
     }
 
-    /// Adds what is left in the last chunk and completes the sums.
+    /// Adds what is left in the last chunk.
     pub fn finish(mut self, pool: &ThreadPool) -> Calibration {
         self.add_chunk(pool);
-        mirror_upper_triangle(&mut self.sums.second_moment, self.sums.width);
         self.sums
     }
 
@@ -74,7 +73,7 @@ impl CalibrationBuilder {
         if self.chunk.is_empty() {
             return;
         }
-        accumulate_gram(&self.chunk, *width, second_moment, pool);
+        accumulate_gram(&self.chunk, second_moment, pool);
         for row in self.chunk.chunks_exact(*width) {
             for ((sum, absolute), &value) in sums.iter_mut().zip(absolute_sums.iter_mut()).zip(row) {
                 *sum += f64::from(value);
@@ -120,9 +119,8 @@ mod tests {
             for j in 0..width {
                 let exact: f64 = column(i).zip(column(j)).map(|(a, b)| a * b).sum();
                 let size: f64 = column(i).zip(column(j)).map(|(a, b)| (a * b).abs()).sum();
-                let value = calibration.second_moment()[i * width + j];
+                let value = calibration.second_moment().at(i, j);
                 assert!((value - exact).abs() <= 1e-13 * size, "{i} {j}: {value} {exact}");
-                assert_eq!(value, calibration.second_moment()[j * width + i]);
             }
         }
     }
@@ -145,9 +143,11 @@ mod tests {
         left.merge(&sum(&x[700 * width..], width, &[], 1)).unwrap();
         let whole = sum(&x, width, &[], 1);
         assert_eq!(left.tokens(), whole.tokens());
-        let trace: f64 = (0..width).map(|i| whole.second_moment()[i * (width + 1)]).sum();
-        for (a, b) in left.second_moment().iter().zip(whole.second_moment()) {
-            assert!((a - b).abs() <= 1e-13 * trace);
+        let trace: f64 = whole.energies().iter().sum();
+        for i in 0..width {
+            for (a, b) in left.second_moment().row(i).iter().zip(whole.second_moment().row(i)) {
+                assert!((a - b).abs() <= 1e-13 * trace);
+            }
         }
         let before = left.clone();
         let error = left.merge(&CalibrationBuilder::new(32).finish(&ThreadPool::with_threads(1))).unwrap_err();
@@ -167,6 +167,6 @@ mod tests {
         }
         assert_eq!(builder.push(&[1.0; 4], &pool).unwrap_err().code, ErrorCode::ShapeMismatch);
         let calibration = builder.finish(&pool);
-        assert_eq!((calibration.tokens(), calibration.second_moment()), (3, &[3.0; 9][..]));
+        assert_eq!((calibration.tokens(), calibration.second_moment().to_symmetric()), (3, vec![3.0; 9]));
     }
 }

@@ -48,20 +48,8 @@ impl SafetensorsWriter {
     /// # Errors
     /// `ERR_OUTPUT_UNWRITABLE` when the system refuses.
     pub(crate) fn create<'a>(path: &Path, tensors: impl Iterator<Item = &'a TensorHeader>) -> Result<Self> {
-        let mut end = 0usize;
-        let mut entries = Vec::new();
-        for TensorHeader { name, dtype, shape, bytes } in tensors {
-            let start = end;
-            end += *bytes as usize;
-            entries
-                .push((name.clone(), HeaderEntry { dtype: *dtype, shape: shape.clone(), data_offsets: (start, end) }));
-        }
-        let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
-        let internal = |message: String| Error::new(ErrorCode::Internal, message).subject(path.display());
-        let header = Metadata::new(Some(metadata.into_iter().collect()), entries)
-            .map_err(|error| internal(error.to_string()))?;
-        let mut header = serde_json::to_vec(&header).map_err(|error| internal(error.to_string()))?;
-        header.resize(header.len().next_multiple_of(8), b' ');
+        let (header, end) = safetensors_header(tensors, ("format", "pt"))
+            .map_err(|message| Error::new(ErrorCode::Internal, message).subject(path.display()))?;
 
         let mut name = path.file_name().unwrap_or_default().to_os_string();
         name.push(".partial");
@@ -73,8 +61,8 @@ impl SafetensorsWriter {
             Ok(output)
         };
         let output = write().map_err(|error| unwritable(path, &error))?;
-        let total = 8 + header.len() as u64 + end as u64;
-        Ok(SafetensorsWriter { output, path: path.to_path_buf(), temporary, left: end as u64, total })
+        let total = 8 + header.len() as u64 + end;
+        Ok(SafetensorsWriter { output, path: path.to_path_buf(), temporary, left: end, total })
     }
 
     /// Bytes of the whole file.
@@ -103,6 +91,26 @@ impl SafetensorsWriter {
         close(self.output).map_err(|error| unwritable(&self.path, &error))?;
         Ok(self.total)
     }
+}
+
+/// The header of a file whose tensors lie behind each other in that order, padded so that the tensors are aligned, and
+/// the bytes of the tensors. It carries one string only, name and text: the order of several would be random.
+pub(crate) fn safetensors_header<'a>(
+    tensors: impl Iterator<Item = &'a TensorHeader>,
+    (name, text): (&str, &str),
+) -> Result<(Vec<u8>, u64), String> {
+    let mut end = 0usize;
+    let mut entries = Vec::new();
+    for TensorHeader { name, dtype, shape, bytes } in tensors {
+        let start = end;
+        end += *bytes as usize;
+        entries.push((name.clone(), HeaderEntry { dtype: *dtype, shape: shape.clone(), data_offsets: (start, end) }));
+    }
+    let metadata = HashMap::from([(name.to_string(), text.to_string())]);
+    let header = Metadata::new(Some(metadata), entries).map_err(|error| error.to_string())?;
+    let mut header = serde_json::to_vec(&header).map_err(|error| error.to_string())?;
+    header.resize(header.len().next_multiple_of(8), b' ');
+    Ok((header, end as u64))
 }
 
 /// Writes a small file and brings it to the disk.

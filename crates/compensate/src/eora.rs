@@ -1,10 +1,12 @@
 use kintsugi_calibration::Calibration;
-use kintsugi_linalg::{MatrixView, SymmetricEigen, ThinQr, product, symmetric_product};
+use kintsugi_linalg::{
+    MatrixView, SymmetricEigen, ThinQr, product, subtract_product, symmetric_product, times_symmetric,
+};
 use kintsugi_runtime::{Error, ErrorCode, Result, ThreadPool};
 use kintsugi_weights::{DenseMatrix, ElementType, LowRank, QuantizedMatrix};
 
 use crate::ResidualError;
-use crate::residual_error::{energy, output_energy, relative, residual};
+use crate::residual_error::{energy, relative, residual, weight_energy};
 
 /// What to solve for.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -56,7 +58,7 @@ pub fn eora(
 ) -> Result<Compensation> {
     check_input(weight, quantized, calibration)?;
     let (rows, columns) = (weight.rows(), weight.columns());
-    let original = output_energy(&weight.to_f32(), rows, calibration, pool);
+    let original = weight_energy(weight, calibration, pool);
     let mut delta = residual(weight, quantized);
     let spectrum = OutputSpectrum::new(&delta, rows, columns, calibration, pool)?;
 
@@ -73,11 +75,8 @@ pub fn eora(
     let a = project(&b, &delta, rank, columns, options.factor_type, pool)?;
 
     let (wide_b, wide_a) = (widen(&b), widen(&a));
-    let mut update = vec![0.0; rows * columns];
-    product(MatrixView::new(&wide_b, rows, rank), MatrixView::new(&wide_a, rank, columns), &mut update, pool);
-    for (delta, update) in delta.iter_mut().zip(&update) {
-        *delta -= update;
-    }
+    let (b_view, a_view) = (MatrixView::new(&wide_b, rows, rank), MatrixView::new(&wide_a, rank, columns));
+    subtract_product(b_view, a_view, &mut delta, pool);
     let after = relative(energy(&delta, rows, calibration, pool), original);
     // Both are read off a second moment whose last digits are rounding noise, which may be all that is left of them.
     let bound = bound.min(after);
@@ -130,16 +129,16 @@ struct OutputSpectrum {
 impl OutputSpectrum {
     fn new(delta: &[f64], rows: usize, columns: usize, calibration: &Calibration, pool: &ThreadPool) -> Result<Self> {
         let reduced = (rows > columns).then(|| ThinQr::new(delta, rows, columns));
-        let (side, basis, coordinates) = match &reduced {
-            Some(qr) => (columns, Some(&qr.q), qr.r.as_slice()),
-            None => (rows, None, delta),
+        let (side, coordinates) = match &reduced {
+            Some(qr) => (columns, qr.r.as_slice()),
+            None => (rows, delta),
         };
         let coordinates = MatrixView::new(coordinates, side, columns);
-        let moment = MatrixView::new(calibration.second_moment(), columns, columns);
         let mut weighted = vec![0.0; side * columns];
-        product(coordinates, moment, &mut weighted, pool);
+        times_symmetric(coordinates, calibration.second_moment(), &mut weighted, pool);
         let mut gram = vec![0.0; side * side];
         symmetric_product(MatrixView::new(&weighted, side, columns), coordinates.transposed(), &mut gram, pool);
+        drop(weighted);
         let energy = (0..side).map(|i| gram[i * (side + 1)]).sum::<f64>().max(0.0);
         let eigen = SymmetricEigen::new(&gram, side)?;
         Ok(OutputSpectrum {
@@ -147,7 +146,7 @@ impl OutputSpectrum {
             energy,
             values: eigen.values.iter().map(|value| value.max(0.0)).collect(),
             vectors: eigen.vectors,
-            basis: basis.cloned(),
+            basis: reduced.map(|qr| qr.q),
         })
     }
 

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use kintsugi_calibration::{Calibration, CalibrationBuilder};
 use kintsugi_compress::{QuantizeOptions, gptq, rtn};
-use kintsugi_linalg::{MatrixView, UpperCholesky, quadratic_trace};
+use kintsugi_linalg::{MatrixView, UpperCholesky, UpperTriangle, quadratic_trace};
 use kintsugi_runtime::ThreadPool;
 use kintsugi_testkit::Random;
 use kintsugi_weights::{DenseMatrix, ElementType, QuantizedMatrix};
@@ -34,8 +34,8 @@ fn main() {
     let moment = calibration.second_moment();
     for _ in 0..ROUNDS {
         let started = Instant::now();
-        let mean = (0..size).map(|i| moment[i * (size + 1)]).sum::<f64>() / size as f64;
-        let fill = |i: usize, row: &mut [f64]| row[i..].copy_from_slice(&moment[i * (size + 1)..(i + 1) * size]);
+        let mean = moment.diagonal().iter().sum::<f64>() / size as f64;
+        let fill = |i: usize, row: &mut [f64]| row.copy_from_slice(moment.row(i));
         let factored = UpperCholesky::new(size, options.damping * mean, fill, pool).expect("the matrix is definite");
         let factor = started.elapsed().as_secs_f64();
         drop(factored);
@@ -69,7 +69,7 @@ fn calibration(size: usize, tokens: usize, pool: &ThreadPool) -> Calibration {
     builder.finish(pool)
 }
 
-fn error(weight: &DenseMatrix, quantized: &QuantizedMatrix, moment: &[f64], pool: &ThreadPool) -> f64 {
+fn error(weight: &DenseMatrix, quantized: &QuantizedMatrix, moment: &UpperTriangle<f64>, pool: &ThreadPool) -> f64 {
     let (before, after) = (weight.to_f32(), quantized.to_f32());
     let difference: Vec<f64> = before.iter().zip(&after).map(|(&a, &b)| f64::from(a) - f64::from(b)).collect();
     quadratic_trace(MatrixView::new(&difference, weight.rows(), weight.columns()), moment, pool)

@@ -92,24 +92,21 @@ fn solve(
     let live = energies.iter().filter(|&&energy| energy > 0.0).count();
     let mean = if live > 0 { energies.iter().sum::<f64>() / live as f64 } else { 1.0 };
     let fill = |i: usize, row: &mut [f64]| {
-        let source = &moment[order[i] * columns..(order[i] + 1) * columns];
-        for (value, &column) in row[i..].iter_mut().zip(&order[i..]) {
-            *value = source[column];
+        for (value, &column) in row.iter_mut().zip(&order[i..]) {
+            *value = moment.at(order[i], column);
         }
         // Any positive diagonal serves a dead channel: nothing couples it to the others.
-        if row[i] == 0.0 {
-            row[i] = mean;
+        if row[0] == 0.0 {
+            row[0] = mean;
         }
     };
     let UpperCholesky { factor, damping } = UpperCholesky::new(columns, options.damping * mean, fill, pool)?;
-    let diagonal: Vec<f64> = (0..columns).map(|i| factor[i * (columns + 1)]).collect();
-    let mut unit = vec![0.0f32; columns * columns];
-    pool.for_each_chunk(&mut unit, columns, |i, row| {
-        for j in i..columns {
-            row[j] = (factor[i * columns + j] / diagonal[j]) as f32;
+    let diagonal = factor.diagonal();
+    let unit = factor.convert(|i, row, unit: &mut [f32]| {
+        for ((unit, value), diagonal) in unit.iter_mut().zip(row).zip(&diagonal[i..]) {
+            *unit = (value / diagonal) as f32;
         }
     });
-    drop(factor);
 
     let sweep = Sweep {
         weight,
@@ -132,7 +129,7 @@ fn solve(
 #[cfg(test)]
 mod tests {
     use kintsugi_calibration::CalibrationBuilder;
-    use kintsugi_linalg::{MatrixView, quadratic_trace};
+    use kintsugi_linalg::{MatrixView, UpperTriangle, quadratic_trace};
     use kintsugi_testkit::{Random, matrices};
     use kintsugi_weights::{ElementType, GroupSize};
 
@@ -166,8 +163,8 @@ mod tests {
         let (rows, columns) = (weight.rows(), weight.columns());
         let pairs = weight.to_f32().into_iter().zip(matrix.to_f32());
         let difference: Vec<f64> = pairs.map(|(a, b)| f64::from(a) - f64::from(b)).collect();
-        let mut moment = calibration.second_moment().to_vec();
-        (0..columns).for_each(|i| moment[i * (columns + 1)] += damping);
+        let mut moment: UpperTriangle<f64> = calibration.second_moment().clone();
+        (0..columns).for_each(|i| moment.row_mut(i)[0] += damping);
         quadratic_trace(MatrixView::new(&difference, rows, columns), &moment, &ThreadPool::with_threads(1))
     }
 
@@ -175,7 +172,7 @@ mod tests {
     /// rounded; the weights themselves carry the corrections.
     fn oracle(weight: &DenseMatrix, calibration: &Calibration, options: &QuantizeOptions) -> Vec<f32> {
         let (rows, n) = (weight.rows(), weight.columns());
-        let s = calibration.second_moment();
+        let s = calibration.second_moment().to_symmetric();
         let mut order: Vec<usize> = (0..n).collect();
         if options.act_order {
             order.sort_by(|&i, &j| s[j * (n + 1)].total_cmp(&s[i * (n + 1)]));

@@ -1,6 +1,6 @@
 use std::ops::Range;
 
-use kintsugi_linalg::{MatrixView, MatrixViewMut, add_product};
+use kintsugi_linalg::{MatrixView, MatrixViewMut, UpperTriangle, add_product};
 use kintsugi_runtime::ThreadPool;
 use kintsugi_weights::DenseMatrix;
 
@@ -25,14 +25,14 @@ pub(crate) struct Sweep<'a> {
     pub(crate) size: usize,
     pub(crate) groups: usize,
     /// S, by column.
-    pub(crate) moment: &'a [f64],
+    pub(crate) moment: &'a UpperTriangle<f64>,
     /// `S_jj` per column; 0 where no token ever activated it.
     pub(crate) energies: Vec<f64>,
     /// Most positions that are rounded before a product.
     pub(crate) block: usize,
     pub(crate) order: Vec<usize>,
-    /// `R_ij / R_jj` by position, `[columns, columns]`; zeros below the diagonal.
-    pub(crate) unit: Vec<f32>,
+    /// `R_ij / R_jj` by position.
+    pub(crate) unit: UpperTriangle<f32>,
     /// `R_jj` by position.
     pub(crate) diagonal: Vec<f64>,
 }
@@ -124,7 +124,7 @@ impl Sweep<'_> {
                 if self.static_groups {
                     let groups = values.chunks(self.size).zip(self.energies.chunks(self.size));
                     for (group, (values, energies)) in groups.enumerate() {
-                        let inputs = GroupInputs { energies, moment: Some((self.moment, columns, group * self.size)) };
+                        let inputs = GroupInputs { energies, moment: Some((self.moment, group * self.size)) };
                         tile.set_grid(self.groups, row, group, self.rule.fit(values, Some(inputs)));
                     }
                 }
@@ -143,8 +143,7 @@ impl Sweep<'_> {
     /// again and again, so that most of the work is in large products; a group that is fitted during the sweep is
     /// never cut apart by a range that is larger than the group.
     fn sweep(&self, tile: &mut Tile, range: Range<usize>) {
-        let columns = self.order.len();
-        let group_end = columns.min(range.start + self.size);
+        let group_end = self.order.len().min(range.start + self.size);
         if !self.static_groups && range.start.is_multiple_of(self.size) && range.end == group_end {
             self.fit_group(tile, range.clone());
         }
@@ -157,15 +156,15 @@ impl Sweep<'_> {
         self.sweep(tile, range.start..middle);
         let height = tile.strips * LANES;
         let (before, behind) = tile.moves.split_at_mut(middle * tile.strips);
-        let before = before[range.start * tile.strips..].as_flattened();
         let behind = behind[..(range.end - middle) * tile.strips].as_flattened_mut();
-        let factor = MatrixView::new(&self.unit, columns, columns);
-        let factor = factor.row_range(range.start..middle).column_range(middle..range.end);
-        add_product(
-            MatrixViewMut::new(behind, range.end - middle, height),
-            factor.transposed(),
-            MatrixView::new(before, middle - range.start, height),
-        );
+        for (first, factor) in self.unit.rectangle(range.start..middle, middle..range.end) {
+            let before = before[first * tile.strips..][..factor.rows() * tile.strips].as_flattened();
+            add_product(
+                MatrixViewMut::new(behind, range.end - middle, height),
+                factor.transposed(),
+                MatrixView::new(before, factor.rows(), height),
+            );
+        }
         self.sweep(tile, middle..range.end);
     }
 
@@ -173,7 +172,7 @@ impl Sweep<'_> {
     /// for the errors before the group as well as the group alone can, so with the moves m they are `w + x`, where x
     /// solves `x_j + Σ_{i<j in the group} x_i R_ij / R_jj = m_j`.
     fn fit_group(&self, tile: &mut Tile, range: Range<usize>) {
-        let (columns, strips, count) = (self.order.len(), tile.strips, range.len());
+        let (strips, count) = (tile.strips, range.len());
         let mut solved = vec![[0.0f32; LANES]; count];
         let mut values = vec![0.0f32; count];
         let energies: Vec<f64> = self.order[range.clone()].iter().map(|&column| self.energies[column]).collect();
@@ -182,7 +181,7 @@ impl Sweep<'_> {
             for j in 0..count {
                 let mut sum = tile.moves[(range.start + j) * strips + strip];
                 for (i, x) in solved[..j].iter().enumerate() {
-                    let factor = self.unit[(range.start + i) * columns + range.start + j];
+                    let factor = self.unit.at(range.start + i, range.start + j);
                     for (sum, x) in sum.iter_mut().zip(x) {
                         *sum -= factor * x;
                     }
@@ -201,12 +200,10 @@ impl Sweep<'_> {
 
     /// Rounds the positions of `range` one after the other.
     fn round(&self, tile: &mut Tile, range: Range<usize>) {
-        let (columns, strips, count) = (self.order.len(), tile.strips, range.len());
-        // Column by column, because each position reads its column.
-        let factor: Vec<f32> = (range.clone())
-            .flat_map(|j| range.clone().map(move |i| (i, j)))
-            .map(|(i, j)| self.unit[i * columns + j])
-            .collect();
+        let (strips, count) = (tile.strips, range.len());
+        // Column by column, because each position reads its column down to itself.
+        let factor: Vec<f32> =
+            (range.clone()).flat_map(|j| range.clone().map(move |i| (i, j))).map(|(i, j)| self.unit.at(i, j)).collect();
         let largest = f32::from(self.rule.largest_code());
         let mut moves = vec![[0.0f32; LANES]; count];
         for strip in 0..strips {

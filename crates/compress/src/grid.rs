@@ -1,3 +1,4 @@
+use kintsugi_linalg::UpperTriangle;
 use kintsugi_weights::ElementType;
 
 use crate::{Clip, QuantizeOptions};
@@ -31,8 +32,8 @@ pub struct GridRule {
 pub struct GroupInputs<'a> {
     /// `S_jj` of each.
     pub energies: &'a [f64],
-    /// All of S and its width, where the group is a run of neighbours, and the first of them.
-    pub moment: Option<(&'a [f64], usize, usize)>,
+    /// All of S, where the group is a run of neighbours, and the first of them.
+    pub moment: Option<(&'a UpperTriangle<f64>, usize)>,
 }
 
 /// Exponent of the error without statistics.
@@ -106,9 +107,9 @@ impl GridRule {
     fn clip_error(&self, grid: Grid, weights: &[f32], inputs: Option<GroupInputs<'_>>, limit: f64) -> f64 {
         let errors = weights.iter().map(|&weight| weight - grid.value(grid.code(weight)));
         match (self.clip, inputs) {
-            (Clip::Outputs, Some(GroupInputs { moment: Some((moment, width, first)), .. })) => {
+            (Clip::Outputs, Some(GroupInputs { moment: Some((moment, first)), .. })) => {
                 let errors: Vec<f64> = errors.map(f64::from).collect();
-                quadratic_form(&errors, &moment[first * width + first..], width)
+                quadratic_form(&errors, moment, first)
             }
             (_, Some(GroupInputs { energies, .. })) => {
                 let terms = errors.zip(energies).map(|(error, energy)| energy * f64::from(error) * f64::from(error));
@@ -143,12 +144,12 @@ fn sum_below(terms: impl Iterator<Item = f64>, limit: f64) -> f64 {
     sum
 }
 
-/// `δ S δᵀ` of a symmetric S whose rows begin every `stride` values.
-fn quadratic_form(delta: &[f64], s: &[f64], stride: usize) -> f64 {
+/// `δ S δᵀ` where δ belongs to the columns of S from `first` on.
+fn quadratic_form(delta: &[f64], s: &UpperTriangle<f64>, first: usize) -> f64 {
     const LANES: usize = 4;
     let mut total = 0.0;
     for (i, &value) in delta.iter().enumerate() {
-        let (row, behind) = (&s[i * stride + i..i * stride + delta.len()], &delta[i + 1..]);
+        let (row, behind) = (&s.row(first + i)[..delta.len() - i], &delta[i + 1..]);
         let (mut lanes, mut sum) = ([0.0; LANES], 0.0);
         let (rows, deltas) = (row[1..].chunks_exact(LANES), behind.chunks_exact(LANES));
         for (s, d) in rows.remainder().iter().zip(deltas.remainder()) {
@@ -271,7 +272,8 @@ mod tests {
             .map(|at| x.chunks_exact(width).map(|row| row[at / width] * row[at % width]).sum())
             .collect();
         let energies: Vec<f64> = (first..first + count).map(|j| moment[j * (width + 1)]).collect();
-        let inputs = GroupInputs { energies: &energies, moment: Some((&moment, width, first)) };
+        let moment = UpperTriangle::of(&moment, width);
+        let inputs = GroupInputs { energies: &energies, moment: Some((&moment, first)) };
         let (mut gained, mut cases) = (0, 0);
         for bits in [2, 3, 4, 8] {
             for symmetric in [false, true] {
@@ -307,7 +309,10 @@ mod tests {
                 .collect();
             let output = |row: &[f64]| row.iter().zip(&delta).map(|(x, d)| x * d).sum::<f64>();
             let expected: f64 = x.chunks_exact(count).map(|row| output(row).powi(2)).sum();
-            assert!((quadratic_form(&delta, &s, count) - expected).abs() < 1e-12 * expected.max(1.0) * count as f64);
+            assert!(
+                (quadratic_form(&delta, &UpperTriangle::of(&s, count), 0) - expected).abs()
+                    < 1e-12 * expected.max(1.0) * count as f64
+            );
         }
     }
 }

@@ -52,7 +52,7 @@ pub fn rtn(
             let range = group * size..columns.min((group + 1) * size);
             let inputs = statistics.as_ref().map(|(energies, moment)| GroupInputs {
                 energies: &energies[range.clone()],
-                moment: Some((moment, columns, range.start)),
+                moment: Some((moment, range.start)),
             });
             rule.fit(values, inputs)
         };

@@ -14,11 +14,15 @@ mod thin_qr;
 mod thin_svd;
 mod triangular;
 mod upper_cholesky;
+mod upper_triangle;
 
 pub use kernel_k_means::{KMeansOptions, KernelKMeans};
 pub use leading_directions::{BalancedFactors, LeadingDirections};
 pub use matrix_view::{MatrixView, MatrixViewMut, Scalar};
-pub use product::{accumulate_gram, add_product, mirror_upper_triangle, product, quadratic_trace, symmetric_product};
+pub use product::{
+    accumulate_gram, add_product, product, quadratic_trace, quadratic_trace_of, subtract_product, symmetric_product,
+    times_symmetric,
+};
 pub use row_products::{combine_rows, row_gram, row_products};
 pub use split_mix::SplitMix64;
 pub use symmetric_eigen::SymmetricEigen;
@@ -26,3 +30,4 @@ pub use thin_qr::ThinQr;
 pub use thin_svd::ThinSvd;
 pub use triangular::solve_transposed_upper;
 pub use upper_cholesky::UpperCholesky;
+pub use upper_triangle::UpperTriangle;

@@ -2,7 +2,7 @@ use faer::linalg::matmul::matmul;
 use faer::{Accum, Par};
 use kintsugi_runtime::ThreadPool;
 
-use crate::{MatrixView, MatrixViewMut, Scalar};
+use crate::{MatrixView, MatrixViewMut, Scalar, UpperTriangle};
 
 /// Rows of a result that one task computes. Fixed, so that the cut never depends on the threads; 64 rows repay the
 /// packing of the right operand and still give a 256-row matrix four tasks.
@@ -43,37 +43,30 @@ pub fn symmetric_product(a: MatrixView<'_, f64>, b: MatrixView<'_, f64>, out: &m
     mirror_upper_triangle(out, n);
 }
 
-/// `sum += Xᵀ X`, upper triangle only, for rows of f32: products and sums in f64.
-///
-/// `x` is `[rows, n]`, `sum` is `[n, n]`. Everything on and above the diagonal is valid afterwards;
-/// [`mirror_upper_triangle`] completes the matrix.
+/// `sum += Xᵀ X` for rows of f32: products and sums in f64. `x` is `[rows, n]`.
 ///
 /// A product of two f32 is exact in f64. With products in f32 the directions that hold less than a millionth of the
 /// energy of the largest would be rounding noise, and activations with outliers have such directions.
 ///
 /// # Panics
 /// When the shapes do not fit.
-pub fn accumulate_gram(x: &[f32], n: usize, sum: &mut [f64], pool: &ThreadPool) {
-    assert_eq!(sum.len(), n * n, "the sum is [n, n]");
+pub fn accumulate_gram(x: &[f32], sum: &mut UpperTriangle<f64>, pool: &ThreadPool) {
+    let n = sum.side();
     if n == 0 || x.is_empty() {
         return;
     }
     let wide: Vec<f64> = x.iter().map(|&value| f64::from(value)).collect();
     let x = MatrixView::new(&wide, x.len() / n, n);
-    pool.for_each_chunk(sum, BAND * n, |index, band| {
-        let first = index * BAND;
-        let height = band.len() / n;
+    pool.for_each_chunk(&mut sum.parts_mut(BAND), 1, |_, part| {
+        let part = &mut part[0];
+        let (first, height) = (part.first, part.height());
         let left = x.column_range(first..first + height).transposed();
-        let out = MatrixViewMut::new(band, height, n).column_range(first..n);
-        matmul(out.0, Accum::Add, left.0, x.column_range(first..n).0, 1.0, Par::Seq);
+        matmul(part.columns(first..n).0, Accum::Add, left.0, x.column_range(first..n).0, 1.0, Par::Seq);
     });
 }
 
 /// Copies the upper triangle of a square `[n, n]` matrix over the lower one.
-///
-/// # Panics
-/// When the matrix is not `[n, n]`.
-pub fn mirror_upper_triangle(values: &mut [f64], n: usize) {
+pub(crate) fn mirror_upper_triangle(values: &mut [f64], n: usize) {
     assert_eq!(values.len(), n * n, "the matrix is [n, n]");
     for i in 1..n {
         let (above, below) = values.split_at_mut(i * n);
@@ -83,28 +76,100 @@ pub fn mirror_upper_triangle(values: &mut [f64], n: usize) {
     }
 }
 
-/// `tr(M S Mᵀ)`: the energy `‖M X‖²` of the outputs of M on inputs with second moment `S = X Xᵀ`.
-///
-/// `s` is `[M.columns, M.columns]`, symmetric.
+/// `out = M S` for a symmetric S; `out` is row-major `[M.rows, n]`.
 ///
 /// # Panics
 /// When the shapes do not fit.
-pub fn quadratic_trace(m: MatrixView<'_, f64>, s: &[f64], pool: &ThreadPool) -> f64 {
-    let (rows, columns) = (m.rows(), m.columns());
-    let s = MatrixView::new(s, columns, columns);
-    let partial = pool.map(rows.div_ceil(BAND), |index| {
-        let band = m.row_range(index * BAND..rows.min((index + 1) * BAND));
-        let mut weighted = vec![0.0; band.rows() * columns];
-        let out = MatrixViewMut::new(&mut weighted, band.rows(), columns);
-        matmul(out.0, Accum::Replace, band.0, s.0, 1.0, Par::Seq);
-        let mut sum = 0.0;
-        for (i, weighted) in weighted.chunks_exact(columns.max(1)).enumerate() {
-            sum += weighted.iter().enumerate().map(|(j, value)| value * band.0[(i, j)]).sum::<f64>();
+pub fn times_symmetric(m: MatrixView<'_, f64>, s: &UpperTriangle<f64>, out: &mut [f64], pool: &ThreadPool) {
+    let n = s.side();
+    assert_eq!((m.columns(), out.len()), (n, m.rows() * n), "the result is [M.rows, n]");
+    pool.for_each_chunk(out, BAND * n.max(1), |index, band| {
+        let height = band.len() / n;
+        let m = m.row_range(index * BAND..index * BAND + height);
+        band.fill(0.0);
+        for (first, rows, block, right) in bands_of(s) {
+            let (own, behind) = (first..first + rows, first + rows..n);
+            let mut add = |columns, left: MatrixView<'_, f64>, right: MatrixView<'_, f64>| {
+                add_product(MatrixViewMut::new(band, height, n).column_range(columns), left, right);
+            };
+            add(own.clone(), m.column_range(own.clone()), MatrixView::new(&block, rows, rows));
+            add(own.clone(), m.column_range(own.clone()), MatrixView::new(&block, rows, rows).transposed());
+            add(own.clone(), m.column_range(behind.clone()), right.transposed());
+            add(behind, m.column_range(own), right);
         }
-        sum
+    });
+}
+
+/// `tr(M S Mᵀ)`: the energy `‖M X‖²` of the outputs of M on inputs with second moment `S = X Xᵀ`.
+///
+/// # Panics
+/// When the shapes do not fit.
+pub fn quadratic_trace(m: MatrixView<'_, f64>, s: &UpperTriangle<f64>, pool: &ThreadPool) -> f64 {
+    assert_eq!(m.columns(), s.side(), "M has a column per row of S");
+    let fill = |i: usize, row: &mut [f64]| row.iter_mut().enumerate().for_each(|(j, value)| *value = m.0[(i, j)]);
+    quadratic_trace_of(m.rows(), fill, s, pool)
+}
+
+/// [`quadratic_trace`] of a matrix of `rows` rows that is never whole in memory: `fill(i, row)` writes row `i`.
+pub fn quadratic_trace_of(
+    rows: usize,
+    fill: impl Fn(usize, &mut [f64]) + Sync + Send,
+    s: &UpperTriangle<f64>,
+    pool: &ThreadPool,
+) -> f64 {
+    let n = s.side();
+    if n == 0 {
+        return 0.0;
+    }
+    let partial = pool.map(rows.div_ceil(BAND), |index| {
+        let height = BAND.min(rows - index * BAND);
+        let mut band = vec![0.0; height * n];
+        band.chunks_exact_mut(n).enumerate().for_each(|(row, values)| fill(index * BAND + row, values));
+        let mut weighted = vec![0.0; height * n];
+        let view = MatrixView::new(&band, height, n);
+        for (first, rows, block, right) in bands_of(s) {
+            let (own, behind) = (view.column_range(first..first + rows), first + rows..n);
+            let mut add = |columns, right: MatrixView<'_, f64>| {
+                add_product(MatrixViewMut::new(&mut weighted, height, n).column_range(columns), own, right);
+            };
+            add(first..first + rows, MatrixView::new(&block, rows, rows));
+            add(behind, right);
+        }
+        // Every pair of columns was counted once, the diagonal half.
+        2.0 * weighted.iter().zip(&band).map(|(weighted, value)| weighted * value).sum::<f64>()
     });
     // S is positive semidefinite; what rounding leaves below zero is zero.
     partial.iter().sum::<f64>().max(0.0)
+}
+
+/// The bands of a symmetric matrix: first row, rows, the block on the diagonal as the upper triangular matrix that,
+/// added to its transpose, gives the block, and what lies right of it.
+fn bands_of(s: &UpperTriangle<f64>) -> impl Iterator<Item = (usize, usize, Vec<f64>, MatrixView<'_, f64>)> {
+    (0..s.bands()).map(move |index| {
+        let (first, band) = s.band(index);
+        let rows = band.rows();
+        let mut block = vec![0.0; rows * rows];
+        for (i, block) in block.chunks_exact_mut(rows).enumerate() {
+            block[i..].copy_from_slice(&s.row(first + i)[..rows - i]);
+            block[i] *= 0.5;
+        }
+        (first, rows, block, band.column_range(rows..band.columns()))
+    })
+}
+
+/// `out −= a · b`; `out` is row-major `[a.rows, b.columns]`.
+///
+/// # Panics
+/// When the shapes do not fit.
+pub fn subtract_product(a: MatrixView<'_, f64>, b: MatrixView<'_, f64>, out: &mut [f64], pool: &ThreadPool) {
+    let columns = b.columns();
+    assert_eq!(a.columns(), b.rows(), "the inner sizes of a product must agree");
+    assert_eq!(out.len(), a.rows() * columns, "the result is [a.rows, b.columns]");
+    pool.for_each_chunk(out, BAND * columns.max(1), |index, band| {
+        let height = band.len() / columns;
+        let a = a.row_range(index * BAND..index * BAND + height);
+        matmul(MatrixViewMut::new(band, height, columns).0, Accum::Add, a.0, b.0, -1.0, Par::Seq);
+    });
 }
 
 /// `out += a · b`, in the calling task.
@@ -157,7 +222,7 @@ mod tests {
     #[test]
     fn symmetric_product_and_trace_agree_with_the_full_product() {
         let pool = ThreadPool::with_threads(2);
-        for (m, k) in [(1, 1), (5, 9), (70, 33), (130, 64)] {
+        for (m, k) in [(1, 1), (5, 9), (70, 33), (130, 64), (66, 300), (3, 530)] {
             let (delta, x) = (integers(m * k, 3), integers(k * 20, 4));
             let (delta, x) = (MatrixView::new(&delta, m, k), MatrixView::new(&x, 20, k));
             let s = naive(x.transposed(), x);
@@ -167,26 +232,31 @@ mod tests {
             symmetric_product(weighted, delta.transposed(), &mut out, &pool);
             assert_eq!(out, naive(weighted, delta.transposed()));
             let trace: f64 = (0..m).map(|i| out[i * m + i]).sum();
+            let s = UpperTriangle::of(&s, k);
             assert_eq!(quadratic_trace(delta, &s, &pool), trace);
+            let mut again = vec![f64::NAN; m * k];
+            times_symmetric(delta, &s, &mut again, &pool);
+            assert_eq!(MatrixView::new(&again, m, k).0, weighted.0);
+            subtract_product(weighted, delta.transposed(), &mut out, &pool);
+            assert_eq!(out, vec![0.0; m * m]);
         }
     }
 
     #[test]
     fn gram_adds_and_survives_values_whose_squares_leave_f32() {
         let pool = ThreadPool::with_threads(2);
-        let n = 67;
+        let n = 267;
         let powers: Vec<f32> = (0..n).map(|j| [1.0, 1e30, 1e-30, 1e5][j % 4]).collect();
         let x: Vec<f32> = integers(20 * n, 5).iter().enumerate().map(|(i, &v)| v as f32 * powers[i % n]).collect();
-        let mut sum = vec![0.0; n * n];
-        accumulate_gram(&x, n, &mut sum, &pool);
-        accumulate_gram(&x, n, &mut sum, &pool);
-        mirror_upper_triangle(&mut sum, n);
+        let mut sum = UpperTriangle::zeros(n);
+        accumulate_gram(&x, &mut sum, &pool);
+        accumulate_gram(&x, &mut sum, &pool);
         for i in 0..n {
             for j in 0..n {
                 let columns = || x.chunks_exact(n).map(|row| (f64::from(row[i]), f64::from(row[j])));
                 let expected: f64 = columns().map(|(a, b)| 2.0 * a * b).sum();
                 let size: f64 = columns().map(|(a, b)| 2.0 * (a * b).abs()).sum();
-                assert!((sum[i * n + j] - expected).abs() <= 1e-14 * size, "{i} {j}");
+                assert!((sum.at(i, j) - expected).abs() <= 1e-14 * size, "{i} {j}");
             }
         }
     }
@@ -197,15 +267,15 @@ mod tests {
         let (rows, n) = (512, 66);
         let noise = integers(rows * n, 7);
         let x: Vec<f32> = noise.iter().enumerate().map(|(i, v)| (1000 + i % n) as f32 + *v as f32 / 1024.0).collect();
-        let mut sum = vec![0.0; n * n];
-        accumulate_gram(&x, n, &mut sum, &pool);
+        let mut sum = UpperTriangle::zeros(n);
+        accumulate_gram(&x, &mut sum, &pool);
         // The difference of two channels sees the noise alone; f32 sums of squares near 10⁶ would lose it.
         for (i, j) in [(0, 1), (5, 60), (64, 65)] {
             let offset = (j - i) as f64;
             let difference = |row: &[f32]| f64::from(row[j]) - f64::from(row[i]);
             let exact: f64 = x.chunks_exact(n).map(|row| (difference(row) - offset).powi(2)).sum();
             let mean: f64 = x.chunks_exact(n).map(|row| difference(row) - offset).sum();
-            let quadratic = sum[i * n + i] + sum[j * n + j] - 2.0 * sum[i * n + j];
+            let quadratic = sum.at(i, i) + sum.at(j, j) - 2.0 * sum.at(i, j);
             let noise = quadratic - 2.0 * offset * mean - rows as f64 * offset * offset;
             assert!((noise - exact).abs() < 1e-6 * exact, "{noise} {exact}");
         }
@@ -222,17 +292,16 @@ mod tests {
 
     #[test]
     fn threads_do_not_change_a_bit() {
-        let (m, k) = (150, 190);
+        let (m, k) = (150, 290);
         let a: Vec<f64> = (0..m * k).map(|i| (i as f64 * 0.7).sin()).collect();
         let x: Vec<f32> = (0..512 * k).map(|i| (i as f32 * 0.3).sin()).collect();
         let run = |threads| {
             let pool = ThreadPool::with_threads(threads);
             let a = MatrixView::new(&a, m, k);
-            let mut gram = vec![0.0; k * k];
-            accumulate_gram(&x, k, &mut gram, &pool);
-            mirror_upper_triangle(&mut gram, k);
+            let mut gram = UpperTriangle::zeros(k);
+            accumulate_gram(&x, &mut gram, &pool);
             let mut weighted = vec![0.0; m * k];
-            product(a, MatrixView::new(&gram, k, k), &mut weighted, &pool);
+            times_symmetric(a, &gram, &mut weighted, &pool);
             let mut outer = vec![0.0; m * m];
             symmetric_product(MatrixView::new(&weighted, m, k), a.transposed(), &mut outer, &pool);
             (quadratic_trace(a, &gram, &pool), gram, weighted, outer)

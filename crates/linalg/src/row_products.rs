@@ -2,7 +2,8 @@ use faer::linalg::matmul::matmul;
 use faer::{Accum, Par};
 use kintsugi_runtime::ThreadPool;
 
-use crate::{MatrixView, MatrixViewMut, mirror_upper_triangle};
+use crate::product::mirror_upper_triangle;
+use crate::{MatrixView, MatrixViewMut};
 
 /// Rows of a result that one task computes.
 const BAND: usize = 64;

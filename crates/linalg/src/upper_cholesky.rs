@@ -5,7 +5,7 @@ use faer::linalg::triangular_solve::solve_upper_triangular_in_place;
 use faer::{Accum, Mat, Par};
 use kintsugi_runtime::{Error, ErrorCode, Result, ThreadPool};
 
-use crate::{MatrixView, MatrixViewMut};
+use crate::{MatrixView, UpperTriangle};
 
 /// How often the damping may grow before a matrix is given up.
 const ATTEMPTS: usize = 12;
@@ -14,12 +14,12 @@ const FIRST_DAMPING: f64 = 1e-9;
 /// Columns that are eliminated at a time, and rows that one task updates.
 const BLOCK: usize = 128;
 
-/// The upper triangular R with `A + damping · I = R Rᵀ`, `[n, n]` row-major: the Cholesky factor of A with rows and
+/// The upper triangular R with `A + damping · I = R Rᵀ`: the Cholesky factor of A with rows and
 /// columns in reverse order, read backwards. `R⁻¹` is the factor of the inverse, `A⁻¹ = R⁻ᵀ R⁻¹`.
 #[derive(Clone, Debug)]
 pub struct UpperCholesky {
-    /// R; zeros below the diagonal.
-    pub factor: Vec<f64>,
+    /// R.
+    pub factor: UpperTriangle<f64>,
     /// What was really added to the diagonal: the damping asked for, or a power of ten times it.
     pub damping: f64,
 }
@@ -37,18 +37,21 @@ impl UpperCholesky {
         fill: impl Fn(usize, &mut [f64]) + Sync + Send,
         pool: &ThreadPool,
     ) -> Result<Self> {
-        let mut factor = vec![0.0; n * n];
+        let mut factor = UpperTriangle::zeros(n);
         let mut used = damping;
         for _ in 0..ATTEMPTS {
-            pool.for_each_chunk(&mut factor, n, |i, row| fill(i, row));
-            let broken = |i: usize| factor[i * n + i..(i + 1) * n].iter().any(|value| !value.is_finite());
+            pool.for_each_chunk(&mut factor.parts_mut(1), 1, |i, part| {
+                let part = &mut part[0];
+                fill(i, &mut part.values[i - part.column..]);
+            });
+            let broken = |i: usize| factor.row(i).iter().any(|value| !value.is_finite());
             if !used.is_finite() || pool.map(n, broken).contains(&true) {
                 return Err(Error::new(ErrorCode::SolverFailed, "the matrix to factor is not finite")
                     .subject("Cholesky")
                     .hint("Check the calibration activations for overflow"));
             }
-            let mean = ((0..n).map(|i| factor[i * n + i]).sum::<f64>() / n.max(1) as f64).max(0.0);
-            if factor_in_place(&mut factor, n, used, pool).is_some() {
+            let mean = (factor.diagonal().iter().sum::<f64>() / n.max(1) as f64).max(0.0);
+            if factor_in_place(&mut factor, used, pool).is_some() {
                 return Ok(UpperCholesky { factor, damping: used });
             }
             used = (used * 10.0).max(FIRST_DAMPING * mean).max(f64::MIN_POSITIVE);
@@ -65,56 +68,57 @@ impl UpperCholesky {
 /// Right-looking, from the last block of columns to the first: factor the block on the diagonal, solve for the panel
 /// above it, subtract the product of the panel with itself from what is left. Tasks are bands of rows, so that threads
 /// change no bit.
-fn factor_in_place(a: &mut [f64], n: usize, damping: f64, pool: &ThreadPool) -> Option<()> {
-    for i in 0..n {
-        a[i * (n + 1)] += damping;
-    }
-    let diagonal: Vec<f64> = (0..n).map(|i| a[i * (n + 1)]).collect();
+fn factor_in_place(a: &mut UpperTriangle<f64>, damping: f64, pool: &ThreadPool) -> Option<()> {
+    let n = a.side();
+    (0..n).for_each(|i| a.row_mut(i)[0] += damping);
+    let diagonal = a.diagonal();
     let mut panel = vec![0.0; n * BLOCK];
     for start in (0..n).step_by(BLOCK).rev() {
         let size = BLOCK.min(n - start);
-        let block = factor_block(a, n, start, size, &diagonal)?;
-        let above = &mut a[..start * n];
-        pool.for_each_chunk(above, BLOCK * n, |_, band| {
-            let rows = band.len() / n;
-            let band = MatrixViewMut::new(band, rows, n).column_range(start..start + size);
-            solve_upper_triangular_in_place(block.as_ref(), band.0.transpose_mut(), Par::Seq);
-        });
-        pool.for_each_chunk(&mut panel[..start * size], BLOCK * size, |index, part| {
-            for (row, part) in part.chunks_exact_mut(size).enumerate() {
-                let from = (index * BLOCK + row) * n + start;
-                part.copy_from_slice(&above[from..from + size]);
+        let block = factor_block(a, start, size, &diagonal)?;
+        let mut above = a.parts_mut(BLOCK);
+        above.truncate(start / BLOCK);
+        let mut parts: Vec<_> = above.iter_mut().zip(panel.chunks_mut(BLOCK * size)).collect();
+        pool.for_each_chunk(&mut parts, 1, |_, part| {
+            let (band, panel) = &mut part[0];
+            solve_upper_triangular_in_place(
+                block.as_ref(),
+                band.columns(start..start + size).0.transpose_mut(),
+                Par::Seq,
+            );
+            let offset = start - band.column;
+            for (row, panel) in band.values.chunks_exact(band.stride).zip(panel.chunks_exact_mut(size)) {
+                panel.copy_from_slice(&row[offset..offset + size]);
             }
         });
         let panel = MatrixView::new(&panel[..start * size], start, size);
-        pool.for_each_chunk(above, BLOCK * n, |index, band| {
-            let (first, rows) = (index * BLOCK, band.len() / n);
-            let out = MatrixViewMut::new(band, rows, n).column_range(first..start);
-            let (left, right) = (panel.row_range(first..first + rows), panel.row_range(first..start));
-            matmul(out.0, Accum::Add, left.0, right.0.transpose(), -1.0, Par::Seq);
+        pool.for_each_chunk(&mut above, 1, |_, band| {
+            let band = &mut band[0];
+            let first = band.first;
+            let (left, right) = (panel.row_range(first..first + band.height()), panel.row_range(first..start));
+            matmul(band.columns(first..start).0, Accum::Add, left.0, right.0.transpose(), -1.0, Par::Seq);
         });
     }
-    pool.for_each_chunk(a, n, |i, row| row[..i].fill(0.0));
-    a.iter().all(|value| value.is_finite()).then_some(())
+    (0..n).all(|i| a.row(i).iter().all(|value| value.is_finite())).then_some(())
 }
 
 /// Factors the block on the diagonal in place and returns it; `None` when it is not positive definite.
-fn factor_block(a: &mut [f64], n: usize, start: usize, size: usize, diagonal: &[f64]) -> Option<Mat<f64>> {
+fn factor_block(a: &mut UpperTriangle<f64>, start: usize, size: usize, diagonal: &[f64]) -> Option<Mat<f64>> {
     let last = start + size - 1;
-    let mut reversed = Mat::from_fn(size, size, |i, j| if i < j { 0.0 } else { a[(last - i) * n + last - j] });
+    let mut reversed = Mat::from_fn(size, size, |i, j| if i < j { 0.0 } else { a.at(last - i, last - j) });
     let mut memory = MemBuffer::new(cholesky_in_place_scratch::<f64>(size, Par::Seq, Default::default()));
     let stack = MemStack::new(&mut memory);
     cholesky_in_place(reversed.as_mut(), Default::default(), Par::Seq, stack, Default::default()).ok()?;
     // A pivot that is rounding noise of its own diagonal element carries no information: the matrix is singular.
-    let noise = n as f64 * f64::EPSILON;
+    let noise = a.side() as f64 * f64::EPSILON;
     let sound = |i: usize| reversed[(i, i)] * reversed[(i, i)] > noise * diagonal[last - i];
     if !(0..size).all(sound) {
         return None;
     }
     let block = Mat::from_fn(size, size, |i, j| if i <= j { reversed[(size - 1 - i, size - 1 - j)] } else { 0.0 });
     for i in 0..size {
-        for j in i..size {
-            a[(start + i) * n + start + j] = block[(i, j)];
+        for (j, value) in a.row_mut(start + i)[..size - i].iter_mut().enumerate() {
+            *value = block[(i, i + j)];
         }
     }
     Some(block)
@@ -139,17 +143,17 @@ mod tests {
     }
 
     fn factor(a: &[f64], n: usize, damping: f64, threads: usize) -> Result<UpperCholesky> {
-        let fill = |i: usize, row: &mut [f64]| row[i..].copy_from_slice(&a[i * n + i..(i + 1) * n]);
+        let fill = |i: usize, row: &mut [f64]| row.copy_from_slice(&a[i * n + i..(i + 1) * n]);
         UpperCholesky::new(n, damping, fill, &ThreadPool::with_threads(threads))
     }
 
     /// Largest element of `A + damping I − R Rᵀ`.
     fn defect(a: &[f64], n: usize, result: &UpperCholesky) -> f64 {
-        let r = &result.factor;
+        let r = |i: usize, j: usize| if i <= j { result.factor.at(i, j) } else { 0.0 };
         let mut worst = 0.0f64;
         for i in 0..n {
             for j in 0..n {
-                let value: f64 = (0..n).map(|l| r[i * n + l] * r[j * n + l]).sum();
+                let value: f64 = (0..n).map(|l| r(i, l) * r(j, l)).sum();
                 let expected = a[i * n + j] + if i == j { result.damping } else { 0.0 };
                 worst = worst.max((value - expected).abs());
             }
@@ -166,8 +170,7 @@ mod tests {
             // Backward error of a Cholesky factorization: n rounding units of the diagonal, which is about n here.
             let bound = (n * n) as f64 * f64::EPSILON * 4.0;
             assert!(defect(&a, n, &result) < bound, "{n}: {}", defect(&a, n, &result));
-            assert!((0..n).all(|i| result.factor[i * n + i] > 0.0));
-            assert!((0..n).all(|i| (0..i).all(|j| result.factor[i * n + j] == 0.0)));
+            assert!(result.factor.diagonal().iter().all(|&value| value > 0.0));
         }
     }
 
@@ -190,7 +193,7 @@ mod tests {
         for a in [[1.0, 1e6, 1e6, 1.0], [-1.0, 0.0, 0.0, 1.0], [nan, 0.0, 0.0, 1.0], [1.0, infinite, infinite, 1.0]] {
             assert_eq!(factor(&a, 2, 0.0, 1).unwrap_err().code, ErrorCode::SolverFailed, "{a:?}");
         }
-        assert!(factor(&[], 0, 0.0, 1).unwrap().factor.is_empty());
+        assert!(factor(&[], 0, 0.0, 1).unwrap().factor.side() == 0);
     }
 
     #[test]

@@ -37,12 +37,14 @@ impl<'a> SideBasis<'a> {
         if units >= width {
             return Ok(SideBasis { rows, units, width, dimension: width, coordinates: wide(), kind: Kind::Whole });
         }
-        let fill = |i: usize, row: &mut [f64]| row[i..].copy_from_slice(&gram[i * units + i..(i + 1) * units]);
+        let fill = |i: usize, row: &mut [f64]| row.copy_from_slice(&gram[i * units + i..(i + 1) * units]);
         if let Ok(cholesky) = UpperCholesky::new(units, 0.0, fill, pool)
             && cholesky.damping == 0.0
-            && (0..units).all(|i| cholesky.factor[i * (units + 1)].powi(2) > LEAST_PIVOT * gram[i * (units + 1)])
+            && (0..units).all(|i| cholesky.factor.at(i, i).powi(2) > LEAST_PIVOT * gram[i * (units + 1)])
         {
-            let coordinates = cholesky.factor;
+            let mut coordinates = vec![0.0; units * units];
+            (0..units)
+                .for_each(|i| coordinates[i * units + i..(i + 1) * units].copy_from_slice(cholesky.factor.row(i)));
             return Ok(SideBasis { rows, units, width, dimension: units, coordinates, kind: Kind::Cholesky });
         }
         let turned: Vec<f64> = transposed(&wide(), units, width);

@@ -85,8 +85,8 @@ impl BlockWeights {
     }
 }
 
-impl ModelWeights {
-    /// Reads the embedding, the final norm and the head.
+impl Embedding {
+    /// Reads the embedding of tokens and that of positions, where positions are learned.
     ///
     /// # Errors
     /// `ERR_CHECKPOINT_TENSOR_MISSING`, `ERR_CHECKPOINT_SHAPE`, and what reading reports.
@@ -108,7 +108,19 @@ impl ModelWeights {
             }
             PositionRule::Rotary { .. } => None,
         };
-        let embedding = Embedding { tokens, positions, scale: spec.embedding_scale };
+        Ok(Embedding { tokens, positions, scale: spec.embedding_scale })
+    }
+}
+
+impl ModelWeights {
+    /// Reads the embedding, the final norm and the head.
+    ///
+    /// # Errors
+    /// `ERR_CHECKPOINT_TENSOR_MISSING`, `ERR_CHECKPOINT_SHAPE`, and what reading reports.
+    pub fn read(checkpoint: &Checkpoint, spec: &DecoderSpec) -> Result<Self> {
+        let expected = (spec.vocabulary_size, spec.hidden_size);
+        let head_name = spec.family.head;
+        let embedding = Embedding::read(checkpoint, spec)?;
         let head = if spec.tied_head {
             None
         } else {

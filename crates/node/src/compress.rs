@@ -1,5 +1,8 @@
 use kintsugi_model::{CandleBackend, CpuBackend};
-use kintsugi_pipeline::{CalibrationRecipe, EoraRecipe, LinearOverride, Recipe, compress as run_compression, plan};
+use kintsugi_pipeline::{
+    ActivationPlace, CalibrationKind, CalibrationRecipe, EoraRecipe, LinearOverride, Recipe,
+    compress as run_compression, plan,
+};
 use kintsugi_runtime::Result;
 use kintsugi_weights::ElementType;
 use napi::Env;
@@ -31,10 +34,20 @@ pub struct BindingCompressOptions {
     pub damping: f64,
     /// `auto`, `bf16`, `f16` or `f32`.
     pub scale_type: String,
+    /// Plain text, whatever its name.
     pub calibration_text: Option<String>,
+    /// A file whose ending says what it holds.
+    pub calibration_file: Option<String>,
+    pub calibration_field: String,
     pub calibration_sequences: u32,
     pub calibration_length: u32,
+    pub calibration_seed: Option<f64>,
+    /// `auto`, `memory` or `disk`.
+    pub activations: String,
     pub subset: bool,
+    pub save_statistics: Option<String>,
+    /// Bytes.
+    pub memory: Option<f64>,
     /// 0 for none.
     pub eora_rank: u32,
     /// `f32` or `exact`.
@@ -61,15 +74,15 @@ pub fn compress<'env>(
     options: BindingCompressOptions,
     control: &BindingControl,
 ) -> napi::Result<Object<'env>> {
-    let recipe = recipe(&options).map_err(|error| to_napi(&error))?;
     let precision = precision(&options.precision).map_err(|error| to_napi(&error))?;
     let (cancel, progress) = (control.cancel.clone(), control.progress.clone());
-    let BindingCompressOptions { backend, dry_run, .. } = options;
     spawn(env, move || {
-        if dry_run {
+        // Here and not before: it may have to look into a calibration file.
+        let recipe = recipe(&options)?;
+        if options.dry_run {
             return to_json(&plan(&recipe)?);
         }
-        let report = match backend.as_str() {
+        let report = match options.backend.as_str() {
             "cpu" => run_compression(&recipe, &CpuBackend::new(precision)?, &cancel, &progress)?,
             "candle" => run_compression(&recipe, &CandleBackend, &cancel, &progress)?,
             other => return Err(invalid_option("backend", other, &kintsugi_model::BACKENDS)),
@@ -114,13 +127,33 @@ fn recipe(options: &BindingCompressOptions) -> Result<Recipe> {
         static_groups: options.static_groups,
         damping: options.damping,
         scale_type,
-        calibration: options.calibration_text.as_ref().map(|text| CalibrationRecipe {
-            text: text.into(),
-            sequences: options.calibration_sequences as usize,
-            length: options.calibration_length as usize,
-            subset: options.subset,
-        }),
+        calibration: calibration(options)?,
+        save_statistics: options.save_statistics.as_ref().map(Into::into),
         eora: (options.eora_rank > 0).then_some(EoraRecipe { rank: options.eora_rank as usize }),
         fresh: options.fresh,
+        memory: options.memory.map(|bytes| bytes as u64),
     })
+}
+
+fn calibration(options: &BindingCompressOptions) -> Result<Option<CalibrationRecipe>> {
+    let (file, kind) = match (&options.calibration_text, &options.calibration_file) {
+        (Some(text), _) => (text, CalibrationKind::Text),
+        (None, Some(file)) => (file, CalibrationKind::of(file.as_ref())?),
+        (None, None) => return Ok(None),
+    };
+    Ok(Some(CalibrationRecipe {
+        file: file.into(),
+        kind,
+        field: options.calibration_field.clone(),
+        sequences: options.calibration_sequences as usize,
+        length: options.calibration_length as usize,
+        seed: options.calibration_seed.map(|seed| seed as u64),
+        subset: options.subset,
+        activations: match options.activations.as_str() {
+            "auto" => ActivationPlace::Auto,
+            "memory" => ActivationPlace::Memory,
+            "disk" => ActivationPlace::Disk,
+            other => return Err(invalid_option("calibration.activations", other, &["auto", "memory", "disk"])),
+        },
+    }))
 }

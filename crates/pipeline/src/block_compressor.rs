@@ -3,12 +3,13 @@ use std::time::Instant;
 use kintsugi_calibration::Calibration;
 use kintsugi_compensate::{EoraOptions, ResidualError, eora, residual_error};
 use kintsugi_compress::{BlockMethod, LinearMethod, linear_method};
-use kintsugi_model::{Backend, Block, BlockWeights, DecoderSpec, LinearSpec, TapPoint};
+use kintsugi_model::{Backend, Block, BlockWeights, DecoderSpec, TapPoint};
 use kintsugi_runtime::{CancelToken, Error, ErrorCode, Result, ThreadPool};
 use kintsugi_weights::{DenseMatrix, ElementType, GroupSize, LinearWeight, LowRank, QuantizedMatrix, WeightMatrix};
 
+use crate::memory_plan::{split, statistics_bytes};
 use crate::scale_folding::{FoldedBlock, ScaleFolding};
-use crate::{CalibrationStream, LinearReport, PhaseSeconds, Recipe};
+use crate::{CalibrationStream, LinearReport, MemoryPlan, PhaseSeconds, Recipe, SavedStatistics, StatisticsWriter};
 
 /// Compresses one decoder block after another and carries the calibration activations along.
 pub struct BlockCompressor<'a, B: Backend> {
@@ -17,8 +18,22 @@ pub struct BlockCompressor<'a, B: Backend> {
     backend: &'a B,
     block_method: Option<&'static dyn BlockMethod>,
     method: &'static dyn LinearMethod,
-    stream: Option<CalibrationStream<B>>,
+    input: CalibrationInput<B>,
+    /// Where the statistics go too.
+    saved: Option<StatisticsWriter>,
+    /// Bytes that the statistics of one pass may take.
+    statistics_room: u64,
     phases: PhaseSeconds,
+}
+
+/// Where the statistics of the inputs come from.
+pub enum CalibrationInput<B: Backend> {
+    /// There are none.
+    None,
+    /// From activations that are carried along.
+    Stream(CalibrationStream<B>),
+    /// From an earlier job.
+    Saved(SavedStatistics),
 }
 
 /// A block in its deployed form.
@@ -33,7 +48,7 @@ pub struct CompressedBlock {
 }
 
 impl<'a, B: Backend> BlockCompressor<'a, B> {
-    /// A compressor that starts before block 0; without a `stream` nothing is calibrated.
+    /// A compressor of the blocks from that on which `input` stands at.
     ///
     /// # Errors
     /// `ERR_OPTION_INVALID` for an unknown method.
@@ -41,16 +56,35 @@ impl<'a, B: Backend> BlockCompressor<'a, B> {
         recipe: &'a Recipe,
         spec: &'a DecoderSpec,
         backend: &'a B,
-        stream: Option<CalibrationStream<B>>,
+        input: CalibrationInput<B>,
+        memory: &MemoryPlan,
     ) -> Result<Self> {
         let method = recipe.method()?;
         let block_method = recipe.block_method();
-        Ok(BlockCompressor { recipe, spec, backend, block_method, method, stream, phases: PhaseSeconds::default() })
+        let (statistics_room, phases) = (memory.statistics_room, PhaseSeconds::default());
+        Ok(BlockCompressor { recipe, spec, backend, block_method, method, input, saved: None, statistics_room, phases })
+    }
+
+    /// Saves the statistics with `writer`, too.
+    #[must_use]
+    pub fn saving(self, writer: Option<StatisticsWriter>) -> Self {
+        BlockCompressor { saved: writer, ..self }
     }
 
     /// The calibration activations, at the input of the next block.
-    pub fn stream(&mut self) -> Option<&mut CalibrationStream<B>> {
-        self.stream.as_mut()
+    pub fn stream(&self) -> Option<&CalibrationStream<B>> {
+        match &self.input {
+            CalibrationInput::Stream(stream) => Some(stream),
+            _ => None,
+        }
+    }
+
+    /// Ends the file of saved statistics, if there is one: call it after the last block.
+    ///
+    /// # Errors
+    /// `ERR_OUTPUT_UNWRITABLE`.
+    pub fn finish_saving(&mut self) -> Result<()> {
+        self.saved.take().map_or(Ok(()), StatisticsWriter::finish)
     }
 
     /// Seconds spent so far.
@@ -62,40 +96,57 @@ impl<'a, B: Backend> BlockCompressor<'a, B> {
     ///
     /// # Errors
     /// What the solvers report, with the Linear as subject; `ERR_CANCELLED`.
-    pub fn compress(&mut self, index: usize, original: &BlockWeights, cancel: &CancelToken) -> Result<CompressedBlock> {
+    pub fn compress(&mut self, index: usize, original: BlockWeights, cancel: &CancelToken) -> Result<CompressedBlock> {
         let types: Vec<ElementType> = original.linears.iter().map(element_type).collect();
-        let FoldedBlock { weights: original, alphas, rewritten } = self.fold(index, original, cancel)?;
-        let mut weights = original.clone();
-        let mut linears: Vec<Option<LinearReport>> = vec![None; self.spec.linears.len()];
-        let mut runnable = match &self.stream {
-            Some(_) => Some(Block::prepare(self.backend, self.spec, index, &original)?),
-            None => None,
+        let FoldedBlock { mut weights, alphas, rewritten } = self.fold(index, original, cancel)?;
+        let spec = self.spec;
+        let mut linears: Vec<Option<LinearReport>> = vec![None; spec.linears.len()];
+        let mut runnable = match &self.input {
+            CalibrationInput::Stream(_) => Some(Block::prepare(self.backend, spec, index, &weights)?),
+            _ => None,
         };
-        for points in &self.stages() {
-            let started = Instant::now();
-            let statistics = match (&mut self.stream, &runnable) {
-                (Some(stream), Some(block)) => stream.capture(self.backend, block, points, cancel)?,
-                _ => Default::default(),
-            };
-            self.phases.calibrate += started.elapsed().as_secs_f64();
-            let spec = self.spec;
-            let at_points = |linear: &&LinearSpec| points.contains(&linear.slot.tap());
-            for (place, linear) in spec.linears.iter().enumerate().filter(|(_, linear)| at_points(linear)) {
-                cancel.check()?;
-                let name = spec.linear_name(index, linear);
-                let statistics = statistics.get(&linear.slot.tap());
-                let (weight, mut report) = self
-                    .compress_linear(&name, &original.linears[place], types[place], statistics)
-                    .map_err(|error| with_subject(error, &name))?;
-                report.alpha = alphas[place];
-                if let Some(block) = &mut runnable {
-                    block.replace(place, self.backend.prepare(&weight)?);
+        let places = |points: &[TapPoint]| -> Vec<usize> {
+            (0..spec.linears.len()).filter(|&place| points.contains(&spec.linears[place].slot.tap())).collect()
+        };
+        for stage in &self.recipe.stages(spec) {
+            for points in split(stage, self.statistics_room, |point| statistics_bytes(spec, point)) {
+                let started = Instant::now();
+                let mut statistics = match (&mut self.input, &runnable) {
+                    (CalibrationInput::Stream(stream), Some(block)) => {
+                        stream.capture(self.backend, block, &points, cancel)?
+                    }
+                    (CalibrationInput::Saved(saved), _) => saved.read(index, &points)?,
+                    _ => Default::default(),
+                };
+                if let Some(saved) = &self.saved {
+                    statistics.iter().try_for_each(|(&point, statistics)| saved.write(index, point, statistics))?;
+                    saved.sync()?;
                 }
-                weights.linears[place] = weight;
-                linears[place] = Some(report);
+                self.phases.calibrate += started.elapsed().as_secs_f64();
+                let places = places(&points);
+                for (i, &place) in places.iter().enumerate() {
+                    cancel.check()?;
+                    let linear = &spec.linears[place];
+                    let (name, point) = (spec.linear_name(index, linear), linear.slot.tap());
+                    let (weight, mut report) = self
+                        .compress_linear(&name, &weights.linears[place], types[place], statistics.get(&point))
+                        .map_err(|error| with_subject(error, &name))?;
+                    report.alpha = alphas[place];
+                    weights.linears[place] = weight;
+                    linears[place] = Some(report);
+                    if !places[i + 1..].iter().any(|&later| spec.linears[later].slot.tap() == point) {
+                        statistics.remove(&point);
+                    }
+                }
+            }
+            // Every pass of a stage has seen the block as it was before the stage.
+            if let Some(block) = &mut runnable {
+                for place in places(stage) {
+                    block.replace(place, self.backend.prepare(&weights.linears[place])?);
+                }
             }
         }
-        if let (Some(stream), Some(block)) = (&mut self.stream, &runnable) {
+        if let (CalibrationInput::Stream(stream), Some(block)) = (&mut self.input, &runnable) {
             let started = Instant::now();
             stream.advance(self.backend, block, cancel)?;
             self.phases.calibrate += started.elapsed().as_secs_f64();
@@ -104,28 +155,19 @@ impl<'a, B: Backend> BlockCompressor<'a, B> {
     }
 
     /// The block as the block method rewrites it, or as it is without one.
-    fn fold(&mut self, index: usize, original: &BlockWeights, cancel: &CancelToken) -> Result<FoldedBlock> {
+    fn fold(&mut self, index: usize, original: BlockWeights, cancel: &CancelToken) -> Result<FoldedBlock> {
         let started = Instant::now();
-        let folded = match (self.block_method, &mut self.stream) {
-            (Some(method), Some(stream)) => {
+        let folded = match (self.block_method, &mut self.input) {
+            (Some(method), CalibrationInput::Stream(stream)) => {
                 let stored = original.linears.first().map_or(ElementType::F32, element_type);
                 let options = self.recipe.usual_options(stored);
                 let folding = ScaleFolding { method, options, spec: self.spec, backend: self.backend };
-                folding.fold(index, original, stream, cancel)?
+                folding.fold(index, &original, stream, cancel)?
             }
             _ => FoldedBlock::unchanged(original),
         };
         self.phases.compress += started.elapsed().as_secs_f64();
         Ok(folded)
-    }
-
-    /// Tap points whose Linears are compressed from one capture.
-    fn stages(&self) -> Vec<Vec<TapPoint>> {
-        let stages = self.spec.tap_stages();
-        match &self.recipe.calibration {
-            Some(calibration) if calibration.subset => stages,
-            _ => vec![stages.concat()],
-        }
     }
 
     fn compress_linear(

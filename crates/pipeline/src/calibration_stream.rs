@@ -1,11 +1,14 @@
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use kintsugi_calibration::{Calibration, CalibrationBuilder};
+use kintsugi_checkpoint::Checkpoint;
 use kintsugi_kernels::PAGE_POSITIONS;
 use kintsugi_model::{Backend, Batch, Block, DecoderSpec, Embedding, RotaryTables, TapPoint, Taps, Workspace};
 use kintsugi_runtime::{CancelToken, Result, ThreadPool};
 
-use crate::CalibrationText;
+use crate::CalibrationTokens;
+use crate::activation_buffer::ActivationBuffer;
 
 /// Rows of one forward pass; several sequences share a pass as long as they fit.
 const ROWS_PER_PASS: usize = 1024;
@@ -23,49 +26,79 @@ pub(crate) enum BlockPart {
 
 /// The residual stream of all calibration tokens, carried from block to block.
 pub struct CalibrationStream<B: Backend> {
-    /// `[tokens, hiddenSize]`: the input of the next block.
-    hidden: Vec<f32>,
-    width: usize,
+    /// The input of the next block.
+    hidden: ActivationBuffer,
     length: usize,
     spec: DecoderSpec,
-    workspace: Workspace<B>,
-    pass: B::Tensor,
+    /// Buffers of a forward pass; they go when a block has been captured or left.
+    workspace: Option<(Workspace<B>, B::Tensor)>,
 }
 
 impl<B: Backend> CalibrationStream<B> {
-    /// Embeds the tokens of `text`.
+    /// A stream at the input of the first block: embeds the tokens of `text`. The activations are kept in files of
+    /// `folder`, or in memory without one.
     ///
     /// # Errors
-    /// What the backend reports when it cannot allocate.
-    pub fn new(backend: &B, spec: &DecoderSpec, embedding: &Embedding, text: &CalibrationText) -> Result<Self> {
-        let positions: Vec<u32> = (0..text.tokens().len()).map(|i| (i % text.length()) as u32).collect();
-        Ok(CalibrationStream {
-            hidden: embedding.embed(text.tokens(), &positions)?,
-            width: spec.hidden_size,
-            length: text.length(),
-            spec: spec.clone(),
-            workspace: Workspace::new(backend, spec)?,
-            pass: backend.tensor(0, spec.hidden_size)?,
-        })
+    /// `ERR_OUTPUT_UNWRITABLE`; what reading the embedding reports.
+    pub fn new(
+        checkpoint: &Checkpoint,
+        spec: &DecoderSpec,
+        text: &CalibrationTokens,
+        folder: Option<&Path>,
+    ) -> Result<Self> {
+        let mut stream = Self::empty(spec, text, folder);
+        let embedding = Embedding::read(checkpoint, spec)?;
+        let rows_per_pass = stream.rows_per_pass();
+        for (pass, tokens) in text.tokens().chunks(rows_per_pass).enumerate() {
+            let positions: Vec<u32> = (0..tokens.len()).map(|i| (i % text.length()) as u32).collect();
+            stream.hidden.write(pass * rows_per_pass, &embedding.embed(tokens, &positions)?)?;
+        }
+        stream.hidden.turn();
+        Ok(stream)
+    }
+
+    /// A stream at the input of the block after those that an earlier run has finished, which it saved in `saved_in`
+    /// under `name`.
+    ///
+    /// # Errors
+    /// `ERR_RESUME_MISMATCH` when that is not there or not whole.
+    pub fn resume(
+        spec: &DecoderSpec,
+        text: &CalibrationTokens,
+        folder: Option<&Path>,
+        saved_in: &Path,
+        name: &str,
+    ) -> Result<Self> {
+        let mut stream = Self::empty(spec, text, folder);
+        stream.hidden.restore(saved_in, name)?;
+        Ok(stream)
+    }
+
+    fn empty(spec: &DecoderSpec, text: &CalibrationTokens, folder: Option<&Path>) -> Self {
+        let hidden = ActivationBuffer::new(text.tokens().len(), spec.hidden_size, folder);
+        CalibrationStream { hidden, length: text.length(), spec: spec.clone(), workspace: None }
     }
 
     /// Number of tokens.
     pub fn tokens(&self) -> usize {
-        self.hidden.len() / self.width
+        self.hidden.rows()
     }
 
-    /// `[tokens, hiddenSize]`: the input of the next block.
-    pub fn hidden(&self) -> &[f32] {
-        &self.hidden
+    /// Rows of one forward pass over sequences of `length` tokens.
+    pub(crate) fn rows_of_a_pass(length: usize) -> usize {
+        (ROWS_PER_PASS / length).max(1) * length
     }
 
-    /// Takes the input of the next block from an earlier run.
+    fn rows_per_pass(&self) -> usize {
+        Self::rows_of_a_pass(self.length)
+    }
+
+    /// Leaves the input of the next block in `folder` for a later run; gives its name there.
     ///
-    /// # Panics
-    /// When the number of values is not that of the stream.
-    pub fn restore(&mut self, hidden: Vec<f32>) {
-        assert_eq!(hidden.len(), self.hidden.len(), "a stream keeps its tokens");
-        self.hidden = hidden;
+    /// # Errors
+    /// `ERR_OUTPUT_UNWRITABLE`.
+    pub fn save(&self, folder: &Path) -> Result<String> {
+        self.hidden.save(folder)
     }
 
     /// Statistics of the inputs that the Linears at `points` read when `block` runs on the stream, which stays as it
@@ -84,34 +117,33 @@ impl<B: Backend> CalibrationStream<B> {
         let mut builders: BTreeMap<TapPoint, CalibrationBuilder> = BTreeMap::new();
         let spec = self.spec.clone();
         let width_at = |point| spec.linears.iter().find(|linear| linear.slot.tap() == point).map(|l| l.columns);
-        let mut hidden = std::mem::take(&mut self.hidden);
-        let ran = self.run(backend, block, BlockPart::Whole, &mut hidden, false, cancel, &mut |point, tensor| {
+        self.run(backend, block, false, cancel, &mut |point, tensor| {
             if let Some(width) = width_at(point).filter(|_| points.contains(&point)) {
                 let values = backend.download(tensor)?;
                 builders.entry(point).or_insert_with(|| CalibrationBuilder::new(width)).push(&values, pool)?;
             }
             Ok(())
-        });
-        self.hidden = hidden;
-        ran?;
+        })?;
         Ok(builders.into_iter().map(|(point, builder)| (point, builder.finish(pool))).collect())
     }
 
     /// Replaces the stream by what `block` makes of it: the input of the next block.
     ///
     /// # Errors
-    /// What the backend reports; `ERR_CANCELLED`.
+    /// What the backend reports; `ERR_OUTPUT_UNWRITABLE`, `ERR_CANCELLED`.
     pub fn advance(&mut self, backend: &B, block: &Block<B>, cancel: &CancelToken) -> Result<()> {
-        let mut hidden = std::mem::take(&mut self.hidden);
-        let ran = self.run(backend, block, BlockPart::Whole, &mut hidden, true, cancel, &mut |_, _| Ok(()));
-        self.hidden = hidden;
-        ran
+        self.run(backend, block, true, cancel, &mut |_, _| Ok(()))?;
+        self.hidden.turn();
+        Ok(())
     }
 
     /// The first sequences of the stream that together have at most `tokens` tokens; at least one.
-    pub(crate) fn first_rows(&self, tokens: usize) -> Vec<f32> {
+    ///
+    /// # Errors
+    /// `ERR_OUTPUT_UNWRITABLE` when they cannot be read.
+    pub(crate) fn first_rows(&self, tokens: usize) -> Result<Vec<f32>> {
         let rows = (tokens / self.length).max(1) * self.length;
-        self.hidden[..self.hidden.len().min(rows * self.width)].to_vec()
+        self.hidden.read(0..rows.min(self.tokens()))
     }
 
     /// What a part of `block` makes of `rows`, whole sequences.
@@ -123,46 +155,68 @@ impl<B: Backend> CalibrationStream<B> {
         rows: &[f32],
         cancel: &CancelToken,
     ) -> Result<Vec<f32>> {
-        let mut rows = rows.to_vec();
-        self.run(backend, block, part, &mut rows, true, cancel, &mut |_, _| Ok(()))?;
-        Ok(rows)
+        let mut cache = backend.kv_cache(block.attention_shape())?;
+        let mut found = Vec::with_capacity(rows.len());
+        for values in rows.chunks(self.rows_per_pass() * self.spec.hidden_size) {
+            cancel.check()?;
+            let pass = self.pass(backend, block, part, values, &mut cache, &mut |_, _| Ok(()))?;
+            found.extend_from_slice(&backend.download(pass)?);
+        }
+        Ok(found)
     }
 
+    /// Runs the whole block over the stream, and writes what it makes of it if that is to be kept.
     fn run(
         &mut self,
         backend: &B,
         block: &Block<B>,
-        part: BlockPart,
-        hidden: &mut [f32],
         keep: bool,
         cancel: &CancelToken,
         taps: Taps<'_, B>,
     ) -> Result<()> {
-        let pages_per_sequence = self.length.div_ceil(PAGE_POSITIONS);
         let mut cache = backend.kv_cache(block.attention_shape())?;
-        let rows_per_pass = (ROWS_PER_PASS / self.length).max(1) * self.length;
-        for values in hidden.chunks_mut(rows_per_pass * self.width) {
+        let (tokens, rows_per_pass) = (self.tokens(), self.rows_per_pass());
+        for first in (0..tokens).step_by(rows_per_pass) {
             cancel.check()?;
-            let rows = values.len() / self.width;
-            let mut batch = Batch::new();
-            for sequence in 0..rows / self.length {
-                let first = (sequence * pages_per_sequence) as u32;
-                batch.push(self.length, 0, (first..first + pages_per_sequence as u32).collect(), None);
-            }
-            let rotary = RotaryTables::new(backend, &self.spec, &batch)?;
-            let (pass, workspace) = (&mut self.pass, &mut self.workspace);
-            backend.upload(values, pass)?;
-            match part {
-                BlockPart::Whole => block.forward(backend, &rotary, &batch, pass, &mut cache, workspace, taps)?,
-                BlockPart::Attention => {
-                    block.forward_attention(backend, &rotary, &batch, pass, &mut cache, workspace, taps)?;
-                }
-                BlockPart::Mlp => block.forward_mlp(backend, &batch, pass, workspace, taps)?,
-            }
-            if keep {
-                values.copy_from_slice(&backend.download(&self.pass)?);
+            let values = self.hidden.read(first..tokens.min(first + rows_per_pass))?;
+            self.pass(backend, block, BlockPart::Whole, &values, &mut cache, taps)?;
+            if let (true, Some((_, pass))) = (keep, &self.workspace) {
+                self.hidden.write(first, &backend.download(pass)?)?;
             }
         }
+        self.workspace = None;
         Ok(())
+    }
+
+    /// One forward pass over whole sequences.
+    fn pass(
+        &mut self,
+        backend: &B,
+        block: &Block<B>,
+        part: BlockPart,
+        values: &[f32],
+        cache: &mut B::KvCache,
+        taps: Taps<'_, B>,
+    ) -> Result<&B::Tensor> {
+        let pages_per_sequence = self.length.div_ceil(PAGE_POSITIONS);
+        let mut batch = Batch::new();
+        for sequence in 0..values.len() / self.spec.hidden_size / self.length {
+            let first = (sequence * pages_per_sequence) as u32;
+            batch.push(self.length, 0, (first..first + pages_per_sequence as u32).collect(), None);
+        }
+        let rotary = RotaryTables::new(backend, &self.spec, &batch)?;
+        let (workspace, pass) = match &mut self.workspace {
+            Some(buffers) => buffers,
+            none => none.insert((Workspace::new(backend, &self.spec)?, backend.tensor(0, self.spec.hidden_size)?)),
+        };
+        backend.upload(values, pass)?;
+        match part {
+            BlockPart::Whole => block.forward(backend, &rotary, &batch, pass, cache, workspace, taps)?,
+            BlockPart::Attention => {
+                block.forward_attention(backend, &rotary, &batch, pass, cache, workspace, taps)?;
+            }
+            BlockPart::Mlp => block.forward_mlp(backend, &batch, pass, workspace, taps)?,
+        }
+        Ok(pass)
     }
 }

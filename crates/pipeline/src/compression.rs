@@ -6,15 +6,15 @@ use kintsugi_checkpoint::{
     Checkpoint, CheckpointWriter, LinearFormat, QuantizationConfig, Scheme, UnitRecord, linear_format, read_adapter,
     write_adapter,
 };
-use kintsugi_model::{Backend, BlockWeights, DecoderSpec, ModelWeights, read_tokenizer};
+use kintsugi_model::{Backend, BlockWeights, DecoderSpec, read_tokenizer};
 use kintsugi_runtime::{CancelToken, Error, ErrorCode, Progress, Result, peak_memory_bytes, replace_file};
 use kintsugi_weights::{Adapter, AdapterEntry, WeightMatrix};
 use serde_json::Value;
 
 use crate::ledger::{Ledger, LedgerUnit, identity};
 use crate::{
-    BlockCompressor, CalibrationStream, CalibrationText, CompressedBlock, LinearReport, MeanError, PhaseSeconds, Plan,
-    Recipe, Report, Summary,
+    BlockCompressor, CalibrationInput, CalibrationStream, CalibrationTokens, CompressedBlock, LinearReport, MeanError,
+    PhaseSeconds, Plan, Recipe, Report, SavedStatistics, StatisticsWriter, Summary,
 };
 
 /// What `recipe` would do, from the headers of the checkpoint alone.
@@ -25,7 +25,32 @@ pub fn plan(recipe: &Recipe) -> Result<Plan> {
     recipe.validate()?;
     let checkpoint = Checkpoint::open(&recipe.source)?;
     let spec = DecoderSpec::of(&checkpoint)?;
-    Plan::new(recipe, &checkpoint, &spec)
+    let plan = Plan::new(recipe, &checkpoint, &spec)?;
+    plan.disk.check(recipe)?;
+    Ok(plan)
+}
+
+/// What the statistics of a job come from.
+pub(crate) enum CalibrationData {
+    /// There are none.
+    None,
+    /// Tokens that the model reads.
+    Tokens(CalibrationTokens),
+    /// A file of statistics.
+    Saved(SavedStatistics),
+}
+
+impl CalibrationData {
+    fn read(recipe: &Recipe, checkpoint: &Checkpoint, spec: &DecoderSpec) -> Result<Self> {
+        let tokenizer = read_tokenizer(checkpoint, spec)?;
+        Ok(match &recipe.calibration {
+            None => CalibrationData::None,
+            Some(calibration) if recipe.uses_statistics() => {
+                CalibrationData::Saved(SavedStatistics::open(&calibration.file, checkpoint, spec)?)
+            }
+            Some(calibration) => CalibrationData::Tokens(CalibrationTokens::read(calibration, &tokenizer, spec)?),
+        })
+    }
 }
 
 /// Compresses a checkpoint into a new folder.
@@ -45,22 +70,23 @@ pub fn compress<B: Backend>(recipe: &Recipe, backend: &B, cancel: &CancelToken, 
     let spec = DecoderSpec::of(&checkpoint)?;
     let plan = Plan::new(recipe, &checkpoint, &spec)?;
     progress.begin("prepare", spec.layers as u64);
-    let tokenizer = read_tokenizer(&checkpoint, &spec)?;
-    let text = recipe.calibration.as_ref().map(|calibration| CalibrationText::read(calibration, &tokenizer, &spec));
-    let text = text.transpose()?;
-    let identity = identity(recipe, &checkpoint, text.as_ref().map(CalibrationText::tokens), &backend.identity())?;
+    let calibration = CalibrationData::read(recipe, &checkpoint, &spec)?;
+    let identity = identity(recipe, &checkpoint, &calibration, &backend.identity())?;
+    plan.disk.check(recipe)?;
     let (writer, ledger, units) = begin(recipe, &checkpoint, linear_format(plan.format)?, &identity)?;
     let mut job = Compression { recipe, checkpoint: &checkpoint, spec: &spec, writer, ledger, units, started };
-    match job.run(backend, text.as_ref(), &plan, cancel, progress) {
+    match job.run(backend, calibration, &plan, cancel, progress) {
         Ok(report) => {
             job.ledger.remove()?;
             job.writer.commit()?;
             Ok(report)
         }
         Err(error) => {
-            let interrupted = matches!(error.code, ErrorCode::Cancelled | ErrorCode::OutputUnwritable | ErrorCode::Io);
-            if !interrupted || job.units.len() < 2 {
+            use ErrorCode::{Cancelled, Io, OutputUnwritable, ResumeMismatch};
+            let kept = matches!(error.code, Cancelled | Io | OutputUnwritable | ResumeMismatch);
+            if !kept || job.units.len() < 2 {
                 job.writer.discard();
+                recipe.save_statistics.as_deref().inspect(|path| StatisticsWriter::discard(path));
             }
             Err(error)
         }
@@ -106,7 +132,7 @@ impl Compression<'_> {
     fn run<B: Backend>(
         &mut self,
         backend: &B,
-        text: Option<&CalibrationText>,
+        calibration: CalibrationData,
         plan: &Plan,
         cancel: &CancelToken,
         progress: &Progress,
@@ -121,29 +147,43 @@ impl Compression<'_> {
             self.record(part, Vec::new(), nothing, before.0, before.1.plus(phases))?;
         }
         let finished_blocks = self.units.len() - 1;
-        let stream = match text {
-            Some(text) if finished_blocks < spec.layers => {
-                let outside = ModelWeights::read(self.checkpoint, spec)?;
-                Some(CalibrationStream::new(backend, spec, &outside.embedding, text)?)
+        let folder = self.writer.folder().to_path_buf();
+        let on_disk = plan.memory.activations_on_disk.then_some(folder.as_path());
+        let tokens = match &calibration {
+            CalibrationData::Tokens(tokens) => tokens.tokens().len() as u64,
+            _ => 0,
+        };
+        let done = finished_blocks == spec.layers;
+        let saver = match &recipe.save_statistics {
+            // The last run may have ended before the file had its name.
+            Some(path) if !done || StatisticsWriter::is_unfinished(path) => {
+                Some(StatisticsWriter::create(path, recipe, self.checkpoint, spec, finished_blocks)?)
             }
             _ => None,
         };
-        let mut compressor = BlockCompressor::new(recipe, spec, backend, stream)?;
-        if let (Some(stream), Some(file)) = (compressor.stream(), &self.units[finished_blocks].activations) {
-            stream.restore(read_activations(&self.writer.folder().join(file), stream.hidden().len())?);
-        }
+        let input = match (calibration, &self.units[finished_blocks].activations) {
+            (CalibrationData::Saved(saved), _) => CalibrationInput::Saved(saved),
+            (CalibrationData::Tokens(text), _) if finished_blocks == 0 => {
+                CalibrationInput::Stream(CalibrationStream::new(self.checkpoint, spec, &text, on_disk)?)
+            }
+            (CalibrationData::Tokens(text), Some(saved)) if !done => {
+                CalibrationInput::Stream(CalibrationStream::resume(spec, &text, on_disk, &folder, saved)?)
+            }
+            _ => CalibrationInput::None,
+        };
+        let mut compressor = BlockCompressor::new(recipe, spec, backend, input, &plan.memory)?.saving(saver);
         progress.advance(finished_blocks as u64);
         for block in finished_blocks..spec.layers {
             cancel.check()?;
             progress.at("compress", spec.block_name(block));
             let (weights, seconds) = timed(|| BlockWeights::read(self.checkpoint, spec, block))?;
             phases.read += seconds;
-            let compressed = compressor.compress(block, &weights, cancel)?;
+            let compressed = compressor.compress(block, weights, cancel)?;
             let writing = Instant::now();
             write_block(&mut self.writer, self.checkpoint, spec, block, &compressed)?;
             let part = self.writer.end_unit()?;
-            let files =
-                self.write_block_files(block, &compressed, compressor.stream().map(|stream| stream.hidden()))?;
+            let mut files = self.write_factors(block, &compressed)?;
+            files.activations = compressor.stream().map(|stream| stream.save(self.writer.folder())).transpose()?;
             phases.write += writing.elapsed().as_secs_f64();
             let so_far = before.1.plus(phases).plus(compressor.phases());
             self.record(part, compressed.linears, files, before.0, so_far)?;
@@ -151,6 +191,7 @@ impl Compression<'_> {
             progress.advance(1);
         }
 
+        compressor.finish_saving()?;
         progress.at("write", "");
         let finishing = Instant::now();
         if !self.writer.has_compensation() {
@@ -162,6 +203,8 @@ impl Compression<'_> {
         let bytes = self.writer.seal(&config)? - self.ledger.bytes();
         phases.write += finishing.elapsed().as_secs_f64();
         let linears: Vec<LinearReport> = self.units.iter().flat_map(|unit| unit.linears.clone()).collect();
+        // Statistics know how many tokens they were taken from.
+        let most_tokens = linears.iter().filter_map(|linear| linear.calibration_tokens).max().unwrap_or(0);
         let stored_bits: u64 = linears.iter().map(|linear| linear.stored_bits).sum();
         let report = Report {
             recipe: recipe.clone(),
@@ -171,7 +214,7 @@ impl Compression<'_> {
                 bytes,
                 source_bytes: plan.source_bytes,
                 quantized_weights: plan.quantized_weights,
-                calibration_tokens: text.map_or(0, |text| text.tokens().len() as u64),
+                calibration_tokens: tokens.max(most_tokens),
                 mean_error: MeanError::over(&linears),
                 seconds: before.0 + self.started.elapsed().as_secs_f64(),
                 phases: before.1.plus(phases).plus(compressor.phases()),
@@ -214,14 +257,8 @@ impl Compression<'_> {
         Ok(())
     }
 
-    /// What a later run needs beside the part file: the factors of the block, and the input of the next one. Inputs
-    /// alternate between two files, so that one is whole at any time.
-    fn write_block_files(
-        &self,
-        block: usize,
-        compressed: &CompressedBlock,
-        hidden: Option<&[f32]>,
-    ) -> Result<CompressedBlockFiles> {
+    /// What a later run needs beside the part file and the input of the next block: the factors of the block.
+    fn write_factors(&self, block: usize, compressed: &CompressedBlock) -> Result<CompressedBlockFiles> {
         let mut files = CompressedBlockFiles::default();
         let mut adapter = Adapter::default();
         for (linear, weight) in self.spec.linears.iter().zip(&compressed.weights.linears) {
@@ -239,11 +276,6 @@ impl Compression<'_> {
             }
             write_adapter(&folder, &adapter, "partial")?;
             files.factors = Some(name);
-        }
-        if let Some(hidden) = hidden {
-            let name = format!("activations-{}", block % 2);
-            replace_file(&self.writer.folder().join(&name), bytemuck::cast_slice(hidden))?;
-            files.activations = Some(name);
         }
         Ok(files)
     }
@@ -279,19 +311,6 @@ impl Compression<'_> {
 struct CompressedBlockFiles {
     activations: Option<String>,
     factors: Option<String>,
-}
-
-fn read_activations(path: &Path, values: usize) -> Result<Vec<f32>> {
-    let damaged = |message: String| {
-        Error::new(ErrorCode::ResumeMismatch, message)
-            .subject(path.display())
-            .hint("Discard what the interrupted job left with fresh (--fresh)")
-    };
-    let bytes = std::fs::read(path).map_err(|error| damaged(format!("the activations cannot be read: {error}")))?;
-    if bytes.len() != values * size_of::<f32>() {
-        return Err(damaged(format!("the activations have {} bytes instead of {}", bytes.len(), values * 4)));
-    }
-    Ok(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
 }
 
 fn unwritable(path: &Path, error: &std::io::Error) -> Error {

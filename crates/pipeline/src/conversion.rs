@@ -3,9 +3,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use kintsugi_checkpoint::gguf::{GGUF_TYPES, GgufPlan, GgufType, write_gguf};
-use kintsugi_checkpoint::{
-    Checkpoint, CheckpointWriter, CodeGrid, FORMATS, LinearFormat, MatrixForm, linear_format,
-};
+use kintsugi_checkpoint::{Checkpoint, CheckpointWriter, CodeGrid, FORMATS, LinearFormat, MatrixForm, linear_format};
 use kintsugi_compress::{Clip, QuantizeOptions, linear_method};
 use kintsugi_model::DecoderSpec;
 use kintsugi_runtime::{CancelToken, Error, ErrorCode, Progress, Result, ThreadPool, nearest};

@@ -9,6 +9,7 @@ use kintsugi_runtime::{Error, ErrorCode, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
+use crate::compression::CalibrationData;
 use crate::{LinearReport, PhaseSeconds, Recipe};
 
 /// Largest ledger that is read; a record of a block takes some kilobytes.
@@ -145,11 +146,17 @@ impl Ledger {
 pub(crate) fn identity(
     recipe: &Recipe,
     checkpoint: &Checkpoint,
-    calibration_tokens: Option<&[u32]>,
+    calibration: &CalibrationData,
     engine: &str,
 ) -> Result<Value> {
     let mut inputs = Map::new();
-    for file in checkpoint.files() {
+    let mut files = checkpoint.files();
+    if let CalibrationData::Saved(saved) = calibration {
+        files.push(saved.path().to_path_buf());
+    }
+    files.sort();
+    files.dedup();
+    for file in files {
         let state = fs::metadata(&file).and_then(|metadata| {
             let modified = metadata.modified()?.duration_since(UNIX_EPOCH).unwrap_or_default();
             Ok(format!("{} bytes of {}.{:09}", metadata.len(), modified.as_secs(), modified.subsec_nanos()))
@@ -157,10 +164,11 @@ pub(crate) fn identity(
         let state = state.map_err(|error| Error::io(ErrorCode::CheckpointNotFound, &file, &error))?;
         inputs.insert(file.display().to_string(), state.into());
     }
-    if let Some(tokens) = calibration_tokens {
+    if let CalibrationData::Tokens(tokens) = calibration {
         let mut hasher = DefaultHasher::new();
-        tokens.hash(&mut hasher);
-        inputs.insert("calibration text".into(), format!("{} tokens {:x}", tokens.len(), hasher.finish()).into());
+        tokens.tokens().hash(&mut hasher);
+        let (count, hash) = (tokens.tokens().len(), hasher.finish());
+        inputs.insert("calibration".into(), format!("{count} tokens {hash:x}").into());
     }
     let recipe = serde_json::to_value(recipe)
         .map_err(|error| Error::new(ErrorCode::Internal, format!("the recipe cannot be recorded: {error}")))?;

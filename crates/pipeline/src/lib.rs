@@ -1,18 +1,24 @@
 //! The long jobs: walk a checkpoint block by block, calibrate, compress, compensate, write, report; merge adapters
 //! module by module.
 //!
-//! Bounded memory: the weights of one decoder block and the calibration activations are all that is held.
+//! Bounded memory: the weights of one decoder block, the statistics of its inputs and the calibration activations are
+//! all that is held, and the activations go to disk where they do not fit.
 
+mod activation_buffer;
 mod block_compressor;
+mod calibration_source;
+mod calibration_statistics;
 mod calibration_stream;
-mod calibration_text;
+mod calibration_tokens;
 mod compression;
 mod conversion;
+mod disk_plan;
 mod factor_spill;
 mod folding;
 mod inspection;
 mod ledger;
 mod linear_override;
+mod memory_plan;
 mod merging;
 mod output_format;
 mod plan;
@@ -20,18 +26,22 @@ mod recipe;
 mod report;
 mod scale_folding;
 
-pub use block_compressor::{BlockCompressor, CompressedBlock};
+pub use block_compressor::{BlockCompressor, CalibrationInput, CompressedBlock};
+pub use calibration_source::CalibrationKind;
+pub use calibration_statistics::{SavedStatistics, StatisticsWriter};
 pub use calibration_stream::CalibrationStream;
-pub use calibration_text::CalibrationText;
+pub use calibration_tokens::CalibrationTokens;
 pub use compression::{compress, plan};
 pub use conversion::{ConversionReport, ConvertRecipe, ConvertedLinear, convert};
+pub use disk_plan::DiskPlan;
 pub use folding::{FoldRecipe, FoldReport, fold_adapter};
 pub use inspection::{Inspection, inspect};
 pub use linear_override::LinearOverride;
+pub use memory_plan::{MemoryParts, MemoryPlan};
 pub use merging::{
     AdapterShare, MergePlan, MergeRecipe, MergeReport, MergeSummary, ModuleMergeReport, PlannedMerge, RankPadding,
     VLLM_RANKS, merge_adapters, plan_merge,
 };
 pub use plan::{Plan, PlannedLinear};
-pub use recipe::{CalibrationRecipe, EoraRecipe, Recipe};
+pub use recipe::{ActivationPlace, CalibrationRecipe, EoraRecipe, Recipe};
 pub use report::{LinearReport, MeanError, PhaseSeconds, Report, Summary};

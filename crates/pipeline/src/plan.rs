@@ -1,13 +1,11 @@
-use std::collections::BTreeMap;
-
 use kintsugi_checkpoint::Checkpoint;
-use kintsugi_model::{DecoderSpec, TapPoint};
+use kintsugi_model::DecoderSpec;
 use kintsugi_runtime::{Error, ErrorCode, Result};
 use kintsugi_weights::ElementType;
 use serde::Serialize;
 
-use crate::Recipe;
 use crate::output_format::output_format;
+use crate::{DiskPlan, MemoryPlan, Recipe};
 
 /// What will be done to each Linear, before anything runs.
 #[derive(Clone, Debug, Serialize)]
@@ -29,8 +27,10 @@ pub struct Plan {
     pub bytes: u64,
     /// Bytes of the source's tensors.
     pub source_bytes: u64,
-    /// Estimate of the largest working set: one block with its statistics, and the calibration activations.
-    pub memory_bytes: u64,
+    /// The memory that the job takes, and how it keeps within its budget.
+    pub memory: MemoryPlan,
+    /// The disk space that the job takes.
+    pub disk: DiskPlan,
 }
 
 /// One Linear of a [`Plan`].
@@ -56,7 +56,7 @@ impl Plan {
     ///
     /// # Errors
     /// `ERR_CHECKPOINT_TENSOR_MISSING` for a Linear without weights, `ERR_QUANTIZATION_UNSUPPORTED` for a checkpoint
-    /// that is compressed already.
+    /// that is compressed already, `ERR_MEMORY_EXCEEDED` for a job that does not fit into its memory.
     pub fn new(recipe: &Recipe, checkpoint: &Checkpoint, spec: &DecoderSpec) -> Result<Self> {
         let stated = checkpoint.quantization().map(|quantization| format!("{} bits", quantization.bits));
         if let Some(form) = stated.or_else(|| checkpoint.block_type().map(|main| main.name.to_owned())) {
@@ -91,15 +91,19 @@ impl Plan {
         }
         let stored_bits: u64 = linears.iter().map(|linear| linear.stored_bits).sum();
         let quantized_weights = spec.linear_parameters();
+        let bytes = source_bytes - replaced + stored_bits.div_ceil(8);
+        let factor_values = |linear: &PlannedLinear| (linear.rank * (linear.rows + linear.columns)) as u64;
+        let factor_bytes = linears.iter().map(factor_values).sum::<u64>() * 2;
         Ok(Plan {
             recipe: recipe.clone(),
             format: output_format(recipe, spec, stored_type(checkpoint, &names))?.name(),
             architecture: spec.family.architecture.to_owned(),
             quantized_weights,
             bits_per_weight: stored_bits as f64 / quantized_weights as f64,
-            bytes: source_bytes - replaced + stored_bits.div_ceil(8),
+            bytes,
             source_bytes,
-            memory_bytes: memory_estimate(recipe, spec),
+            memory: MemoryPlan::new(recipe, checkpoint, spec)?,
+            disk: DiskPlan::new(recipe, checkpoint, spec, bytes, factor_bytes)?,
             linears,
         })
     }
@@ -122,18 +126,4 @@ fn planned_linear(recipe: &Recipe, name: String, (rows, columns): (usize, usize)
 fn stored_type(checkpoint: &Checkpoint, names: &[String]) -> ElementType {
     let weight = names.first().and_then(|name| checkpoint.tensor(&format!("{name}.weight")));
     weight.and_then(|tensor| ElementType::from_name(&tensor.dtype.to_ascii_lowercase())).unwrap_or(ElementType::F32)
-}
-
-/// One block three times (as read, as f32 while it is solved, packed), the second moments of its inputs with the
-/// working copy of a factorization, and the residual stream of all calibration tokens.
-fn memory_estimate(recipe: &Recipe, spec: &DecoderSpec) -> u64 {
-    let block = spec.linear_parameters() / spec.layers as u64 * (2 + 4 + 4);
-    let Some(calibration) = &recipe.calibration else { return block };
-    let square = |width: usize| (width * width * 8) as u64;
-    let widths: BTreeMap<TapPoint, usize> =
-        spec.linears.iter().map(|linear| (linear.slot.tap(), linear.columns)).collect();
-    let moments: u64 = widths.values().copied().map(square).sum();
-    let factorization = 3 * square(widths.values().copied().max().unwrap_or(0));
-    let activations = (calibration.sequences * calibration.length * spec.hidden_size * 4) as u64;
-    block + moments + factorization + activations
 }

@@ -2,12 +2,13 @@ use std::path::PathBuf;
 
 use kintsugi_checkpoint::linear_format;
 use kintsugi_compress::{BlockMethod, Clip, Gptq, LinearMethod, QuantizeOptions, block_method, linear_method};
+use kintsugi_model::{DecoderSpec, TapPoint};
 use kintsugi_runtime::{Error, ErrorCode, Result};
 use kintsugi_weights::{ElementType, GroupSize};
 use serde::Serialize;
 
-use crate::LinearOverride;
 use crate::output_format::AUTO;
+use crate::{CalibrationKind, LinearOverride};
 
 /// What the user asked for.
 #[derive(Clone, Debug, Serialize)]
@@ -44,25 +45,51 @@ pub struct Recipe {
     pub scale_type: Option<ElementType>,
     /// Text that the statistics are taken from.
     pub calibration: Option<CalibrationRecipe>,
+    /// Where the statistics of the job are saved for others.
+    pub save_statistics: Option<PathBuf>,
     /// Compensation of what compression broke.
     pub eora: Option<EoraRecipe>,
     /// Discard what an interrupted job left instead of going on with it.
     #[serde(skip)]
     pub fresh: bool,
+    /// Bytes of memory that the job may take; `None` for what is available. Changes no bit of the output.
+    #[serde(skip)]
+    pub memory: Option<u64>,
 }
 
 /// Where calibration statistics come from.
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct CalibrationRecipe {
-    /// UTF-8 text file.
-    pub text: PathBuf,
-    /// Most sequences that are taken from its beginning.
+    /// The file.
+    pub file: PathBuf,
+    /// What it holds.
+    pub kind: CalibrationKind,
+    /// JSONL: the field with the text.
+    pub field: String,
+    /// Most sequences that are taken. Statistics have theirs already.
     pub sequences: usize,
     /// Tokens of a sequence.
     pub length: usize,
+    /// Chooses the sequences by chance; `null` takes those at the beginning.
+    pub seed: Option<u64>,
     /// Recompute the inputs of each group of Linears after those before it are compressed ("true sequential").
     pub subset: bool,
+    /// Where the activations of all tokens are kept. Changes no bit of the output.
+    #[serde(skip)]
+    pub activations: ActivationPlace,
+}
+
+/// Where a job keeps the calibration activations.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ActivationPlace {
+    /// In memory if they fit into the budget, else on disk.
+    #[default]
+    Auto,
+    /// In memory.
+    Memory,
+    /// In the folder of the unfinished output.
+    Disk,
 }
 
 /// How the compensation is solved.
@@ -102,6 +129,7 @@ impl Recipe {
                 return Err(missing_text("EoRA needs calibration text".into()));
             }
         }
+        self.validate_statistics()?;
         if let Some(calibration) = &self.calibration {
             for (subject, value, least) in
                 [("calibration.sequences", calibration.sequences, 1), ("calibration.length", calibration.length, 2)]
@@ -114,6 +142,46 @@ impl Recipe {
             }
         }
         Ok(())
+    }
+
+    fn validate_statistics(&self) -> Result<()> {
+        let refuse = |subject: &str, message: String, hint: &str| {
+            Err(Error::new(ErrorCode::OptionInvalid, message).subject(subject).hint(hint))
+        };
+        let (method, folds, given) = (&self.method, self.block_method().is_some(), self.uses_statistics());
+        if given && folds {
+            let message =
+                format!("the method '{method}' judges its scales on activations, which statistics do not have");
+            return refuse("calibration.file", message, "Give the text that the statistics were taken from");
+        }
+        if given && self.calibration.as_ref().is_some_and(|calibration| calibration.subset) {
+            let message = "statistics that were saved cannot be taken again after each group of Linears".to_owned();
+            return refuse("calibration.subset", message, "Leave subset out, or give the text");
+        }
+        match (&self.save_statistics, &self.calibration) {
+            (None, _) => Ok(()),
+            (Some(_), None) => {
+                refuse("saveStatistics", "without calibration there are no statistics".into(), "Give calibration")
+            }
+            (Some(_), _) if given => {
+                refuse("saveStatistics", "the statistics are saved already".into(), "Copy the file")
+            }
+            (Some(_), _) if folds => {
+                let message = format!("the method '{method}' takes its statistics from blocks that it has rewritten");
+                refuse("saveStatistics", message, "Save those of a job with gptq or rtn")
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether statistics come from a file, so that no forward pass runs.
+    pub(crate) fn uses_statistics(&self) -> bool {
+        self.calibration.as_ref().is_some_and(|calibration| calibration.kind == CalibrationKind::Statistics)
+    }
+
+    /// The calibration, if it runs forward passes.
+    pub(crate) fn passes(&self) -> Option<&CalibrationRecipe> {
+        self.calibration.as_ref().filter(|_| !self.uses_statistics())
     }
 
     /// The method that turns each Linear into codes.
@@ -167,8 +235,21 @@ impl Recipe {
     /// Whether columns may belong to groups that are not runs of neighbours, so that each Linear stores the group of
     /// every column.
     pub fn has_group_index(&self) -> bool {
-        let gptq = self.method().is_ok_and(|method| method.name() == Gptq.name());
-        gptq && self.act_order && !self.static_groups && self.group_size.is_some()
+        self.solves_gptq() && self.act_order && !self.static_groups && self.group_size.is_some()
+    }
+
+    /// Whether Linears are solved by GPTQ.
+    pub(crate) fn solves_gptq(&self) -> bool {
+        self.method().is_ok_and(|method| method.name() == Gptq.name())
+    }
+
+    /// Tap points whose Linears are compressed before later ones are captured.
+    pub(crate) fn stages(&self, spec: &DecoderSpec) -> Vec<Vec<TapPoint>> {
+        let stages = spec.tap_stages();
+        match &self.calibration {
+            Some(calibration) if calibration.subset => stages,
+            _ => vec![stages.concat()],
+        }
     }
 
     /// Columns that share a scale.
@@ -179,6 +260,6 @@ impl Recipe {
 
 fn missing_text(message: String) -> Error {
     Error::new(ErrorCode::OptionInvalid, message)
-        .subject("calibration.text")
-        .hint("Give a UTF-8 text file that resembles what the model will read")
+        .subject("calibration.file")
+        .hint("Give a text that resembles what the model will read, or saved statistics")
 }

@@ -7,9 +7,7 @@ use kintsugi_weights::{DenseMatrix, ElementType, LinearWeight, WeightMatrix};
 
 use crate::CalibrationStream;
 use crate::calibration_stream::BlockPart;
-
-/// Tokens of the stream that candidates are judged on.
-const SAMPLE_TOKENS: usize = 1024;
+use crate::memory_plan::SAMPLE_TOKENS;
 
 /// Lets a method find the scales of every fold of the family and folds them into a block.
 pub(crate) struct ScaleFolding<'a, B> {
@@ -31,8 +29,8 @@ pub(crate) struct FoldedBlock {
 
 impl FoldedBlock {
     /// The block as it is.
-    pub(crate) fn unchanged(original: &BlockWeights) -> Self {
-        FoldedBlock { weights: original.clone(), alphas: vec![None; original.linears.len()], rewritten: Vec::new() }
+    pub(crate) fn unchanged(original: BlockWeights) -> Self {
+        FoldedBlock { alphas: vec![None; original.linears.len()], weights: original, rewritten: Vec::new() }
     }
 }
 
@@ -49,14 +47,14 @@ impl<B: Backend> ScaleFolding<'_, B> {
         cancel: &CancelToken,
     ) -> Result<FoldedBlock> {
         let (spec, backend, pool) = (self.spec, self.backend, ThreadPool::global());
-        let mut folded = FoldedBlock::unchanged(original);
+        let mut folded = FoldedBlock::unchanged(original.clone());
         if spec.family.folds.is_empty() {
             return Ok(folded);
         }
         let mut block = Block::prepare(backend, spec, index, original)?;
         let taps: Vec<TapPoint> = spec.family.folds.iter().map(|fold| fold.readers[0].tap()).collect();
         let statistics = stream.capture(backend, &block, &taps, cancel)?;
-        let input = stream.first_rows(SAMPLE_TOKENS);
+        let input = stream.first_rows(SAMPLE_TOKENS)?;
         let middle = stream.forward(backend, &block, BlockPart::Attention, &input, cancel)?;
         let output = stream.forward(backend, &block, BlockPart::Mlp, &middle, cancel)?;
 
@@ -228,11 +226,11 @@ mod tests {
     use kintsugi_checkpoint::Checkpoint;
     use kintsugi_compress::BlockLoss;
     use kintsugi_kernels::Kernels;
-    use kintsugi_model::{CpuBackend, ModelWeights, Precision, read_tokenizer};
+    use kintsugi_model::{CpuBackend, Precision, read_tokenizer};
     use kintsugi_runtime::CpuLevel;
 
     use super::*;
-    use crate::{CalibrationRecipe, CalibrationText};
+    use crate::{ActivationPlace, CalibrationKind, CalibrationRecipe, CalibrationTokens};
 
     /// Scales between 1/4 and 4, no two alike.
     struct Uneven;
@@ -260,11 +258,19 @@ mod tests {
     fn fold(folder: &Path, text: PathBuf) -> (usize, usize, f64) {
         let checkpoint = Checkpoint::open(folder).unwrap();
         let spec = DecoderSpec::of(&checkpoint).unwrap();
-        let recipe = CalibrationRecipe { text, sequences: 2, length: 32, subset: false };
-        let text = CalibrationText::read(&recipe, &read_tokenizer(&checkpoint, &spec).unwrap(), &spec).unwrap();
-        let embedding = ModelWeights::read(&checkpoint, &spec).unwrap().embedding;
+        let recipe = CalibrationRecipe {
+            file: text,
+            kind: CalibrationKind::Text,
+            field: "text".to_owned(),
+            sequences: 2,
+            length: 32,
+            seed: None,
+            subset: false,
+            activations: ActivationPlace::Auto,
+        };
+        let text = CalibrationTokens::read(&recipe, &read_tokenizer(&checkpoint, &spec).unwrap(), &spec).unwrap();
         let backend = CpuBackend::with(Kernels::new(CpuLevel::best()).unwrap(), Precision::F32, ThreadPool::global());
-        let mut stream = CalibrationStream::new(&backend, &spec, &embedding, &text).unwrap();
+        let mut stream = CalibrationStream::new(&checkpoint, &spec, &text, None).unwrap();
         let original = BlockWeights::read(&checkpoint, &spec, 0).unwrap();
         let cancel = CancelToken::new();
         let folding =
@@ -275,7 +281,7 @@ mod tests {
             assert_eq!(folded.alphas[place], read.then_some(1.0), "{}", linear.name);
             assert!(!read || folded.weights.linears[place].matrix != original.linears[place].matrix);
         }
-        let rows = stream.first_rows(64);
+        let rows = stream.first_rows(64).unwrap();
         let mut run = |weights: &BlockWeights| {
             let block = Block::prepare(&backend, &spec, 0, weights).unwrap();
             let out = stream.forward(&backend, &block, BlockPart::Whole, &rows, &cancel).unwrap();

@@ -150,7 +150,7 @@ fn an_empty_calibration_text() {
     let mut scene = Scene::new();
     let path = scene.root.path().join("empty.txt");
     fs::write(&path, "").unwrap();
-    scene.recipe.calibration.as_mut().unwrap().text = path;
+    scene.recipe.calibration.as_mut().unwrap().file = path;
     scene.refused(ErrorCode::TextTooShort, "empty.txt");
 }
 
@@ -161,7 +161,7 @@ fn a_calibration_text_that_is_not_text_even_where_the_method_does_not_need_it() 
     fs::write(&path, [0x66, 0xff, 0xfe]).unwrap();
     scene.recipe.method = "rtn".to_owned();
     scene.recipe.eora = None;
-    scene.recipe.calibration.as_mut().unwrap().text = path;
+    scene.recipe.calibration.as_mut().unwrap().file = path;
     scene.refused(ErrorCode::TextUnreadable, "binary.txt");
 }
 
@@ -180,7 +180,7 @@ fn options_out_of_range() {
         (|recipe| recipe.group_size = Some(0), "groupSize"),
         (|recipe| recipe.damping = -1.0, "damping"),
         (|recipe| recipe.eora = Some(kintsugi_pipeline::EoraRecipe { rank: 0 }), "eora.rank"),
-        (|recipe| recipe.calibration = None, "calibration.text"),
+        (|recipe| recipe.calibration = None, "calibration.file"),
     ];
     for (spoil, subject) in spoil {
         let mut scene = Scene::new();

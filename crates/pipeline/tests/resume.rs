@@ -134,12 +134,12 @@ fn another_recipe_or_changed_input_is_named_and_refused_until_it_is_discarded() 
     refused(&Recipe { bits: 4, ..recipe.clone() }, "recipe.bits 3, this one has 4");
     refused(&Recipe { eora: None, ..recipe.clone() }, "recipe.eora");
 
-    let text = recipe.calibration.as_ref().unwrap().text.clone();
+    let text = recipe.calibration.as_ref().unwrap().file.clone();
     let other = recipe.source.join("other.txt");
     fs::write(&other, fs::read_to_string(&text).unwrap().replacen("the", "THE", 50)).unwrap();
     let mut changed = recipe.clone();
-    changed.calibration.as_mut().unwrap().text = other;
-    refused(&changed, "recipe.calibration.text");
+    changed.calibration.as_mut().unwrap().file = other;
+    refused(&changed, "recipe.calibration.file");
 
     let config = recipe.source.join("config.json");
     let before = fs::read(&config).unwrap();
@@ -161,6 +161,148 @@ fn a_lost_part_starts_the_job_anew() {
     let part = partial(&recipe).join("unit-00002.part");
     let bytes = fs::read(&part).unwrap();
     fs::write(&part, &bytes[..bytes.len() / 2]).unwrap();
+    finish(&recipe);
+    assert!(bytes_of(&recipe.out) == undisturbed);
+}
+
+#[test]
+fn a_source_that_is_truncated_while_it_is_read_is_named() {
+    let (_root, recipe) = scene();
+    let weights = recipe.source.join("model.safetensors");
+    let length = fs::metadata(&weights).unwrap().len();
+    let (cancel, progress, over) = (CancelToken::new(), Progress::new(), AtomicBool::new(false));
+    let error = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !over.load(Ordering::Relaxed) && progress.snapshot().done < 2 {
+                std::thread::yield_now();
+            }
+            // The header stays whole; every block lies behind the cut.
+            fs::File::options().write(true).open(&weights).unwrap().set_len(length / 50).unwrap();
+        });
+        let outcome = compress(&recipe, &backend(), &cancel, &progress);
+        over.store(true, Ordering::Relaxed);
+        outcome.unwrap_err()
+    });
+    assert_eq!(error.code, ErrorCode::CheckpointCorrupt, "{error}");
+    assert!(error.message.contains("became shorter") && error.subject.contains("model.safetensors"), "{error}");
+    assert!(!partial(&recipe).exists(), "work on input that has changed is worth nothing");
+}
+
+#[test]
+fn input_that_is_removed_is_named_and_what_was_done_stays() {
+    let (root, recipe) = scene();
+    let mut recipe = recipe;
+    let text = root.path().join("text.txt");
+    fs::copy(&recipe.calibration.as_ref().unwrap().file, &text).unwrap();
+    recipe.calibration.as_mut().unwrap().file = text.clone();
+    interrupt_after(&recipe, 2).unwrap_err();
+    let refused = |code: ErrorCode, subject: &str| {
+        let error = compress(&recipe, &backend(), &CancelToken::new(), &Progress::new()).unwrap_err();
+        assert_eq!(error.code, code, "{error}");
+        assert!(error.subject.contains(subject) && !error.hint.is_empty(), "{error}");
+        assert!(partial(&recipe).join("ledger.jsonl").is_file());
+    };
+    let aside = root.path().join("aside");
+    fs::rename(&text, &aside).unwrap();
+    refused(ErrorCode::TextUnreadable, "text.txt");
+    fs::write(&text, fs::read_to_string(&aside).unwrap().replacen("the", "THE", 50)).unwrap();
+    refused(ErrorCode::ResumeMismatch, "out.partial");
+    fs::rename(&aside, &text).unwrap();
+
+    let weights = recipe.source.join("model.safetensors");
+    fs::rename(&weights, &aside).unwrap();
+    refused(ErrorCode::CheckpointNotFound, "source");
+    fs::rename(&aside, &weights).unwrap();
+    finish(&recipe);
+}
+
+#[test]
+fn a_job_goes_on_with_other_memory_and_other_places() {
+    let (root, mut recipe) = scene();
+    recipe.save_statistics = Some(root.path().join("statistics.safetensors"));
+    finish(&recipe);
+    let (undisturbed, statistics) =
+        (bytes_of(&recipe.out), fs::read(root.path().join("statistics.safetensors")).unwrap());
+    fs::remove_dir_all(&recipe.out).unwrap();
+    fs::remove_file(root.path().join("statistics.safetensors")).unwrap();
+    let with = |activations| {
+        let mut recipe = recipe.clone();
+        recipe.calibration.as_mut().unwrap().activations = activations;
+        recipe
+    };
+    use kintsugi_pipeline::ActivationPlace::{Disk, Memory};
+    interrupt_after(&with(Memory), 2).unwrap_err();
+    interrupt_after(&with(Disk), 2).unwrap_err();
+    interrupt_after(&with(Memory), 6).unwrap_err();
+    assert!(root.path().join("statistics.safetensors.partial").is_file());
+    finish(&with(Disk));
+    assert!(bytes_of(&recipe.out) == undisturbed);
+    assert!(fs::read(root.path().join("statistics.safetensors")).unwrap() == statistics);
+
+    // Statistics that were lost meanwhile would be zeros of the blocks that are done.
+    fs::remove_dir_all(&recipe.out).unwrap();
+    interrupt_after(&recipe, 2).unwrap_err();
+    fs::remove_file(root.path().join("statistics.safetensors.partial")).unwrap();
+    let error = compress(&recipe, &backend(), &CancelToken::new(), &Progress::new()).unwrap_err();
+    assert_eq!(error.code, ErrorCode::ResumeMismatch, "{error}");
+    assert!(error.message.contains("statistics"), "{error}");
+    assert!(partial(&recipe).join("ledger.jsonl").is_file(), "the rest may still be of use");
+}
+
+/// A disk of its own, where the system lets this process have one.
+#[cfg(target_os = "linux")]
+struct SmallDisk(tempfile::TempDir);
+
+#[cfg(target_os = "linux")]
+impl SmallDisk {
+    fn mount(mebibytes: usize) -> Option<Self> {
+        let folder = tempfile::tempdir().unwrap();
+        let size = format!("size={mebibytes}m");
+        let mut mount = std::process::Command::new("mount");
+        let mounted = mount.args(["-t", "tmpfs", "-o", &size, "tmpfs"]).arg(folder.path()).output();
+        mounted.is_ok_and(|output| output.status.success()).then_some(SmallDisk(folder))
+    }
+}
+
+#[cfg(target_os = "linux")]
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("umount").arg(self.0.path()).output();
+    }
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn a_full_disk_is_named_and_the_job_goes_on_when_there_is_space() {
+    let (_root, mut recipe) = scene();
+    finish(&recipe);
+    let undisturbed = bytes_of(&recipe.out);
+    let Some(disk) = SmallDisk::mount(20) else { return };
+    recipe.out = disk.0.path().join("out");
+    let error = compress(&recipe, &backend(), &CancelToken::new(), &Progress::new()).unwrap_err();
+    assert_eq!(error.code, ErrorCode::OutputSpace, "{error}");
+    assert!(!partial(&recipe).exists());
+    drop(disk);
+
+    let disk = SmallDisk::mount(200).unwrap();
+    recipe.out = disk.0.path().join("out");
+    let filler = disk.0.path().join("filler");
+    let (cancel, progress, over) = (CancelToken::new(), Progress::new(), AtomicBool::new(false));
+    let error = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !over.load(Ordering::Relaxed) && progress.snapshot().done < 3 {
+                std::thread::yield_now();
+            }
+            // Until nothing more fits.
+            let _ = std::io::copy(&mut std::io::repeat(0), &mut fs::File::create(&filler).unwrap());
+        });
+        let outcome = compress(&recipe, &backend(), &cancel, &progress);
+        over.store(true, Ordering::Relaxed);
+        outcome.unwrap_err()
+    });
+    assert_eq!(error.code, ErrorCode::OutputUnwritable, "{error}");
+    assert!(error.message.contains("space") && error.subject.contains("out.partial"), "{error}");
+    fs::remove_file(filler).unwrap();
     finish(&recipe);
     assert!(bytes_of(&recipe.out) == undisturbed);
 }

@@ -11,7 +11,9 @@ use kintsugi_model::{
     BlockWeights, CpuBackend, DecoderSpec, GenerateOptions, Generation, LoadedModel, Model, ModelWeights,
     SamplingOptions, read_tokenizer,
 };
-use kintsugi_pipeline::{BlockCompressor, CalibrationStream, CalibrationText, Recipe, compress, plan};
+use kintsugi_pipeline::{
+    BlockCompressor, CalibrationInput, CalibrationStream, CalibrationTokens, MemoryPlan, Recipe, compress, plan,
+};
 use kintsugi_runtime::{CancelToken, Progress};
 
 /// Compresses without writing anything.
@@ -21,13 +23,15 @@ fn compress_in_memory(recipe: &Recipe) -> Model<CpuBackend> {
     let spec = DecoderSpec::from_config(checkpoint.config()).unwrap();
     let tokenizer = read_tokenizer(&checkpoint, &spec).unwrap();
     let outside = ModelWeights::read(&checkpoint, &spec).unwrap();
-    let text = CalibrationText::read(recipe.calibration.as_ref().unwrap(), &tokenizer, &spec).unwrap();
-    let stream = CalibrationStream::new(&backend, &spec, &outside.embedding, &text).unwrap();
-    let mut compressor = BlockCompressor::new(recipe, &spec, &backend, Some(stream)).unwrap();
+    let text = CalibrationTokens::read(recipe.calibration.as_ref().unwrap(), &tokenizer, &spec).unwrap();
+    let stream = CalibrationStream::new(&checkpoint, &spec, &text, None).unwrap();
+    let memory = MemoryPlan::new(recipe, &checkpoint, &spec).unwrap();
+    let mut compressor =
+        BlockCompressor::new(recipe, &spec, &backend, CalibrationInput::Stream(stream), &memory).unwrap();
     let mut model = Model::without_blocks(spec.clone(), backend, tokenizer, &outside).unwrap();
     for block in 0..spec.layers {
         let weights = BlockWeights::read(&checkpoint, &spec, block).unwrap();
-        model.push_block(&compressor.compress(block, &weights, &CancelToken::new()).unwrap().weights).unwrap();
+        model.push_block(&compressor.compress(block, weights, &CancelToken::new()).unwrap().weights).unwrap();
     }
     model
 }

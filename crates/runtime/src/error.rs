@@ -74,8 +74,14 @@ error_codes! {
     OutputUnwritable = "ERR_OUTPUT_UNWRITABLE",
     /// Another job is writing to this output.
     OutputBusy = "ERR_OUTPUT_BUSY",
+    /// The disk has less space than the output and what the job keeps beside it take.
+    OutputSpace = "ERR_OUTPUT_SPACE",
+    /// The job needs more memory than there is or than it may take.
+    MemoryExceeded = "ERR_MEMORY_EXCEEDED",
     /// What an interrupted job left belongs to another recipe, other input or another kind of machine.
     ResumeMismatch = "ERR_RESUME_MISMATCH",
+    /// Saved statistics belong to another model or are of another version.
+    StatisticsMismatch = "ERR_STATISTICS_MISMATCH",
     /// A vector or matrix argument has the wrong length.
     ShapeMismatch = "ERR_SHAPE_MISMATCH",
     /// An argument holds NaN or infinite values.

@@ -7,5 +7,6 @@ pub mod matrices;
 pub mod outlier_checkpoint;
 mod random;
 pub mod reference_rows;
+pub mod synthetic_checkpoint;
 
 pub use random::Random;

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use kintsugi_kernels::Kernels;
 use kintsugi_model::{CpuBackend, LoadOptions, LoadedModel, Precision};
-use kintsugi_pipeline::{CalibrationRecipe, EoraRecipe, Recipe};
+use kintsugi_pipeline::{ActivationPlace, CalibrationKind, CalibrationRecipe, EoraRecipe, Recipe};
 use kintsugi_runtime::{CancelToken, CpuLevel, Progress, ThreadPool};
 
 pub(crate) fn assets(name: &str) -> PathBuf {
@@ -37,13 +37,19 @@ pub(crate) fn recipe(source: &Path, out: &Path, method: &str, bits: u8, rank: us
         damping: 0.01,
         scale_type: None,
         calibration: Some(CalibrationRecipe {
-            text: assets("text/calibration-wikipedia.txt"),
+            file: assets("text/calibration-wikipedia.txt"),
+            kind: CalibrationKind::Text,
+            field: "text".to_owned(),
             sequences: 64,
             length: 256,
+            seed: None,
             subset: false,
+            activations: ActivationPlace::Auto,
         }),
+        save_statistics: None,
         eora: (rank > 0).then_some(EoraRecipe { rank }),
         fresh: false,
+        memory: None,
     }
 }
 

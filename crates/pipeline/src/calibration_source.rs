@@ -1,0 +1,199 @@
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read};
+use std::path::Path;
+
+use kintsugi_checkpoint::TensorFile;
+use kintsugi_model::{DecoderSpec, Tokenizer};
+use kintsugi_runtime::{Error, ErrorCode, Result, nearest};
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::CalibrationRecipe;
+use crate::calibration_statistics::STATISTICS_KEY;
+
+/// The tensor of token ids in a safetensors file.
+const IDS_TENSOR: &str = "input_ids";
+
+/// What a calibration file holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CalibrationKind {
+    /// UTF-8 text.
+    Text,
+    /// A JSON object with a text per line.
+    Jsonl,
+    /// Token ids: JSON arrays, one of arrays or one per line, or the tensor `input_ids` of a safetensors file.
+    Tokens,
+    /// Statistics that an earlier job saved.
+    Statistics,
+}
+
+impl CalibrationKind {
+    /// What the file at `path` holds by its ending and what it begins with.
+    ///
+    /// # Errors
+    /// `ERR_TEXT_UNREADABLE` when it cannot be read, `ERR_CHECKPOINT_CORRUPT` for a damaged safetensors file.
+    pub fn of(path: &Path) -> Result<Self> {
+        let ending = path.extension().unwrap_or_default().to_ascii_lowercase();
+        Ok(match ending.to_str() {
+            Some("jsonl" | "ndjson") if starts_with_bracket(path)? => CalibrationKind::Tokens,
+            Some("jsonl" | "ndjson") => CalibrationKind::Jsonl,
+            Some("json") => CalibrationKind::Tokens,
+            Some("safetensors") if TensorFile::open(path)?.metadata().contains_key(STATISTICS_KEY) => {
+                CalibrationKind::Statistics
+            }
+            Some("safetensors") => CalibrationKind::Tokens,
+            _ => CalibrationKind::Text,
+        })
+    }
+}
+
+fn starts_with_bracket(path: &Path) -> Result<bool> {
+    let mut bytes = BufReader::new(open(path)?).bytes();
+    let first = bytes.find(|byte| byte.as_ref().is_ok_and(|byte| !byte.is_ascii_whitespace()));
+    Ok(matches!(first, Some(Ok(b'['))))
+}
+
+/// The tokens of the file of `recipe` in their order; reading may stop when there are `enough`. Records of a JSONL file
+/// are tokenized apart.
+///
+/// # Errors
+/// `ERR_TEXT_UNREADABLE` for what cannot be read or understood and for ids outside of the vocabulary, with the line.
+pub(crate) fn read_tokens(
+    recipe: &CalibrationRecipe,
+    tokenizer: &Tokenizer,
+    spec: &DecoderSpec,
+    enough: usize,
+) -> Result<Vec<u32>> {
+    let path = recipe.file.as_path();
+    match recipe.kind {
+        CalibrationKind::Text => {
+            let mut bytes = Vec::new();
+            open(path)?.read_to_end(&mut bytes).map_err(|error| unreadable(path, error.to_string()))?;
+            let text = String::from_utf8(bytes).map_err(|error| {
+                let at = error.utf8_error().valid_up_to();
+                unreadable(path, format!("the text is not UTF-8 at byte {at}")).hint("Convert the file to UTF-8")
+            })?;
+            tokenizer.encode(&text, false)
+        }
+        CalibrationKind::Jsonl => {
+            let mut tokens = Vec::new();
+            each_line(path, |place, line| {
+                tokens.extend(tokenizer.encode(&field_of(line, &recipe.field, path, place)?, false)?);
+                Ok(tokens.len() < enough)
+            })?;
+            Ok(tokens)
+        }
+        CalibrationKind::Tokens
+            if path.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("safetensors")) =>
+        {
+            let ids = TensorFile::open(path)?.integers(IDS_TENSOR)?;
+            let ids = ids.iter().map(|&id| u64::try_from(id).map_err(|_| id.to_string()));
+            checked(ids, spec, path, &format!("the tensor {IDS_TENSOR}"))
+        }
+        CalibrationKind::Tokens => read_json_ids(path, spec, enough),
+        CalibrationKind::Statistics => {
+            Err(Error::new(ErrorCode::Internal, "statistics have no tokens").subject(path.display()))
+        }
+    }
+}
+
+/// Ids in JSON: one array of ids or of arrays, over any number of lines, or an array per line.
+fn read_json_ids(path: &Path, spec: &DecoderSpec, enough: usize) -> Result<Vec<u32>> {
+    let jsonl = path.extension().is_some_and(|ending| !ending.eq_ignore_ascii_case("json"));
+    let mut tokens = Vec::new();
+    let mut take = |value: &Value, place: &str| -> Result<()> {
+        let Value::Array(items) = value else {
+            return Err(not_ids(path, format!("{place} is not an array of token ids")));
+        };
+        let arrays: Vec<&[Value]> = match items.first() {
+            Some(Value::Array(_)) => items.iter().map(|item| item.as_array().map_or(&[][..], Vec::as_slice)).collect(),
+            _ => vec![items],
+        };
+        for ids in arrays {
+            let ids = ids.iter().map(|id| id.as_u64().ok_or_else(|| id.to_string()));
+            tokens.extend(checked(ids, spec, path, place)?);
+        }
+        Ok(())
+    };
+    if !jsonl {
+        let value: Value =
+            serde_json::from_reader(BufReader::new(open(path)?)).map_err(|error| not_json(path, &error, 0))?;
+        take(&value, "the file")?;
+        return Ok(tokens);
+    }
+    let mut count = 0;
+    each_line(path, |place, line| {
+        let value: Value = serde_json::from_str(line).map_err(|error| not_json(path, &error, place))?;
+        take(&value, &format!("line {place}"))?;
+        count += value.as_array().map_or(0, Vec::len);
+        Ok(count < enough)
+    })?;
+    Ok(tokens)
+}
+
+fn checked(
+    ids: impl Iterator<Item = Result<u64, String>>,
+    spec: &DecoderSpec,
+    path: &Path,
+    place: &str,
+) -> Result<Vec<u32>> {
+    let outside = |id: &str| {
+        let message = format!("{place} has {id}, the tokens of the model are 0 to {}", spec.vocabulary_size - 1);
+        unreadable(path, message).hint("Tokenize the text with the tokenizer of this model")
+    };
+    let check = |id: Result<u64, String>| match id {
+        Ok(id) if id < spec.vocabulary_size as u64 => Ok(id as u32),
+        Ok(id) => Err(outside(&id.to_string())),
+        Err(id) => Err(outside(&id)),
+    };
+    ids.map(check).collect()
+}
+
+/// The text in the field `field` of the record in a line.
+fn field_of(line: &str, field: &str, path: &Path, place: usize) -> Result<String> {
+    let record: Value = serde_json::from_str(line).map_err(|error| not_json(path, &error, place))?;
+    match record.get(field) {
+        Some(Value::String(text)) => Ok(text.clone()),
+        Some(_) => Err(unreadable(path, format!("the field '{field}' in line {place} is not a text"))),
+        None => {
+            let names: Vec<&str> = record.as_object().into_iter().flatten().map(|(name, _)| name.as_str()).collect();
+            let near = nearest(field, names.iter().copied());
+            Err(unreadable(path, format!("the record in line {place} has no field '{field}'")).hint(match near {
+                Some(near) => format!("Did you mean '{near}'? The fields are: {}", names.join(", ")),
+                None => "Every line is an object with the text in that field".into(),
+            }))
+        }
+    }
+}
+
+/// Calls `visit` with number and content of every line that is not blank, until it says that it has enough.
+fn each_line(path: &Path, mut visit: impl FnMut(usize, &str) -> Result<bool>) -> Result<()> {
+    for (index, line) in BufReader::new(open(path)?).lines().enumerate() {
+        let line = line.map_err(|error| unreadable(path, format!("line {}: {error}", index + 1)))?;
+        if !line.trim().is_empty() && !visit(index + 1, &line)? {
+            break;
+        }
+    }
+    Ok(())
+}
+
+fn open(path: &Path) -> Result<File> {
+    File::open(path).map_err(|error| unreadable(path, error.to_string()))
+}
+
+fn not_json(path: &Path, error: &serde_json::Error, line: usize) -> Error {
+    let line = if line > 0 { line } else { error.line() };
+    let message = format!("line {line} is not JSON, column {}: {error}", error.column());
+    unreadable(path, message).hint("Every line of a JSONL file is one JSON value; a .json file is one")
+}
+
+fn not_ids(path: &Path, message: String) -> Error {
+    unreadable(path, message).hint("Give arrays of token ids: [[1, 2, …], …], or one array per line in a .jsonl file")
+}
+
+fn unreadable(path: &Path, message: String) -> Error {
+    Error::new(ErrorCode::TextUnreadable, message)
+        .subject(path.display())
+        .hint("Give a UTF-8 text, JSONL, token ids or saved statistics")
+}

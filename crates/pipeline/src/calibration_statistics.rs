@@ -1,0 +1,276 @@
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use kintsugi_calibration::Calibration;
+use kintsugi_checkpoint::{Checkpoint, NumberType, TensorFile, TensorFileWriter};
+use kintsugi_linalg::UpperTriangle;
+use kintsugi_model::{DecoderSpec, LinearSpec, TapPoint};
+use kintsugi_runtime::{Error, ErrorCode, Result};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::Recipe;
+
+/// The string in the header of a file of statistics that says what they are.
+pub(crate) const STATISTICS_KEY: &str = "kintsugi.calibration";
+const VERSION: u32 = 1;
+/// Values of a second moment that are written at once.
+const WRITE_VALUES: usize = 1 << 19;
+
+/// What stands under [`STATISTICS_KEY`].
+#[derive(Debug, Serialize, Deserialize)]
+struct Description {
+    version: u32,
+    /// What they were taken from; see [`fingerprint`].
+    model: String,
+    /// Which activations: `deployed`, those behind blocks that are compressed as `recipe` says.
+    stream: String,
+    /// The recipe of the job that took them.
+    recipe: Value,
+}
+
+/// Statistics of every input of the Linears of a model, from an earlier job.
+pub struct SavedStatistics {
+    file: TensorFile,
+    path: PathBuf,
+    spec: DecoderSpec,
+}
+
+impl SavedStatistics {
+    /// Opens the file at `path` and checks that it belongs to the model.
+    ///
+    /// # Errors
+    /// `ERR_STATISTICS_MISMATCH` when it does not or is of another version, and what opening reports.
+    pub fn open(path: &Path, checkpoint: &Checkpoint, spec: &DecoderSpec) -> Result<Self> {
+        let file = TensorFile::open(path)?;
+        let mismatch = |message: String| {
+            Error::new(ErrorCode::StatisticsMismatch, message)
+                .subject(path.display())
+                .hint("Take statistics of this model with saveStatistics (--save-calibration)")
+        };
+        let text = file.metadata().get(STATISTICS_KEY).map_or("", String::as_str);
+        let description: Description = serde_json::from_str(text)
+            .map_err(|error| mismatch(format!("the file does not say what statistics it holds: {error}")))?;
+        if description.version != VERSION {
+            let message = format!("the statistics have version {}, this release reads {VERSION}", description.version);
+            return Err(mismatch(message));
+        }
+        let model = fingerprint(checkpoint, spec)?;
+        if description.model != model {
+            return Err(mismatch(format!(
+                "the statistics are of the model {}, this one is {model}",
+                description.model
+            )));
+        }
+        for (name, _, count) in tensors(spec) {
+            if file.shape(&name) != Some(&[count]) {
+                return Err(mismatch(format!("the tensor {name} is not there or has not {count} elements")));
+            }
+        }
+        Ok(SavedStatistics { file, path: path.to_path_buf(), spec: spec.clone() })
+    }
+
+    /// Where they are.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Those at some points of a block; without points that no token reached.
+    pub(crate) fn read(&self, block: usize, points: &[TapPoint]) -> Result<BTreeMap<TapPoint, Calibration>> {
+        let mut found = BTreeMap::new();
+        for &point in points {
+            let name = point_name(&self.spec, block, point);
+            let tokens = self.file.integers(&format!("{name}.tokens"))?.first().copied().unwrap_or(0);
+            if tokens > 0 {
+                found.insert(point, self.calibration(&name, tokens as u64, width_at(&self.spec, point))?);
+            }
+        }
+        Ok(found)
+    }
+
+    fn calibration(&self, name: &str, tokens: u64, width: usize) -> Result<Calibration> {
+        let read = |tensor: &str, first: usize, out: &mut [f64]| {
+            let name = format!("{name}.{tensor}");
+            self.file.read_f64s(&name, first, out)?;
+            if out.iter().all(|value| value.is_finite()) {
+                return Ok(());
+            }
+            Err(Error::new(ErrorCode::CheckpointNotFinite, "the statistics have values that are NaN or infinite")
+                .subject(&name)
+                .hint("The file is damaged; take the statistics again"))
+        };
+        let mut second_moment = UpperTriangle::zeros(width);
+        let mut first = 0;
+        for i in 0..width {
+            read("second_moment", first, second_moment.row_mut(i))?;
+            first += width - i;
+        }
+        let (mut sums, mut absolute_sums) = (vec![0.0; width], vec![0.0; width]);
+        read("sums", 0, &mut sums)?;
+        read("absolute_sums", 0, &mut absolute_sums)?;
+        Calibration::new(tokens, second_moment, sums, absolute_sums)
+    }
+}
+
+/// Saves the statistics of a job as they come. The file has its name when it is whole; until then `.partial` follows.
+pub struct StatisticsWriter {
+    file: TensorFileWriter,
+    path: PathBuf,
+    spec: DecoderSpec,
+}
+
+impl StatisticsWriter {
+    /// Begins the file at `path`, or goes on with it when an earlier run of the job had finished `finished_blocks`.
+    ///
+    /// # Errors
+    /// `ERR_RESUME_MISMATCH` when what that run had written is gone, `ERR_OUTPUT_UNWRITABLE`.
+    pub fn create(
+        path: &Path,
+        recipe: &Recipe,
+        checkpoint: &Checkpoint,
+        spec: &DecoderSpec,
+        finished_blocks: usize,
+    ) -> Result<Self> {
+        if finished_blocks == 0 {
+            // What another job has left there may know experts that this one never reaches.
+            Self::discard(path);
+        }
+        let description = describe(recipe, checkpoint, spec)?;
+        let file = TensorFileWriter::create(&partial(path), &tensors(spec), (STATISTICS_KEY, &description))?;
+        if finished_blocks > 0 && !file.was_begun() {
+            return Err(Error::new(
+                ErrorCode::ResumeMismatch,
+                "the statistics that the interrupted job saved are gone",
+            )
+            .subject(path.display())
+            .hint("Discard what the interrupted job left with fresh (--fresh)"));
+        }
+        Ok(StatisticsWriter { file, path: path.to_path_buf(), spec: spec.clone() })
+    }
+
+    /// Bytes of the file.
+    ///
+    /// # Errors
+    /// What reading the checkpoint reports.
+    pub(crate) fn bytes(recipe: &Recipe, checkpoint: &Checkpoint, spec: &DecoderSpec) -> Result<u64> {
+        TensorFileWriter::length(&tensors(spec), (STATISTICS_KEY, &describe(recipe, checkpoint, spec)?))
+    }
+
+    /// Writes the statistics at one point of a block.
+    pub(crate) fn write(&self, block: usize, point: TapPoint, calibration: &Calibration) -> Result<()> {
+        let name = point_name(&self.spec, block, point);
+        let write = |tensor: &str, first: usize, values: &[f64]| {
+            self.file.write(&format!("{name}.{tensor}"), first, bytemuck::cast_slice(values))
+        };
+        let (mut first, mut values) = (0, Vec::with_capacity(WRITE_VALUES));
+        for i in 0..calibration.width() {
+            values.extend_from_slice(calibration.second_moment().row(i));
+            if values.len() >= WRITE_VALUES || i + 1 == calibration.width() {
+                write("second_moment", first, &values)?;
+                first += values.len();
+                values.clear();
+            }
+        }
+        write("sums", 0, calibration.sums())?;
+        write("absolute_sums", 0, calibration.absolute_sums())?;
+        let tokens = [calibration.tokens() as i64];
+        self.file.write(&format!("{name}.tokens"), 0, bytemuck::cast_slice(&tokens))
+    }
+
+    /// Returns when what was written is on the disk.
+    pub(crate) fn sync(&self) -> Result<()> {
+        self.file.sync()
+    }
+
+    /// Gives the file its name.
+    pub(crate) fn finish(self) -> Result<()> {
+        self.file.sync()?;
+        fs::rename(partial(&self.path), &self.path).map_err(|error| {
+            Error::io(ErrorCode::OutputUnwritable, &self.path, &error).hint("Check that the folder is writable")
+        })
+    }
+
+    /// Whether a job that was to write the file at `path` has not ended.
+    pub(crate) fn is_unfinished(path: &Path) -> bool {
+        partial(path).is_file()
+    }
+
+    /// Removes what an unfinished job has written to `path`.
+    pub(crate) fn discard(path: &Path) {
+        let _ = fs::remove_file(partial(path));
+    }
+}
+
+fn partial(path: &Path) -> PathBuf {
+    let mut name = path.file_name().unwrap_or_default().to_os_string();
+    name.push(".partial");
+    path.with_file_name(name)
+}
+
+fn describe(recipe: &Recipe, checkpoint: &Checkpoint, spec: &DecoderSpec) -> Result<String> {
+    let internal = |error: serde_json::Error| Error::new(ErrorCode::Internal, error.to_string());
+    let description = Description {
+        version: VERSION,
+        model: fingerprint(checkpoint, spec)?,
+        stream: "deployed".into(),
+        recipe: serde_json::to_value(recipe).map_err(internal)?,
+    };
+    serde_json::to_string(&description).map_err(internal)
+}
+
+/// Every tensor of the file: name, type, elements.
+fn tensors(spec: &DecoderSpec) -> Vec<(String, NumberType, usize)> {
+    let mut tensors = Vec::new();
+    for block in 0..spec.layers {
+        for point in spec.tap_stages().concat() {
+            let (name, width) = (point_name(spec, block, point), width_at(spec, point));
+            let mut push = |tensor: &str, kind, count| tensors.push((format!("{name}.{tensor}"), kind, count));
+            push("second_moment", NumberType::F64, width * (width + 1) / 2);
+            push("sums", NumberType::F64, width);
+            push("absolute_sums", NumberType::F64, width);
+            push("tokens", NumberType::I64, 1);
+        }
+    }
+    tensors
+}
+
+fn width_at(spec: &DecoderSpec, point: TapPoint) -> usize {
+    let reads = |linear: &&LinearSpec| linear.slot.tap() == point;
+    spec.linears.iter().find(reads).map_or(0, |linear| linear.columns)
+}
+
+fn point_name(spec: &DecoderSpec, block: usize, point: TapPoint) -> String {
+    let place = match point {
+        TapPoint::AttentionInput => "attention_input".to_owned(),
+        TapPoint::AttentionOutput => "attention_output".to_owned(),
+        TapPoint::MlpInput => "mlp_input".to_owned(),
+        TapPoint::MlpActivation => "mlp_activation".to_owned(),
+        TapPoint::ExpertInput(expert) => format!("experts.{expert}.input"),
+        TapPoint::ExpertActivation(expert) => format!("experts.{expert}.activation"),
+    };
+    format!("{}.{place}", spec.block_name(block))
+}
+
+/// Architecture, number of blocks, and a hash (FNV-1a) of the shapes of the Linears and the weights of the norms: the
+/// same for copies of a model, another for its relatives.
+fn fingerprint(checkpoint: &Checkpoint, spec: &DecoderSpec) -> Result<String> {
+    let mut hash = 0xcbf2_9ce4_8422_2325u64;
+    let mut add = |bytes: &[u8]| {
+        bytes.iter().for_each(|&byte| hash = (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3));
+    };
+    for linear in &spec.linears {
+        add(linear.name.as_bytes());
+        add(&(linear.rows as u64).to_le_bytes());
+        add(&(linear.columns as u64).to_le_bytes());
+    }
+    for block in 0..spec.layers {
+        for norm in [spec.family.attention_norm, spec.family.mlp_norm] {
+            let name = format!("{}.{norm}.weight", spec.block_name(block));
+            if checkpoint.tensor(&name).is_some() {
+                add(bytemuck::cast_slice(&checkpoint.vector(&name)?));
+            }
+        }
+    }
+    Ok(format!("{} of {} blocks {hash:016x}", spec.family.architecture, spec.layers))
+}

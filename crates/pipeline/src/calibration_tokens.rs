@@ -1,0 +1,115 @@
+use kintsugi_model::{DecoderSpec, Tokenizer};
+use kintsugi_runtime::{Error, ErrorCode, Result};
+
+use crate::CalibrationRecipe;
+use crate::calibration_source::read_tokens;
+
+/// The tokens that calibration runs over: sequences of one length.
+#[derive(Clone, Debug)]
+pub struct CalibrationTokens {
+    tokens: Vec<u32>,
+    length: usize,
+}
+
+impl CalibrationTokens {
+    /// Reads the file of `recipe`, checks it, and cuts what it holds into sequences: the first ones, or with a seed those
+    /// that chance chooses, always the same. No sequence overlaps another.
+    ///
+    /// # Errors
+    /// `ERR_TEXT_UNREADABLE`, `ERR_TEXT_TOO_SHORT`, `ERR_CONTEXT_EXCEEDED`.
+    pub fn read(recipe: &CalibrationRecipe, tokenizer: &Tokenizer, spec: &DecoderSpec) -> Result<Self> {
+        let length = recipe.length;
+        if length > spec.context_length {
+            let message =
+                format!("calibration sequences of {length} tokens exceed the context of {}", spec.context_length);
+            return Err(Error::new(ErrorCode::ContextExceeded, message)
+                .subject("calibration.length")
+                .hint(format!("Use a length of at most {}", spec.context_length)));
+        }
+        // Chance chooses among all tokens; without it no more need to be read than are used.
+        let enough = if recipe.seed.is_some() { usize::MAX } else { recipe.sequences.saturating_mul(length) };
+        let tokens = read_tokens(recipe, tokenizer, spec, enough)?;
+        if tokens.len() < length {
+            let message = format!("the file has {} tokens, less than one sequence of {length}", tokens.len());
+            return Err(Error::new(ErrorCode::TextTooShort, message)
+                .subject(recipe.file.display())
+                .hint("Give more of it or a smaller calibration.length"));
+        }
+        Ok(CalibrationTokens { tokens: choose(tokens, recipe.sequences, length, recipe.seed), length })
+    }
+
+    /// All tokens, sequence after sequence.
+    pub fn tokens(&self) -> &[u32] {
+        &self.tokens
+    }
+
+    /// Tokens of a sequence.
+    pub fn length(&self) -> usize {
+        self.length
+    }
+}
+
+/// At most `sequences` sequences out of `tokens`. With a seed the cuts begin at a random place before the first whole
+/// sequence, and a shuffle says which are taken, in which order.
+fn choose(mut tokens: Vec<u32>, sequences: usize, length: usize, seed: Option<u64>) -> Vec<u32> {
+    let Some(seed) = seed else {
+        tokens.truncate((tokens.len() / length).min(sequences) * length);
+        return tokens;
+    };
+    let mut random = SplitMix(seed);
+    let count = tokens.len() / length;
+    let offset = random.below(tokens.len() % length + 1);
+    let mut order: Vec<usize> = (0..count).collect();
+    for i in 0..count.min(sequences) {
+        order.swap(i, i + random.below(count - i));
+    }
+    let start = |sequence: &usize| offset + sequence * length;
+    order.iter().take(sequences).map(start).flat_map(|start| tokens[start..start + length].to_vec()).collect()
+}
+
+/// SplitMix64 (Steele, Lea and Flood 2014): the same choice for a seed on every machine.
+struct SplitMix(u64);
+
+impl SplitMix {
+    /// A number below `limit`, which is far below 2³².
+    fn below(&mut self, limit: usize) -> usize {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (u128::from(z ^ (z >> 31)) * limit as u128 >> 64) as usize
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_a_seed_the_first_sequences_are_taken() {
+        let tokens: Vec<u32> = (0..23).collect();
+        assert_eq!(choose(tokens.clone(), 2, 5, None), (0..10).collect::<Vec<_>>());
+        assert_eq!(choose(tokens, 9, 5, None), (0..20).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn a_seed_chooses_whole_sequences_that_do_not_overlap_and_always_the_same() {
+        let tokens: Vec<u32> = (0..10_007).collect();
+        let (length, sequences) = (10, 300);
+        let mut offsets = std::collections::HashSet::new();
+        for seed in 0..50 {
+            let chosen = choose(tokens.clone(), sequences, length, Some(seed));
+            assert_eq!(chosen, choose(tokens.clone(), sequences, length, Some(seed)));
+            assert_eq!(chosen.len(), sequences * length);
+            assert!(chosen.chunks(length).all(|sequence| sequence.windows(2).all(|pair| pair[1] == pair[0] + 1)));
+            let mut starts: Vec<u32> = chosen.iter().step_by(length).copied().collect();
+            offsets.insert(starts[0] % length as u32);
+            assert!(starts.windows(2).any(|pair| pair[1] < pair[0]), "they are shuffled");
+            starts.sort_unstable();
+            assert!(starts.windows(2).all(|pair| pair[1] - pair[0] >= length as u32));
+            let late = starts.iter().filter(|&&start| start > 5000).count();
+            assert!((90..210).contains(&late), "{late} of 300 from the second half");
+        }
+        assert_eq!(offsets.len(), 8, "7 tokens are left over");
+        assert_eq!(choose(tokens[..25].to_vec(), 9, 10, Some(1)).len(), 20);
+    }
+}

@@ -1,0 +1,320 @@
+use kintsugi_calibration::{CHUNK_TOKENS, Calibration};
+use kintsugi_checkpoint::Checkpoint;
+use kintsugi_kernels::PAGE_POSITIONS;
+use kintsugi_model::{CpuBackend, DecoderSpec, LinearSpec, TapPoint};
+use kintsugi_runtime::{Error, ErrorCode, Result, ThreadPool, available_memory_bytes};
+use kintsugi_weights::ElementType;
+use serde::Serialize;
+
+use crate::activation_buffer::ActivationBuffer;
+use crate::{ActivationPlace, CalibrationStream, Recipe};
+
+/// What the process has before a job begins: code, threads, the headers of the checkpoint, the tokenizer.
+const BASE: u64 = 160 << 20;
+/// Tokens that AWQ judges candidates on; at least one sequence.
+pub(crate) const SAMPLE_TOKENS: usize = 1024;
+
+/// The memory that a job takes at most, estimated from shapes, recipe and threads, and how it keeps within a budget.
+///
+/// The peak is the largest of three moments. *Start*: the embedding, read once to make the first activations. *Block*:
+/// `weights + prepared + statistics`, and beside them either one forward pass or `quantized + solver`. *End*: the
+/// factors of all blocks on their way to the PEFT folder. To each come `base` and the activations, if they are in
+/// memory.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct MemoryPlan {
+    /// The estimate.
+    pub peak_bytes: u64,
+    /// What the job may take: the option, or what the machine and the control groups of the process leave.
+    pub budget_bytes: u64,
+    /// Whether the calibration activations lie on disk.
+    pub activations_on_disk: bool,
+    /// Forward passes over the calibration tokens per block that take statistics: more than one where the statistics
+    /// of a block do not fit together.
+    pub passes: usize,
+    /// What the estimate consists of.
+    pub parts: MemoryParts,
+    /// Bytes that the statistics of one pass may take.
+    #[serde(skip)]
+    pub(crate) statistics_room: u64,
+}
+
+/// Parts of a [`MemoryPlan`] in bytes: m×k are the outputs and inputs of a Linear, t is the number of threads.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct MemoryParts {
+    /// The process, headers and tokenizer.
+    pub base: u64,
+    /// The embedding, at the start only.
+    pub embedding: u64,
+    /// The largest block as it is stored; AWQ: and once more as scaled f32.
+    pub weights: u64,
+    /// The block packed for the forward pass.
+    pub prepared: u64,
+    /// Second moments of the inputs that are taken in one pass: 4 k² each, shared by the Linears that read one input.
+    pub statistics: u64,
+    /// One forward pass: activations of its rows, KV pages, chunks of 512 rows on their way to the second moments.
+    pub forward: u64,
+    /// What is left of the Linears that are done: a byte per weight, and scales.
+    pub quantized: u64,
+    /// The largest need of a solver. GPTQ: 4 k² for the factor and 128·13·k·t for tiles. EoRA: residual, its QR, and
+    /// 40·min(m, k)² for the eigenproblem. Errors: 1024·k·t. AWQ: five f32 copies of the Linears that share an input.
+    pub solver: u64,
+    /// The activations of all calibration tokens, 0 when they lie on disk.
+    pub activations: u64,
+    /// The factors of all blocks, at the end only.
+    pub factors: u64,
+}
+
+impl MemoryPlan {
+    /// Plans `recipe` within its budget, on the threads of the shared pool.
+    ///
+    /// # Errors
+    /// `ERR_MEMORY_EXCEEDED` with the parts when it does not fit, whatever is put on disk or taken in turns.
+    pub fn new(recipe: &Recipe, checkpoint: &Checkpoint, spec: &DecoderSpec) -> Result<Self> {
+        let budget = recipe.memory.or_else(available_memory_bytes).unwrap_or(u64::MAX);
+        Self::within(budget, ThreadPool::global().threads(), recipe, checkpoint, spec)
+    }
+
+    fn within(
+        budget_bytes: u64,
+        threads: usize,
+        recipe: &Recipe,
+        checkpoint: &Checkpoint,
+        spec: &DecoderSpec,
+    ) -> Result<Self> {
+        let shapes = Shapes { recipe, checkpoint, spec, threads };
+        let mut parts = shapes.parts();
+        let all = shapes.statistics(&shapes.points());
+        let largest = shapes.points().iter().map(|&point| shapes.statistics(&[point])).max().unwrap_or(0);
+        let activations = shapes.activations();
+        let asked = recipe.calibration.as_ref().map_or(ActivationPlace::Auto, |calibration| calibration.activations);
+        let fits = |parts: &MemoryParts| parts.peak() <= budget_bytes;
+
+        (parts.statistics, parts.activations) = (all, activations);
+        let on_disk = match asked {
+            ActivationPlace::Memory => false,
+            ActivationPlace::Disk => true,
+            ActivationPlace::Auto => !fits(&parts),
+        } && activations > 0;
+        if on_disk {
+            parts.activations = 0;
+        }
+        let mut statistics_room = u64::MAX;
+        if !fits(&parts) {
+            parts.statistics = largest;
+            let rest = parts.peak() - largest;
+            statistics_room = budget_bytes.saturating_sub(rest).max(largest);
+        }
+        let passes: Vec<Vec<TapPoint>> = shapes
+            .stages()
+            .iter()
+            .flat_map(|stage| split(stage, statistics_room, |point| shapes.statistics(&[point])))
+            .collect();
+        parts.statistics = passes.iter().map(|pass| shapes.statistics(pass)).max().unwrap_or(0);
+        let plan = MemoryPlan {
+            peak_bytes: parts.peak(),
+            budget_bytes,
+            activations_on_disk: on_disk,
+            passes: if activations > 0 { passes.len() } else { 0 },
+            parts,
+            statistics_room,
+        };
+        if fits(&parts) { Ok(plan) } else { Err(plan.refusal(recipe)) }
+    }
+
+    fn refusal(&self, recipe: &Recipe) -> Error {
+        let parts: Vec<String> = self
+            .parts
+            .named()
+            .into_iter()
+            .filter(|(_, bytes)| *bytes > 0)
+            .map(|(name, bytes)| format!("{name} {}", mebibytes(bytes)))
+            .collect();
+        let (peak, budget) = (mebibytes(self.peak_bytes), mebibytes(self.budget_bytes));
+        let message = format!("the job needs about {peak}, and {budget} are there ({})", parts.join(", "));
+        let on_disk = recipe.calibration.as_ref().is_some_and(|c| c.activations == ActivationPlace::Memory);
+        let largest = self.parts.named().into_iter().max_by_key(|(_, bytes)| *bytes).map_or("", |(name, _)| name);
+        let way = match largest {
+            "activations" if on_disk => "Let calibration.activations be 'auto'",
+            "forward" => "Use a smaller calibration.length",
+            "solver" | "factors" if recipe.eora.is_some() => "Leave out eora or use a smaller rank",
+            _ => "Use a machine with that much memory",
+        };
+        Error::new(ErrorCode::MemoryExceeded, message)
+            .subject("memory")
+            .hint(format!("{way}, or allow {peak} with memory (--memory) where more is free than the system says"))
+    }
+}
+
+impl MemoryParts {
+    fn peak(&self) -> u64 {
+        let block = self.weights + self.prepared + self.statistics + self.forward.max(self.quantized + self.solver);
+        self.base + self.activations + block.max(self.embedding).max(self.factors)
+    }
+
+    /// All parts with their names.
+    pub fn named(&self) -> [(&'static str, u64); 10] {
+        [
+            ("base", self.base),
+            ("embedding", self.embedding),
+            ("weights", self.weights),
+            ("prepared", self.prepared),
+            ("statistics", self.statistics),
+            ("forward", self.forward),
+            ("quantized", self.quantized),
+            ("solver", self.solver),
+            ("activations", self.activations),
+            ("factors", self.factors),
+        ]
+    }
+}
+
+/// Points in their order, as many at a time as `room` holds, and at least one.
+pub(crate) fn split(points: &[TapPoint], room: u64, bytes: impl Fn(TapPoint) -> u64) -> Vec<Vec<TapPoint>> {
+    let mut passes: Vec<(Vec<TapPoint>, u64)> = Vec::new();
+    for &point in points {
+        match passes.last_mut() {
+            Some((pass, sum)) if sum.saturating_add(bytes(point)) <= room => {
+                pass.push(point);
+                *sum += bytes(point);
+            }
+            _ => passes.push((vec![point], bytes(point))),
+        }
+    }
+    passes.into_iter().map(|(pass, _)| pass).collect()
+}
+
+/// Bytes of the statistics at one point of `spec`.
+pub(crate) fn statistics_bytes(spec: &DecoderSpec, point: TapPoint) -> u64 {
+    let reads = |linear: &&LinearSpec| linear.slot.tap() == point;
+    spec.linears.iter().find(reads).map_or(0, |linear| Calibration::bytes(linear.columns))
+}
+
+struct Shapes<'a> {
+    recipe: &'a Recipe,
+    checkpoint: &'a Checkpoint,
+    spec: &'a DecoderSpec,
+    threads: usize,
+}
+
+impl Shapes<'_> {
+    fn parts(&self) -> MemoryParts {
+        let (spec, recipe) = (self.spec, self.recipe);
+        let weights: u64 = spec.linears.iter().map(|linear| self.stored(linear)).sum();
+        let elements: u64 = spec.linears.iter().map(|linear| (linear.rows * linear.columns) as u64).sum();
+        let folds = recipe.block_method().is_some();
+        let calibrated = recipe.passes().is_some();
+        let embedding = spec.vocabulary_size as u64 * spec.hidden_size as u64 * 2;
+        let blocks = spec.layers as u64;
+        let factor_values: u64 = spec
+            .linears
+            .iter()
+            .map(|linear| self.rank(linear) * (linear.rows + linear.columns))
+            .map(|values| values as u64)
+            .sum();
+        MemoryParts {
+            base: BASE,
+            embedding: if calibrated { embedding } else { 0 },
+            weights: weights + if folds { elements * 4 } else { 0 },
+            prepared: match (calibrated, folds) {
+                (false, _) => 0,
+                (true, false) => weights,
+                (true, true) => elements * 4,
+            },
+            statistics: 0,
+            forward: if calibrated { self.forward() } else { 0 },
+            quantized: elements + elements / self.recipe.group_size.unwrap_or(4096) as u64 * 5,
+            solver: spec.linears.iter().map(|linear| self.solver(linear)).max().unwrap_or(0).max(self.folding()),
+            activations: 0,
+            // As f32 in memory, and as bf16 on the way to the file.
+            factors: blocks * factor_values * 6,
+        }
+    }
+
+    /// The stages that are captured after each other, whatever the memory.
+    fn stages(&self) -> Vec<Vec<TapPoint>> {
+        self.recipe.stages(self.spec)
+    }
+
+    fn points(&self) -> Vec<TapPoint> {
+        if self.recipe.calibration.is_some() { self.spec.tap_stages().concat() } else { Vec::new() }
+    }
+
+    fn statistics(&self, points: &[TapPoint]) -> u64 {
+        points.iter().map(|&point| statistics_bytes(self.spec, point)).sum()
+    }
+
+    fn activations(&self) -> u64 {
+        self.recipe.passes().map_or(0, |c| ActivationBuffer::bytes(c.sequences * c.length, self.spec.hidden_size))
+    }
+
+    /// Bytes of a Linear as it is read.
+    fn stored(&self, linear: &LinearSpec) -> u64 {
+        let name = format!("{}.weight", self.spec.linear_name(0, linear));
+        let dtype = self.checkpoint.tensor(&name).map(|tensor| tensor.dtype.to_ascii_lowercase());
+        let bits = match dtype.as_deref() {
+            Some("bf16" | "f16") => 16,
+            _ => ElementType::F32.bits(),
+        };
+        (linear.rows * linear.columns) as u64 * bits as u64 / 8
+    }
+
+    fn rank(&self, linear: &LinearSpec) -> usize {
+        self.recipe.eora.map_or(0, |eora| eora.rank.min(linear.rows).min(linear.columns))
+    }
+
+    fn forward(&self) -> u64 {
+        let Some(calibration) = self.recipe.passes() else { return 0 };
+        let spec = self.spec;
+        let rows = CalibrationStream::<CpuBackend>::rows_of_a_pass(calibration.length) as u64;
+        let widest = |rows: fn(&LinearSpec) -> usize| spec.linears.iter().map(rows).max().unwrap_or(0) as u64;
+        let mlp = match &spec.experts {
+            Some(experts) => spec.intermediate_size.max(2 * experts.width),
+            None => spec.intermediate_size,
+        };
+        let row = 6 * spec.hidden_size + 2 * spec.query_width() + 2 * spec.kv_width() + 3 * mlp;
+        let pages = rows.next_multiple_of(PAGE_POSITIONS as u64) * 2 * spec.kv_width() as u64 * 4;
+        let chunks: u64 = self.points().iter().map(|&point| self.width(point)).sum::<u64>() * CHUNK_TOKENS as u64 * 4;
+        let widened = CHUNK_TOKENS as u64 * widest(|linear| linear.columns) * 8;
+        rows * row as u64 * 4 + pages + chunks + widened + 128 * 4 * (widest(|l| l.columns) + widest(|l| l.rows))
+    }
+
+    fn width(&self, point: TapPoint) -> u64 {
+        let reads = |linear: &&LinearSpec| linear.slot.tap() == point;
+        self.spec.linears.iter().find(reads).map_or(0, |linear| linear.columns as u64)
+    }
+
+    fn solver(&self, linear: &LinearSpec) -> u64 {
+        let (m, k, t) = (linear.rows as u64, linear.columns as u64, self.threads as u64);
+        let gptq = if self.recipe.solves_gptq() { Calibration::bytes(linear.columns) + 128 * 13 * k * t } else { 0 };
+        let errors = t * (1024 * k + 256 * 256 * 8);
+        let side = m.min(k);
+        let (residual, reduced) = (m * k * 8, m > k);
+        let eora = match self.rank(linear) {
+            0 => 0,
+            _ if reduced => (4 * residual).max(2 * residual + 40 * side * side),
+            _ => residual + (residual + side * side * 8).max(40 * side * side),
+        };
+        // Packed and encoded for the file, one byte per weight at most.
+        gptq.max(errors).max(eora).max(m * k)
+    }
+
+    fn folding(&self) -> u64 {
+        if self.recipe.block_method().is_none() {
+            return 0;
+        }
+        let readers = |point: TapPoint| {
+            let of_point = self.spec.linears.iter().filter(move |linear| linear.slot.tap() == point);
+            of_point.map(|linear| (linear.rows * linear.columns) as u64).sum::<u64>()
+        };
+        let largest = self.points().iter().map(|&point| readers(point)).max().unwrap_or(0);
+        let length = self.recipe.calibration.as_ref().map_or(0, |calibration| calibration.length);
+        let sample = SAMPLE_TOKENS.max(length) as u64 * self.spec.hidden_size as u64 * 4 * 4;
+        5 * 4 * largest + sample + self.forward()
+    }
+}
+
+fn mebibytes(bytes: u64) -> String {
+    format!("{} MiB", bytes.div_ceil(1 << 20))
+}
