@@ -7,5 +7,6 @@ use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|bytes: &[u8]| {
     let folder = scratch::put("ledger.jsonl", bytes);
-    kintsugi_pipeline::fuzzing::read_ledger(&folder);
+    // The folder is `OUT.partial`.
+    kintsugi_pipeline::fuzzing::read_ledger(&folder.with_extension(""));
 });

@@ -7,7 +7,7 @@ use std::sync::LazyLock;
 static FOLDER: LazyLock<PathBuf> = LazyLock::new(|| {
     let memory = PathBuf::from("/dev/shm");
     let parent = if memory.is_dir() { memory } else { std::env::temp_dir() };
-    let folder = parent.join(format!("kintsugi-fuzz-{}", std::process::id()));
+    let folder = parent.join(format!("kintsugi-fuzz-{}.partial", std::process::id()));
     fs::create_dir_all(&folder).expect("a folder for the inputs");
     folder
 });

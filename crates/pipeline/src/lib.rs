@@ -45,3 +45,14 @@ pub use merging::{
 pub use plan::{Plan, PlannedLinear};
 pub use recipe::{ActivationPlace, CalibrationRecipe, EoraRecipe, Recipe};
 pub use report::{LinearReport, MeanError, PhaseSeconds, Report, Summary};
+
+/// Readers without a public name, for the fuzz targets.
+#[doc(hidden)]
+pub mod fuzzing {
+    use std::path::Path;
+
+    /// Reads the ledger that an interrupted job left beside `out`.
+    pub fn read_ledger(out: &Path) {
+        drop(crate::ledger::Ledger::reopen(out, &serde_json::Value::Null));
+    }
+}
