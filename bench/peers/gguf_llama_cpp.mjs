@@ -4,7 +4,8 @@
 //     npm install --prefix PEERS node-llama-cpp@3.22.1
 //     PEERS=PEERS node bench/peers/gguf_llama_cpp.mjs [CHECKPOINT] [TYPES] [WINDOWS]
 //
-// Exits with 1 when tokens differ or perplexities are more than 1 % apart.
+// Exits with 1 when the tokens of a file of floats differ, or perplexities are more than 1 % apart. Of codes llama.cpp
+// multiplies activations that it rounds to 8 bits, so that tokens can part where two are about as likely.
 import { execFileSync } from 'node:child_process'
 import { mkdtempSync, readFileSync, rmSync } from 'node:fs'
 import { createRequire } from 'node:module'
@@ -20,7 +21,7 @@ const { getLlama } = await import(pathToFileURL(peers.resolve('node-llama-cpp'))
 
 const checkpoint = process.argv[2] ?? join(root, 'assets/llama-7m')
 const types = (process.argv[3] ?? 'F16,Q8_0,Q6_K,Q4_K,Q4_1,Q4_0').split(',')
-const windows = Number(process.argv[4] ?? 8)
+const windows = Number(process.argv[4] ?? 4)
 const LENGTH = 256
 const PROMPT = 'Once upon a time, there was a little girl named Lily.'
 const TOKENS = 48
@@ -82,7 +83,7 @@ try {
     const here = await ours(path, text, LENGTH)
     const same = theirs.tokens.filter((token, i) => token === here.tokens[i]).length
     const difference = theirs.perplexity / here.perplexity - 1
-    failed ||= same !== TOKENS || !(Math.abs(difference) < 0.01)
+    failed ||= (same !== TOKENS && /^B?F/.test(type)) || !(Math.abs(difference) < 0.01)
     const cells = [type, Number.parseInt(bytes, 10).toLocaleString('en'), here.perplexity.toFixed(4)]
     cells.push(theirs.perplexity.toFixed(4), `${(100 * difference).toFixed(3)} %`, `${same} of ${TOKENS}`)
     console.log(`| ${cells.join(' | ')} |`)

@@ -388,7 +388,8 @@ fn vocabularies_that_contradict_themselves() {
     let scores = |count: usize| array(6, count as u64, &vec![0; 4 * count]);
     let kind = |name: &str| ("tokenizer.ggml.model".to_owned(), string(name));
     let value = |name: &str, bytes: Vec<u8>| (format!("tokenizer.ggml.{name}"), bytes);
-    let cases: Vec<(&str, Vec<(String, Vec<u8>)>)> = vec![
+    type Values = Vec<(String, Vec<u8>)>;
+    let cases: Vec<(&str, Values)> = vec![
         ("nothing", vec![]),
         ("no tokens", vec![kind("llama")]),
         ("an unknown kind", vec![kind("rwkv"), value("tokens", tokens(&["a"]))]),

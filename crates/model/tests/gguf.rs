@@ -117,7 +117,7 @@ fn every_family_computes_the_same_from_gguf() {
             [logits(&load(&file, CandleBackend), &recorded.tokens), logits(&load(&file, best()), &recorded.tokens)]
                 .map(|found| deviation(&found, &expected));
         println!("{name}: candle {candle:.1e}, cpu {cpu:.1e}");
-        if !(candle <= BUDGET && cpu <= BUDGET) {
+        if [candle, cpu].iter().any(|found| found.is_nan() || *found > BUDGET) {
             failures.push(format!("{name}: candle {candle:.1e}, cpu {cpu:.1e}"));
         }
     }

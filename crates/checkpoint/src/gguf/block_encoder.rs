@@ -4,7 +4,7 @@ use half::{bf16, f16};
 use kintsugi_runtime::{Error, ErrorCode, Result, ThreadPool};
 use kintsugi_weights::{ElementType, GroupAxis, QuantizedMatrix, WeightMatrix};
 
-use super::block_format::{BlockCodes, BlockContent, BlockGrid, BlockParts};
+use super::block_format::{BlockCodes, BlockContent, BlockGrid, BlockParts, PackBlock};
 use super::{GGUF_TYPES, GgufType};
 
 /// The smallest type that holds every value of `matrix` exactly, `None` when none of those that are written does.
@@ -104,9 +104,7 @@ fn round_row(values: &[f32], gguf_type: &GgufType, bytes: &mut [u8]) {
     }
 }
 
-type Pack = fn(&BlockParts<'_>, &mut [u8]) -> bool;
-
-fn packer(gguf_type: &GgufType) -> Option<(BlockCodes, Pack)> {
+fn packer(gguf_type: &GgufType) -> Option<(BlockCodes, PackBlock)> {
     match gguf_type.content {
         BlockContent::Codes(codes) => codes.pack.map(|pack| (codes, pack)),
         _ => None,

@@ -29,6 +29,13 @@ pub enum BlockContent {
     Other,
 }
 
+/// Takes a block apart.
+pub type UnpackBlock = fn(&[u8], &mut BlockParts<'_>);
+/// Rounds the values of a block.
+pub type RoundBlock = fn(&[f32], &mut [u8]);
+/// Puts a block together; false when it cannot hold the parts exactly.
+pub type PackBlock = fn(&BlockParts<'_>, &mut [u8]) -> bool;
+
 /// How the blocks of a type become codes, scales and offsets.
 #[derive(Clone, Copy, Debug)]
 pub struct BlockCodes {
@@ -39,11 +46,11 @@ pub struct BlockCodes {
     /// What a code means.
     pub grid: BlockGrid,
     /// Takes a block apart.
-    pub unpack: fn(&[u8], &mut BlockParts<'_>),
+    pub unpack: UnpackBlock,
     /// Rounds the values of a block. `None` for types that are not written.
-    pub round: Option<fn(&[f32], &mut [u8])>,
+    pub round: Option<RoundBlock>,
     /// Puts a block together again. `None` for types that are not written.
-    pub pack: Option<fn(&BlockParts<'_>, &mut [u8]) -> bool>,
+    pub pack: Option<PackBlock>,
 }
 
 /// What the code of an element means, beside its scale.

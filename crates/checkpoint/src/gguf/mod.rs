@@ -25,7 +25,9 @@ mod ternary;
 mod vocabulary_writer;
 
 pub use block_encoder::exact_type;
-pub use block_format::{BlockCodes, BlockContent, BlockGrid, BlockParts, GGUF_TYPES, GgufType};
+pub use block_format::{
+    BlockCodes, BlockContent, BlockGrid, BlockParts, GGUF_TYPES, GgufType, PackBlock, RoundBlock, UnpackBlock,
+};
 pub use gguf_export::{GgufPlan, GgufSummary, write_gguf};
 pub use gguf_file::{GgufFile, GgufHeader, GgufTensor};
 pub use gguf_metadata::{GgufArray, GgufMetadata, GgufValue};

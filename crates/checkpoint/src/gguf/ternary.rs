@@ -20,7 +20,7 @@ fn unpack_tq1_0(block: &[u8], parts: &mut BlockParts<'_>) {
                 // A byte is a fraction of 256 with its digits behind the point: multiplied with a power of three, its
                 // next digit is what three times of it carries over.
                 let shifted = block[byte + inside].wrapping_mul(3u8.pow(digit));
-                parts.codes[element] = (u16::from(shifted) * 3 >> 8) as u8;
+                parts.codes[element] = ((u16::from(shifted) * 3) >> 8) as u8;
                 element += 1;
             }
         }
