@@ -79,10 +79,20 @@ export interface BindingCompressOptions {
   damping: number
   /** `auto`, `bf16`, `f16` or `f32`. */
   scaleType: string
+  /** Plain text, whatever its name. */
   calibrationText?: string
+  /** A file whose ending says what it holds. */
+  calibrationFile?: string
+  calibrationField: string
   calibrationSequences: number
   calibrationLength: number
+  calibrationSeed?: number
+  /** `auto`, `memory` or `disk`. */
+  activations: string
   subset: boolean
+  saveStatistics?: string
+  /** Bytes. */
+  memory?: number
   /** 0 for none. */
   eoraRank: number
   /** `f32` or `exact`. */
