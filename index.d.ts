@@ -115,6 +115,16 @@ export interface BindingConvertOptions {
   dryRun: boolean
 }
 
+/** Options of `fold`; `src/fold.ts` fills in the defaults. */
+export interface BindingFoldOptions {
+  checkpoint: string
+  adapter: string
+  out: string
+  weight: number
+  /** `auto`, `bf16`, `f16` or `f32`. */
+  elementType: string
+}
+
 /** Options of `generate`; `src/model.ts` fills in the defaults. */
 export interface BindingGenerateOptions {
   maxTokens: number
@@ -148,6 +158,39 @@ export interface BindingLoadOptions {
   compensation: boolean
   /** Name and folder of each LoRA adapter. */
   adapters: Record<string, string>
+}
+
+/** Options of `merge`; `src/merge.ts` fills in the defaults. */
+export interface BindingMergeOptions {
+  adapters: Array<string>
+  weights: Array<number>
+  out: string
+  method: string
+  /** 0 for the largest rank of the adapters. */
+  rank: number
+  /** 0 for a fixed rank. */
+  energy: number
+  /** `uniform`, `vllm` or `none`. */
+  padding: string
+  /** `auto`, `bf16`, `f16` or `f32`. */
+  factorType: string
+  /** `auto`, `factors`, `update`, `core` or `knots`. */
+  coordinates: string
+  density: number
+  signElection: string
+  seed: number
+  restarts: number
+  iterations: number
+  gauge: string
+  normalize: boolean
+  parameterReweighting: boolean
+  outputReweighting: boolean
+  /** 0 for the mean rank of the adapters. */
+  referenceRank: number
+  scale: string
+  report: boolean
+  allowDifferentBases: boolean
+  dryRun: boolean
 }
 
 /** A piece of generated text. */
@@ -187,8 +230,23 @@ export declare function convert(options: BindingConvertOptions, control: Binding
 /** What this machine offers, and whether the kernels compute correctly on it. */
 export declare function doctor(): Promise<unknown>
 
+/** Adds an adapter to the weights of a checkpoint; the promise gives the report. */
+export declare function fold(options: BindingFoldOptions, control: BindingControl): Promise<unknown>
+
 /** What a checkpoint folder is and what can be done with it. */
 export declare function inspect(path: string): Promise<unknown>
 
 /** Loads a checkpoint for running. */
 export declare function loadModel(options: BindingLoadOptions, control: BindingControl): Promise<BindingModel>
+
+/** Merges adapters; the promise gives the report, or the plan of a dry run. */
+export declare function merge(options: BindingMergeOptions, control: BindingControl): Promise<unknown>
+
+/** Name, summary and options of every merge method. */
+export declare function mergeMethods(): unknown
+
+/**
+ * Weights from one figure per adapter. `formula` is `softmax` (of `parameter` as temperature) or `proportional` (to
+ * the power of `parameter`).
+ */
+export declare function weightsFromMetrics(metrics: Array<number>, lowerIsBetter: boolean, formula: string, parameter: number): Array<number>

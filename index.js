@@ -773,7 +773,7 @@ if (
   }
 }
 
-const { BindingControl, BindingGeneration, BindingModel, BindingQuantizedLinear, compress, convert, doctor, inspect, loadModel } = nativeBinding
+const { BindingControl, BindingGeneration, BindingModel, BindingQuantizedLinear, compress, convert, doctor, fold, inspect, loadModel, merge, mergeMethods, weightsFromMetrics } = nativeBinding
 export { BindingControl }
 export { BindingGeneration }
 export { BindingModel }
@@ -781,6 +781,10 @@ export { BindingQuantizedLinear }
 export { compress }
 export { convert }
 export { doctor }
+export { fold }
 export { inspect }
 export { loadModel }
+export { merge }
+export { mergeMethods }
+export { weightsFromMetrics }
 export const __napiBindingTarget = __napiLoadedBindingTarget

@@ -18,9 +18,10 @@ const CRATES: Record<string, string[]> = {
   checkpoint: ['weights', 'runtime'],
   compress: ['calibration', 'linalg', 'weights', 'runtime'],
   compensate: ['calibration', 'linalg', 'weights', 'runtime'],
+  merge: ['linalg', 'weights', 'runtime'],
   model: ['kernels', 'checkpoint', 'weights', 'runtime'],
-  pipeline: ['compress', 'compensate', 'model', 'calibration', 'kernels', 'checkpoint', 'linalg', 'weights', 'runtime'],
-  node: ['pipeline', 'compress', 'model', 'kernels', 'checkpoint', 'weights', 'runtime'],
+  pipeline: ['compress', 'compensate', 'merge', 'model', 'calibration', 'kernels', 'checkpoint', 'linalg', 'weights', 'runtime'],
+  node: ['pipeline', 'compress', 'merge', 'model', 'kernels', 'checkpoint', 'weights', 'runtime'],
   testkit: ['weights', 'runtime'],
 }
 

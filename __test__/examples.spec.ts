@@ -25,6 +25,16 @@ test('quickstart.ts', async (t) => {
   t.true(existsSync(join(out, 'eora/adapter_model.safetensors')))
 })
 
+test('merge.ts compares methods', async (t) => {
+  t.timeout(120_000)
+  const { stdout } = await example('merge.ts')
+  for (const method of ['cat', 'svd', 'lego', 'lego-gauge-free', 'ties', 'tsv']) {
+    t.regex(stdout, new RegExp(`^${method}: rank \\d+, [\\d.]+ % from the sum, retained \\d+ %, \\d+ %$`, 'm'))
+    t.regex(stdout, new RegExp(`^${method}: perplexity \\d+\\.\\d\\d$`, 'm'))
+  }
+  t.regex(stdout, /^cat: rank 16, 0\.0 % from the sum, retained 100 %, 100 %$/m)
+})
+
 test('mend.ts --quick shows every variant, the texts and where the folder is', async (t) => {
   t.timeout(300_000)
   const { stdout } = await example('mend.ts', '--quick')

@@ -17,7 +17,10 @@ export interface CheckpointInfo {
   dtypes: Record<string, number>
   /** Linears of the decoder blocks. */
   linears: number | null
-  /** `null` for a checkpoint that is not compressed; `groupSize` is `null` for one group per row. */
+  /**
+   * `null` for a checkpoint that is not compressed; `groupSize` is `null` for one group per row. Of a GGUF file the type
+   * of most weights; `dtypes` has them all.
+   */
   quantization: null | { format: string; bits: number; groupSize: number | null; symmetric: boolean }
   /** Bits of codes, scales, zero points and factors, or of the plain weights, over the weights of the Linears. */
   bitsPerWeight: number | null
@@ -48,7 +51,7 @@ export interface DecoderSizes {
   tiedHead: boolean
 }
 
-/** A folder of weights in Hugging Face layout, or what `compress` made of one. */
+/** A folder of weights in Hugging Face layout, what `compress` made of one, or a GGUF file. */
 export class Checkpoint {
   /** What it is. */
   readonly info: CheckpointInfo
@@ -58,7 +61,7 @@ export class Checkpoint {
   }
 
   /**
-   * Reads and checks the headers of the checkpoint in the folder `path`; no weights.
+   * Reads and checks the headers of the checkpoint in the folder or GGUF file `path`; no weights.
    *
    * @throws KintsugiError `ERR_CHECKPOINT_NOT_FOUND`, `ERR_CHECKPOINT_SHARD_MISSING`, `ERR_CHECKPOINT_CORRUPT`,
    * `ERR_CONFIG_INVALID`
@@ -72,7 +75,7 @@ export class Checkpoint {
     }
   }
 
-  /** The folder. */
+  /** The folder or file. */
   get path(): string {
     return this.info.path
   }

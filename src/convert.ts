@@ -17,10 +17,10 @@ import {
 
 /** Options of {@link convert}. */
 export interface ConvertOptions {
-  /** Folder to write; must not exist, or be empty. */
+  /** Folder to write; must not exist, or be empty. For GGUF the name of a file that does not exist. */
   out: string
-  /** Layout of the quantized Linears, or a float type that they are widened to. */
-  format: LinearFormat | 'f32' | 'f16' | 'bf16'
+  /** Layout of the quantized Linears, a float type that they are widened to, or a GGUF file with that type. */
+  format: LinearFormat | 'f32' | 'f16' | 'bf16' | `gguf:${GgufType}`
   /** Round Linears anew whose grid the format does not hold; default false: such a conversion is refused with its cost. */
   allowRequantize?: boolean
   /** Width of a code of Linears that are rounded anew; the nearest that the format holds when not given. */
@@ -32,6 +32,9 @@ export interface ConvertOptions {
   /** Aborting it cancels the job. */
   signal?: AbortSignal
 }
+
+/** Types of tensors that GGUF files are written with; rows that are no whole blocks of one get a wider type. */
+export type GgufType = 'Q4_0' | 'Q4_1' | 'Q4_K' | 'Q6_K' | 'Q8_0' | 'F16' | 'BF16' | 'F32'
 
 /** What a conversion did, or would do. */
 export interface ConversionReport {
@@ -82,7 +85,8 @@ const schema = {
 /**
  * Writes the quantized Linears of a checkpoint in another format and copies everything else. Weights keep their values
  * bit for bit where the format holds their grid; where it does not, the job is refused with `ERR_CONVERSION_INEXACT`
- * and the cost, unless `allowRequantize` is set.
+ * and the cost, unless `allowRequantize` is set. A GGUF file carries the tokenizer and the chat template, so that
+ * llama.cpp runs it; it may also be made of a checkpoint in plain floats.
  */
 export function convert(source: string | Checkpoint, options: ConvertOptions): Job<ConversionReport> {
   return new Job(() => {

@@ -18,11 +18,28 @@ export {
   type Recipe,
   type RecipeCalibration,
 } from './compress.js'
-export { type ConversionReport, convert, type ConvertedLinear, type ConvertOptions } from './convert.js'
+export { type ConversionReport, convert, type ConvertedLinear, type ConvertOptions, type GgufType } from './convert.js'
 export { doctor, type DoctorReport, type SelfCheck } from './doctor.js'
 export { ERROR_CODES, type ErrorCode, KintsugiError } from './errors.js'
+export { fold, type FoldOptions, type FoldReport } from './fold.js'
 export { Generation, type GenerationSummary, type Piece } from './generation.js'
 export { Job, type Progress } from './job.js'
+export {
+  type AdapterShare,
+  type ElementCoordinates,
+  merge,
+  type MergedModule,
+  type MergeMethod,
+  type MergeOptions,
+  type MergePlan,
+  type MergeRecipe,
+  type MergeReport,
+  type MergeSummary,
+  type MetricWeightOptions,
+  metricWeights,
+  type ModuleKept,
+  type PlannedMerge,
+} from './merge.js'
 export {
   type DivergenceReport,
   type GenerateOptions,

@@ -91,6 +91,12 @@ export function listOf<T>(rule: Rule<T>): Rule<T[]> {
   }
 }
 
+/** A list of finite numbers. */
+export const numbers: Rule<number[]> = (value, name) => {
+  if (!Array.isArray(value)) throw invalid(name, 'must be an array of numbers', value)
+  return value.map((item, index) => number({ min: -Number.MAX_VALUE })(item, `${name}[${index}]`))
+}
+
 /** Texts by name. */
 export const textsByName: Rule<Record<string, string>> = (value, name) => {
   if (typeof value === 'object' && value !== null && !Array.isArray(value)) {

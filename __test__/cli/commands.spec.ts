@@ -4,9 +4,10 @@ import { join } from 'node:path'
 import test from 'ava'
 import { Checkpoint, loadModel } from 'kintsugi'
 
-import { LLAMA, SHAKESPEARE, STORIES, temporaryFolder, textSlice, TINY } from '../fixtures.js'
+import { asset, LLAMA, SHAKESPEARE, STORIES, temporaryFolder, textSlice, TINY } from '../fixtures.js'
 import { kintsugi, start } from './command-line.js'
 
+const PYTHON = asset('adapters/python')
 const CALIBRATION = ['--calibration', STORIES, '--sequences', '4', '--length', '64']
 
 test('inspect', async (t) => {
@@ -115,6 +116,31 @@ test('generate with sampling, stop strings and an adapter', async (t) => {
   const stop = first.stdout.slice(4, 7)
   const stopped = await kintsugi(...args, '--stop', 'never appears', '--stop', stop)
   t.is(stopped.stdout, `${first.stdout.slice(0, first.stdout.indexOf(stop))}\n`)
+})
+
+test('merge and fold', async (t) => {
+  const folder = temporaryFolder(t)
+  const [out, folded] = [join(folder, 'both'), join(folder, 'folded')]
+  const merging = ['merge', SHAKESPEARE, PYTHON, '-o', out, '--method', 'svd', '--rank', '8', '--weights', '1,0.5']
+  const plan = await kintsugi(...merging, '--dry-run')
+  t.is(plan.code, 0, plan.stderr)
+  t.regex(plan.stdout, /modules +56\n/)
+  t.deepEqual(readdirSync(folder), [])
+  const json = await kintsugi(...merging, '--json')
+  t.is(json.code, 0, json.stderr)
+  t.deepEqual(JSON.parse(json.stdout), JSON.parse(readFileSync(join(out, 'report.json'), 'utf8')))
+  const again = await kintsugi(...merging)
+  t.is(again.code, 1)
+  t.regex(again.stderr, /ERR_OUTPUT_NOT_EMPTY/)
+  const text = await kintsugi('merge', SHAKESPEARE, PYTHON, '-o', join(folder, 'lego'), '--no-output-reweighting')
+  t.is(text.code, 0, text.stderr)
+  t.regex(text.stdout, /distance from the sum +\d+\.\d %/)
+  t.regex(text.stdout, /farthest from the sum/)
+  const wrong = await kintsugi('merge', SHAKESPEARE, '-o', join(folder, 'x'), '--weights', '1,a')
+  t.is(wrong.code, 2)
+  const fold = await kintsugi('fold', LLAMA, out, '-o', folded, '--element-type', 'bf16')
+  t.is(fold.code, 0, fold.stderr)
+  t.regex(fold.stdout, /weights changed +56/)
 })
 
 test('doctor', async (t) => {

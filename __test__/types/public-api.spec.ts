@@ -4,10 +4,16 @@ import {
   Checkpoint,
   compress,
   type CompressReport,
+  fold,
+  type FoldReport,
   type Generation,
   Job,
   KintsugiError,
   loadModel,
+  merge,
+  type MergePlan,
+  type MergeReport,
+  metricWeights,
   type Model,
   type PerplexityReport,
   type Piece,
@@ -29,6 +35,13 @@ export async function publicTypes(model: Model, signal: AbortSignal): Promise<vo
   // @ts-expect-error misspelled
   compress('a', { out: 'b', grupSize: 64 })
   compress('a', { out: 'b', groupSize: 'whole', calibration: { text: 'c' }, eora: { rank: 8 } })
+
+  expectTypeOf(merge(['a'], { out: 'b' })).toEqualTypeOf<Job<MergeReport>>()
+  expectTypeOf(merge(['a'], { out: 'b', dryRun: true })).toEqualTypeOf<Job<MergePlan>>()
+  // @ts-expect-error no such method
+  merge(['a'], { out: 'b', method: 'mean' })
+  expectTypeOf(fold('a', 'b', { out: 'c' })).toEqualTypeOf<Job<FoldReport>>()
+  expectTypeOf(metricWeights([1])).toEqualTypeOf<number[]>()
 
   expectTypeOf(loadModel('a')).toEqualTypeOf<Job<Model>>()
   expectTypeOf(loadModel('a')).toExtend<Promise<Model>>()
@@ -53,6 +66,6 @@ export async function publicTypes(model: Model, signal: AbortSignal): Promise<vo
 }
 
 test('everything public is there at run time', (t) => {
-  for (const item of [Checkpoint, compress, Job, KintsugiError, loadModel, QuantizedLinear])
+  for (const item of [Checkpoint, compress, fold, Job, KintsugiError, loadModel, merge, metricWeights, QuantizedLinear])
     t.is(typeof item, 'function')
 })

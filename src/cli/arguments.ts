@@ -11,6 +11,11 @@ export function numberArgument(value: string): number {
   return number
 }
 
+/** Parses the value of an option that is a list of numbers. */
+export function numbersArgument(value: string): number[] {
+  return value.split(',').map(numberArgument)
+}
+
 /** Parses `--group-size`. */
 export function groupSizeArgument(value: string): number | 'whole' {
   return value === 'whole' ? value : numberArgument(value)

@@ -23,11 +23,11 @@ export function registerConvert(program: Command): void {
   program
     .command('convert')
     .description('write the quantized Linears of a checkpoint in another format, exactly where the format holds them')
-    .argument('<checkpoint>', 'folder of the checkpoint')
-    .requiredOption('-o, --out <folder>', 'folder to write; must not exist, or be empty')
+    .argument('<checkpoint>', 'folder of the checkpoint, or GGUF file')
+    .requiredOption('-o, --out <folder>', 'folder to write, or GGUF file; must not exist, or be empty')
     .requiredOption(
       '--format <name>',
-      'compressed-tensors/pack-quantized, gptq, gptq_v2, awq; or f32, f16, bf16 to widen them',
+      'compressed-tensors/pack-quantized, gptq, gptq_v2, awq; f32, f16, bf16 to widen them; gguf:Q4_0, gguf:Q8_0 …',
     )
     .option('--allow-requantize', 'round Linears anew whose grid the format does not hold', false)
     .option('--bits <n>', 'width of a code of Linears that are rounded anew', numberArgument)

@@ -7,8 +7,10 @@ import { registerCompress } from './compress.js'
 import { registerConvert } from './convert.js'
 import { registerDoctor } from './doctor.js'
 import { registerEval } from './eval.js'
+import { registerFold } from './fold.js'
 import { registerGenerate } from './generate.js'
 import { registerInspect } from './inspect.js'
+import { registerMerge } from './merge.js'
 import { reportFailure } from './run-command.js'
 
 const { version } = JSON.parse(readFileSync(new URL('../../package.json', import.meta.url), 'utf8')) as {
@@ -25,6 +27,8 @@ const program = new Command('kintsugi')
 registerInspect(program)
 registerCompress(program)
 registerConvert(program)
+registerMerge(program)
+registerFold(program)
 registerEval(program)
 registerGenerate(program)
 registerDoctor(program)

@@ -7,10 +7,11 @@ use kintsugi_runtime::{Error, ErrorCode, Result};
 use kintsugi_weights::{Adapter, DenseMatrix, LinearWeight, WeightMatrix};
 use serde_json::{Map, Value};
 
+use crate::gguf::{GgufTensors, GgufType, chat_template_of, is_gguf, only_file_of, tokenizer_of};
 use crate::linear_storage::{DENSE, LinearStorage, StoredAs, packed_markers};
 use crate::positional_file::read_bounded;
-use crate::safetensors_file::wrong_shape;
-use crate::tensor_set::TensorSet;
+use crate::safetensors_file::{SafetensorsFile, StoredTensor, wrong_shape};
+use crate::tensor_set::{TensorSet, missing_tensor};
 use crate::{LinearTensors, QuantizationConfig, TensorInfo, read_adapter};
 
 /// Largest `config.json` that is read.
@@ -18,17 +19,31 @@ const CONFIG_LIMIT: u64 = 16_000_000;
 /// Largest `tokenizer.json` that is read; those of 250k tokens have about 35 MB.
 const TOKENIZER_LIMIT: u64 = 500_000_000;
 
-/// A folder in Hugging Face layout, opened: `config.json` and the headers of its safetensors files are read and
-/// checked, weights are read when they are asked for. Cheap to clone; may be read by many threads at once.
+/// A folder in Hugging Face layout, or a GGUF file, opened: `config.json` and the headers of its safetensors files are
+/// read and checked, weights are read when they are asked for. Cheap to clone; may be read by many threads at once.
+///
+/// A GGUF file shows itself under the names of Hugging Face, so that callers need not know.
 #[derive(Clone, Debug)]
 pub struct Checkpoint(Arc<Opened>);
 
 #[derive(Debug)]
 struct Opened {
     path: PathBuf,
-    config: Map<String, Value>,
-    storage: LinearStorage,
-    tensors: TensorSet,
+    weights: Weights,
+}
+
+/// Where the weights lie.
+#[derive(Debug)]
+enum Weights {
+    /// In the safetensors files of a folder.
+    Folder {
+        /// `config.json`.
+        config: Map<String, Value>,
+        storage: LinearStorage,
+        tensors: TensorSet,
+    },
+    /// In a GGUF file.
+    Gguf(GgufTensors),
 }
 
 impl Checkpoint {
@@ -37,61 +52,115 @@ impl Checkpoint {
     /// Where `config.json` says how weights are quantized; the second name is that of old files.
     pub(crate) const QUANTIZATION_FIELDS: [&'static str; 2] = ["quantization_config", "compression_config"];
 
-    /// Opens a folder.
+    /// Opens a folder, or a GGUF file; a folder without safetensors and with exactly one GGUF file is that file.
     ///
     /// # Errors
     /// `ERR_CHECKPOINT_NOT_FOUND` without folder or weights, `ERR_CONFIG_INVALID`, `ERR_QUANTIZATION_UNSUPPORTED`, and
     /// `ERR_CHECKPOINT_SHARD_MISSING`, `ERR_CHECKPOINT_TENSOR_MISSING`, `ERR_CHECKPOINT_CORRUPT` for what is wrong
-    /// with the weights.
+    /// with the weights; those of [`crate::gguf::GgufFile::open`].
     pub fn open(path: &Path) -> Result<Checkpoint> {
-        let folder = fs::metadata(path).map_err(|error| {
+        let entry = fs::metadata(path).map_err(|error| {
             Error::io(ErrorCode::CheckpointNotFound, path, &error).hint("Give the path of a checkpoint folder")
         })?;
-        if !folder.is_dir() {
-            return Err(Error::new(ErrorCode::CheckpointNotFound, "the path is not a folder")
+        let file = if entry.is_dir() {
+            let lacks_weights = !TensorSet::is_in(path);
+            if lacks_weights { only_file_of(path)? } else { None }
+        } else if is_gguf(path) {
+            Some(path.to_path_buf())
+        } else {
+            return Err(Error::new(ErrorCode::CheckpointNotFound, "the path is neither a folder nor a GGUF file")
                 .subject(path.display())
                 .hint("Give the folder that holds config.json and the weights, not a file in it"));
-        }
-        let config = Self::read_config(&path.join("config.json"))?;
-        let tensors = TensorSet::open(path)?;
-        let storage = LinearStorage::discover(path, &config, &tensors)?;
-        Ok(Checkpoint(Arc::new(Opened { path: path.to_path_buf(), config, storage, tensors })))
+        };
+        let weights = if let Some(file) = file {
+            Weights::Gguf(GgufTensors::open(&file)?)
+        } else {
+            let config = Self::read_config(&path.join("config.json"))?;
+            let tensors = TensorSet::open(path)?;
+            let storage = LinearStorage::discover(path, &config, &tensors)?;
+            Weights::Folder { config, storage, tensors }
+        };
+        Ok(Checkpoint(Arc::new(Opened { path: path.to_path_buf(), weights })))
     }
 
-    /// The folder.
+    /// The folder, or the file, that was opened.
     pub fn path(&self) -> &Path {
         &self.0.path
     }
 
-    /// `config.json`.
+    /// `config.json`, or what it would say.
     pub fn config(&self) -> &Map<String, Value> {
-        &self.0.config
+        match &self.0.weights {
+            Weights::Folder { config, .. } => config,
+            Weights::Gguf(tensors) => tensors.config(),
+        }
     }
 
-    /// How weights are quantized to integers, if they are. Weights of 8-bit floats are not.
+    /// The files that the configuration and the weights are read from.
+    pub fn files(&self) -> Vec<PathBuf> {
+        let mut files: Vec<PathBuf> = self.tensors().map(|tensor| tensor.file.clone()).collect();
+        if let Weights::Folder { .. } = self.0.weights {
+            files.push(self.path().join("config.json"));
+        }
+        files.sort();
+        files.dedup();
+        files
+    }
+
+    /// How weights are quantized to integers, if one scheme of a Hugging Face checkpoint says so. Weights of 8-bit
+    /// floats are not, and those of GGUF files have a type each: [`Checkpoint::block_type`].
     pub fn quantization(&self) -> Option<&QuantizationConfig> {
-        self.0.storage.quantization()
+        match &self.0.weights {
+            Weights::Folder { storage, .. } => storage.quantization(),
+            Weights::Gguf(_) => None,
+        }
+    }
+
+    /// The type with codes that most weights of a GGUF file have; `None` when it holds floats, and for folders.
+    pub fn block_type(&self) -> Option<&'static GgufType> {
+        match &self.0.weights {
+            Weights::Folder { .. } => None,
+            Weights::Gguf(tensors) => tensors.main_type(),
+        }
+    }
+
+    /// Whether matrices that the architecture keeps as `[in, out]` are stored as `[out, in]` like all others.
+    pub fn rows_are_outputs(&self) -> bool {
+        matches!(self.0.weights, Weights::Gguf(_))
     }
 
     /// What the folder says wrongly and was read otherwise, as sentences for the user.
     pub fn notices(&self) -> &[String] {
-        self.0.storage.notices()
+        match &self.0.weights {
+            Weights::Folder { storage, .. } => storage.notices(),
+            Weights::Gguf(_) => &[],
+        }
     }
 
     /// The strings that the safetensors files carry beside their tensors. Some writers name tied tensors here
     /// (`model.embed_tokens.weight` → `lm_head.weight`); such aliases are not resolved.
     pub fn metadata(&self) -> &BTreeMap<String, String> {
-        self.0.tensors.metadata()
+        static NONE: BTreeMap<String, String> = BTreeMap::new();
+        match &self.0.weights {
+            Weights::Folder { tensors, .. } => tensors.metadata(),
+            Weights::Gguf(_) => &NONE,
+        }
     }
 
     /// Every tensor, in name order.
-    pub fn tensors(&self) -> impl Iterator<Item = &TensorInfo> {
-        self.0.tensors.iter()
+    pub fn tensors(&self) -> Box<dyn Iterator<Item = &TensorInfo> + '_> {
+        match &self.0.weights {
+            Weights::Folder { tensors, .. } => Box::new(tensors.iter()),
+            Weights::Gguf(tensors) => Box::new(tensors.iter()),
+        }
     }
 
     /// The tensor of that name.
     pub fn tensor(&self, name: &str) -> Option<&TensorInfo> {
-        self.0.tensors.get(name)
+        match &self.0.weights {
+            Weights::Folder { tensors, .. } => tensors.get(name),
+            Weights::Gguf(tensors) => tensors.get(name),
+        }
     }
 
     /// Whether the Linear `name` is stored, in whatever form.
@@ -99,27 +168,42 @@ impl Checkpoint {
         packed_markers().chain([DENSE]).any(|suffix| self.tensor(&format!("{name}.{suffix}")).is_some())
     }
 
-    /// The names of the Linears that are quantized to codes, in order.
+    /// The names of the Linears that are quantized to codes, in order; of a GGUF file the embedding may be among them.
     pub fn quantized_linears(&self) -> Vec<String> {
-        let Some(config) = self.quantization() else { return Vec::new() };
-        let marker = format!(".{}", config.format.marker());
-        let names = self.tensors().filter_map(|tensor| tensor.name.strip_suffix(&marker));
-        let is_quantized = |name: &&str| matches!(self.0.storage.of(name, &self.0.tensors), Ok(StoredAs::Quantized(_)));
-        names.filter(is_quantized).map(str::to_owned).collect()
+        let (marker, is_quantized): (_, Box<dyn Fn(&str) -> bool>) = match &self.0.weights {
+            Weights::Folder { storage, tensors, .. } => {
+                let Some(config) = storage.quantization() else { return Vec::new() };
+                let quantized = |name: &str| matches!(storage.of(name, tensors), Ok(StoredAs::Quantized(_)));
+                (config.format.marker(), Box::new(quantized))
+            }
+            Weights::Gguf(tensors) => (DENSE, Box::new(|name| tensors.has_codes(&format!("{name}.{DENSE}")))),
+        };
+        let suffix = format!(".{marker}");
+        let names = self.tensors().filter_map(|tensor| tensor.name.strip_suffix(&suffix));
+        names.filter(|name| is_quantized(name)).map(str::to_owned).collect()
     }
 
     /// The tensors that the Linear `name` consists of, without its bias.
-    pub fn parts_of(&self, name: &str) -> impl Iterator<Item = &TensorInfo> {
-        self.0.tensors.below(format!("{name}.")).filter(|tensor| !tensor.name.ends_with(".bias"))
+    pub fn parts_of(&self, name: &str) -> Box<dyn Iterator<Item = &TensorInfo> + '_> {
+        let prefix = format!("{name}.");
+        let weighs = |tensor: &&TensorInfo| !tensor.name.ends_with(".bias");
+        match &self.0.weights {
+            Weights::Folder { tensors, .. } => Box::new(tensors.below(prefix).filter(weighs)),
+            Weights::Gguf(tensors) => Box::new(tensors.below(prefix).filter(weighs)),
+        }
     }
 
-    /// A matrix `[rows, columns]` of f32, f16 or bf16, all of it finite.
+    /// A matrix `[rows, columns]` of f32, f16 or bf16, all of it finite. That of a GGUF file may have been stored in
+    /// codes; it comes as f32 then.
     ///
     /// # Errors
     /// `ERR_CHECKPOINT_TENSOR_MISSING`, `ERR_CHECKPOINT_DTYPE`, `ERR_CHECKPOINT_SHAPE`, and
     /// `ERR_CHECKPOINT_NOT_FINITE` with tensor, row and column.
     pub fn dense(&self, name: &str) -> Result<DenseMatrix> {
-        self.0.tensors.matrix(name)
+        match &self.0.weights {
+            Weights::Folder { tensors, .. } => tensors.matrix(name),
+            Weights::Gguf(tensors) => tensors.dense(name),
+        }
     }
 
     /// A vector of f32, f16 or bf16 as f32, all of it finite.
@@ -127,7 +211,10 @@ impl Checkpoint {
     /// # Errors
     /// As [`Checkpoint::dense`].
     pub fn vector(&self, name: &str) -> Result<Vec<f32>> {
-        self.0.tensors.vector(name)
+        match &self.0.weights {
+            Weights::Folder { tensors, .. } => tensors.vector(name),
+            Weights::Gguf(tensors) => tensors.vector(name),
+        }
     }
 
     /// The Linear `name`, e.g. `model.layers.0.mlp.up_proj`: its quantized tensors or `NAME.weight`, and `NAME.bias`
@@ -138,8 +225,12 @@ impl Checkpoint {
     /// As [`Checkpoint::dense`]; `ERR_QUANTIZATION_UNSUPPORTED` when the tensors are of another layout,
     /// `ERR_CHECKPOINT_CORRUPT` when they contradict each other or `config.json`.
     pub fn linear(&self, name: &str) -> Result<LinearWeight> {
-        let tensors = LinearTensors::new(name, &self.0.tensors);
-        let matrix = match self.0.storage.of(name, &self.0.tensors)? {
+        let (storage, set) = match &self.0.weights {
+            Weights::Folder { storage, tensors, .. } => (storage, tensors),
+            Weights::Gguf(tensors) => return tensors.linear(name),
+        };
+        let tensors = LinearTensors::new(name, set);
+        let matrix = match storage.of(name, set)? {
             StoredAs::Quantized(config) => {
                 WeightMatrix::Quantized(config.format.decode(&config.of_linear(name), &tensors)?)
             }
@@ -162,28 +253,78 @@ impl Checkpoint {
     /// # Errors
     /// As [`Checkpoint::linear`].
     pub fn linear_shape(&self, name: &str) -> Result<(usize, usize)> {
-        if let StoredAs::Quantized(config) = self.0.storage.of(name, &self.0.tensors)? {
-            return config.format.shape(&config.of_linear(name), &LinearTensors::new(name, &self.0.tensors));
+        if let Weights::Folder { storage, tensors, .. } = &self.0.weights
+            && let StoredAs::Quantized(config) = storage.of(name, tensors)?
+        {
+            return config.format.shape(&config.of_linear(name), &LinearTensors::new(name, tensors));
         }
         let weight = format!("{name}.{DENSE}");
-        let (_, stored) = self.0.tensors.require(&weight)?;
-        match *stored.shape.as_slice() {
+        let shape = match &self.0.weights {
+            Weights::Folder { tensors, .. } => &tensors.require(&weight)?.1.shape,
+            Weights::Gguf(tensors) => &tensors.require(&weight)?.shape,
+        };
+        match *shape.as_slice() {
             [rows, columns] => Ok((rows, columns)),
-            _ => Err(wrong_shape(&weight, &stored.shape, "[rows, columns]")),
+            _ => Err(wrong_shape(&weight, shape, "[rows, columns]")),
         }
     }
 
-    /// The bytes of `tokenizer.json`.
+    /// What errors about the tokenizer name: the path of `tokenizer.json`, or of the GGUF file.
+    pub fn tokenizer_name(&self) -> String {
+        match &self.0.weights {
+            Weights::Folder { .. } => self.path().join("tokenizer.json").display().to_string(),
+            Weights::Gguf(_) => self.path().display().to_string(),
+        }
+    }
+
+    /// The bytes of `tokenizer.json`, or of one that says the same as the vocabulary of a GGUF file.
     ///
     /// # Errors
     /// `ERR_TOKENIZER_INVALID` when it is missing or cannot be read.
     pub fn tokenizer_json(&self) -> Result<Vec<u8>> {
+        if let Weights::Gguf(tensors) = &self.0.weights {
+            return Ok(tokenizer_of(tensors.metadata())?.to_string().into_bytes());
+        }
         let path = self.path().join("tokenizer.json");
         read_bounded(&path, TOKENIZER_LIMIT).map_err(|error| {
             Error::new(ErrorCode::TokenizerInvalid, format!("tokenizer.json cannot be read: {error}"))
                 .subject(path.display())
                 .hint("Copy tokenizer.json of the model into the folder; other tokenizer files are not read")
         })
+    }
+
+    /// The template that turns a conversation into text, where there is one: `chat_template.jinja`, else the field of
+    /// `tokenizer_config.json`, or what a GGUF file carries.
+    ///
+    /// # Errors
+    /// `ERR_TOKENIZER_INVALID` for a file that cannot be read.
+    pub fn chat_template(&self) -> Result<Option<String>> {
+        let invalid = |path: &Path, message: String| {
+            Error::new(ErrorCode::TokenizerInvalid, message)
+                .subject(path.display())
+                .hint("The file is damaged; download it again")
+        };
+        if let Weights::Gguf(tensors) = &self.0.weights {
+            return chat_template_of(tensors.metadata());
+        }
+        let own = self.path().join("chat_template.jinja");
+        if own.exists() {
+            let bytes = read_bounded(&own, CONFIG_LIMIT).map_err(|error| invalid(&own, error.to_string()))?;
+            return String::from_utf8(bytes).map(Some).map_err(|error| invalid(&own, error.to_string()));
+        }
+        let path = self.path().join("tokenizer_config.json");
+        if !path.exists() {
+            return Ok(None);
+        }
+        let config = Self::read_config(&path).map_err(|error| invalid(&path, error.message))?;
+        let template = match config.get("chat_template") {
+            // Several under names: the one without a purpose of its own is called default.
+            Some(Value::Array(list)) => {
+                list.iter().find(|entry| entry["name"] == "default").and_then(|entry| entry["template"].as_str())
+            }
+            other => other.and_then(Value::as_str),
+        };
+        Ok(template.map(str::to_owned))
     }
 
     /// The compensation that lies in the folder `eora/`, if there is one, checked against the Linears.
@@ -213,9 +354,20 @@ impl Checkpoint {
         Ok(Some(adapter))
     }
 
-    /// The tensors, for the writer that copies them.
-    pub(crate) fn tensor_set(&self) -> &TensorSet {
-        &self.0.tensors
+    /// File and place of a tensor in safetensors, for the writer that copies it.
+    pub(crate) fn stored(&self, name: &str) -> Result<(&SafetensorsFile, &StoredTensor)> {
+        match &self.0.weights {
+            Weights::Folder { tensors, .. } => tensors.require(name),
+            Weights::Gguf(_) => Err(missing_tensor(name)),
+        }
+    }
+
+    /// The GGUF file.
+    pub(crate) fn gguf(&self) -> Option<&GgufTensors> {
+        match &self.0.weights {
+            Weights::Folder { .. } => None,
+            Weights::Gguf(tensors) => Some(tensors),
+        }
     }
 
     /// Reads `config.json`, or another file of its kind.

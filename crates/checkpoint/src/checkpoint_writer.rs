@@ -12,10 +12,10 @@ use serde_json::{Map, Value};
 use crate::float8_scaling::Float8Scaling;
 use crate::positional_file::PositionalFile;
 use crate::safetensors_writer::{
-    SafetensorsWriter, TensorHeader, file_order, float_bytes, float_dtype, unwritable, write_synced,
+    SafetensorsWriter, TensorHeader, file_order, float_bytes, float_dtype, floats_of, unwritable, write_synced,
 };
 use crate::shard_index::ShardIndex;
-use crate::tensor_set::TensorSet;
+use crate::tensor_set::{TensorSet, missing_tensor};
 use crate::{Checkpoint, LinearFormat, MatrixForm, PackQuantized, QuantizationConfig, Scheme, write_adapter};
 
 /// Files beside the weights that other programs need to use the model, taken over as they are.
@@ -59,6 +59,8 @@ pub struct CheckpointWriter {
     /// The matrices written so far, each with the index of its part.
     linears: BTreeMap<String, (Scheme, usize)>,
     shard_bytes: u64,
+    /// The type that `config.json` will name; `None` for that of the source.
+    element_type: Option<ElementType>,
 }
 
 /// What a finished unit put into its part file: all that a later run needs to go on behind it.
@@ -148,6 +150,7 @@ impl CheckpointWriter {
             parts: Vec::new(),
             linears: BTreeMap::new(),
             shard_bytes: SHARD_BYTES,
+            element_type: None,
         }
     }
 
@@ -161,6 +164,13 @@ impl CheckpointWriter {
     #[must_use]
     pub fn shard_bytes(mut self, bytes: u64) -> Self {
         self.shard_bytes = bytes;
+        self
+    }
+
+    /// Lets `config.json` name this type of the weights instead of that of the source.
+    #[must_use]
+    pub fn element_type(mut self, element_type: Option<ElementType>) -> Self {
+        self.element_type = element_type;
         self
     }
 
@@ -220,7 +230,13 @@ impl CheckpointWriter {
     /// `ERR_OUTPUT_UNWRITABLE`; `ERR_INTERNAL` when the tensor was written before.
     pub fn copy(&mut self, tensor: &str) -> Result<u64> {
         let source = self.source.clone();
-        let (file, stored) = source.tensor_set().require(tensor)?;
+        if let Some(gguf) = source.gguf() {
+            let (kind, shape, bytes) = gguf.plain(tensor)?;
+            self.begin_tensor(tensor, float_dtype(kind), shape, bytes.len() as u64)?;
+            self.append(&bytes)?;
+            return Ok(bytes.len() as u64);
+        }
+        let (file, stored) = source.stored(tensor)?;
         if stored.dtype == Dtype::F8_E4M3 {
             return Err(Float8Scaling::refuse_copy(tensor));
         }
@@ -243,19 +259,19 @@ impl CheckpointWriter {
     /// for another number of values, `ERR_OUTPUT_UNWRITABLE`; `ERR_INTERNAL` when the tensor was written before.
     pub fn rewrite(&mut self, tensor: &str, values: &[f32]) -> Result<u64> {
         let source = self.source.clone();
-        let (_, stored) = source.tensor_set().require(tensor)?;
+        let stored = source.tensor(tensor).ok_or_else(|| missing_tensor(tensor))?;
         let shape = stored.shape.clone();
         if shape.iter().product::<usize>() != values.len() {
             let message = format!("{} values for a tensor of shape {shape:?}", values.len());
             return Err(Error::new(ErrorCode::ShapeMismatch, message).subject(tensor));
         }
         let kinds = [ElementType::F32, ElementType::F16, ElementType::Bf16];
-        let Some(kind) = kinds.into_iter().find(|&kind| float_dtype(kind) == stored.dtype) else {
+        let Some(kind) = kinds.into_iter().find(|&kind| float_dtype(kind).to_string() == stored.dtype) else {
             let message = format!("the tensor has type {}, expected floats", stored.dtype);
             return Err(Error::new(ErrorCode::CheckpointDtype, message).subject(tensor));
         };
         let bytes = float_bytes(values, kind);
-        self.begin_tensor(tensor, stored.dtype, shape, bytes.len() as u64)?;
+        self.begin_tensor(tensor, float_dtype(kind), shape, bytes.len() as u64)?;
         self.append(&bytes)?;
         Ok(bytes.len() as u64)
     }
@@ -275,6 +291,45 @@ impl CheckpointWriter {
         self.begin_tensor(tensor, float_dtype(element), shape.to_vec(), bytes.len() as u64)?;
         self.append(&bytes)?;
         Ok(bytes.len() as u64)
+    }
+
+    /// Writes a float tensor of the source in another type, or its own, with `change` applied to bands of its rows: it
+    /// gets the number of the first row and the values of some rows as f32, which are rounded once. Memory is taken for
+    /// a band at a time. Gives its bytes.
+    ///
+    /// # Errors
+    /// `ERR_CHECKPOINT_TENSOR_MISSING`, `ERR_CHECKPOINT_DTYPE` for a tensor that is not of floats,
+    /// `ERR_OUTPUT_UNWRITABLE`, and what `change` reports; `ERR_INTERNAL` when the tensor was written before.
+    pub fn transform(
+        &mut self,
+        tensor: &str,
+        element_type: Option<ElementType>,
+        mut change: impl FnMut(usize, &mut [f32]) -> Result<()>,
+    ) -> Result<u64> {
+        let source = self.source.clone();
+        let (file, stored) = source.stored(tensor)?;
+        let Some(from) = ElementType::ALL.into_iter().find(|&kind| float_dtype(kind) == stored.dtype) else {
+            let message = format!("the tensor has type {}, expected floats", stored.dtype);
+            return Err(Error::new(ErrorCode::CheckpointDtype, message)
+                .subject(tensor)
+                .hint("Start from the unquantized checkpoint"));
+        };
+        let to = element_type.unwrap_or(from);
+        let width = from.bits() / 8;
+        let values = stored.bytes as usize / width;
+        let row = stored.shape.iter().skip(1).product::<usize>().max(1);
+        let bytes = (values * to.bits() / 8) as u64;
+        self.begin_tensor(tensor, float_dtype(to), stored.shape.clone(), bytes)?;
+        let band = (COPY_BUFFER / (row * width)).max(1) * row;
+        for start in (0..values).step_by(band) {
+            let count = band.min(values - start);
+            let mut raw = vec![0; count * width];
+            file.read_part(stored, (start * width) as u64, &mut raw)?;
+            let mut part = floats_of(&raw, from);
+            change(start / row, &mut part)?;
+            self.append(&float_bytes(&part, to))?;
+        }
+        Ok(bytes)
     }
 
     /// Closes the part file of a unit: what was written until now is on the disk. Gives what it holds, `None` when
@@ -327,8 +382,24 @@ impl CheckpointWriter {
     /// `ERR_OUTPUT_UNWRITABLE`; `ERR_QUANTIZATION_UNSUPPORTED` when `quantization` does not describe every matrix that
     /// was written, or cannot be said in its format.
     pub fn seal(&mut self, quantization: &QuantizationConfig) -> Result<u64> {
+        self.seal_as(Some(quantization))
+    }
+
+    /// As [`CheckpointWriter::seal`], for a checkpoint without a quantized Linear.
+    ///
+    /// # Errors
+    /// `ERR_OUTPUT_UNWRITABLE`; `ERR_INTERNAL` when a quantized Linear was written.
+    pub fn seal_plain(&mut self) -> Result<u64> {
+        self.seal_as(None)
+    }
+
+    fn seal_as(&mut self, quantization: Option<&QuantizationConfig>) -> Result<u64> {
         self.end_unit()?;
-        self.check_schemes(quantization)?;
+        match quantization {
+            Some(quantization) => self.check_schemes(quantization)?,
+            None if self.linears.is_empty() => {}
+            None => return Err(Error::new(ErrorCode::Internal, "a quantized Linear needs a configuration")),
+        }
         self.merge_parts()?;
         self.copy_companions()?;
 
@@ -336,7 +407,19 @@ impl CheckpointWriter {
         for field in Checkpoint::QUANTIZATION_FIELDS {
             config.shift_remove(field);
         }
-        if !self.linears.is_empty() {
+        if let Some(element_type) = self.element_type {
+            let name = match element_type {
+                ElementType::F32 => "float32",
+                ElementType::F16 => "float16",
+                ElementType::Bf16 => "bfloat16",
+            };
+            for field in ["torch_dtype", "dtype"] {
+                if let Some(value) = config.get_mut(field) {
+                    *value = name.into();
+                }
+            }
+        }
+        if let Some(quantization) = quantization.filter(|_| !self.linears.is_empty()) {
             config.insert(Checkpoint::QUANTIZATION_FIELDS[0].into(), quantization.to_json()?);
         }
         write_json(&self.folder().join("config.json"), config)?;
@@ -477,9 +560,19 @@ impl CheckpointWriter {
         shards
     }
 
-    /// The model card of the source describes the source: it is kept under another name.
+    /// The model card of the source describes the source: it is kept under another name. A GGUF file carries its
+    /// tokenizer and template inside.
     fn copy_companions(&self) -> Result<()> {
         let folder = self.source.path();
+        if self.source.gguf().is_some() {
+            write_synced(&self.folder().join("tokenizer.json"), &self.source.tokenizer_json()?)?;
+            if let Some(template) = self.source.chat_template()? {
+                write_synced(&self.folder().join("chat_template.jinja"), template.as_bytes())?;
+            }
+            if !folder.is_dir() {
+                return Ok(());
+            }
+        }
         let unreadable = |error: std::io::Error| {
             Error::io(ErrorCode::Io, folder, &error).hint("Check that the source folder may be read")
         };

@@ -7,11 +7,15 @@
 #[cfg(target_endian = "big")]
 compile_error!("safetensors is little-endian and tensors are read in place; a big-endian target needs byte swaps");
 
+mod adapter_folder;
+mod adapter_writer;
+mod byte_source;
 mod checkpoint;
 mod checkpoint_writer;
 mod config_fields;
 mod float8_scaling;
 mod formats;
+pub mod gguf;
 mod linear_format;
 mod linear_storage;
 mod linear_tensors;
@@ -27,7 +31,12 @@ mod scheme;
 mod shard_index;
 mod tensor_file;
 mod tensor_set;
+mod torch_archive;
+mod torch_pickle;
 
+pub use adapter_folder::{AdapterFolder, AdapterModule, ModuleKind};
+pub use adapter_writer::{AdapterDescription, AdapterWriter, MergedModule};
+pub use byte_source::ByteSource;
 pub use checkpoint::Checkpoint;
 pub use checkpoint_writer::{CheckpointWriter, UnitRecord};
 pub use formats::{Awq, BitsAndBytes, Float4, Gptq, IntQuantized, PackQuantized};

@@ -12,7 +12,6 @@ const CONFIG_LIMIT: u64 = 16_000_000;
 
 /// Fields that change what the factors mean; an adapter that uses one is refused. Empty, false and null are fine.
 const VARIANTS: &[(&str, &str)] = &[
-    ("fan_in_fan_out", "factors of transposed weights (Conv1D)"),
     ("use_dora", "DoRA magnitudes"),
     ("use_qalora", "QALoRA"),
     ("use_bdlora", "block-diagonal LoRA"),
@@ -26,6 +25,7 @@ const VARIANTS: &[(&str, &str)] = &[
     ("kasa_config", "KaSA"),
     ("monteclora_config", "MonteCLoRA"),
     ("megatron_config", "Megatron layers"),
+    ("velora_config", "VeLoRA"),
 ];
 
 /// Initialisations that change the weights of the base model, without which the factors are meaningless.
@@ -43,6 +43,11 @@ pub(crate) struct PeftConfig {
     rank_pattern: Vec<(ModulePattern, usize)>,
     alpha_pattern: Vec<(ModulePattern, f64)>,
     pub(crate) base_model: Option<String>,
+    pub(crate) task_type: Option<String>,
+    /// The base keeps the adapted weights as `[in, out]`. The factors have the same orientation all the same.
+    pub(crate) fan_in_fan_out: bool,
+    /// `target_modules` is a list of last parts of paths, and no layers are left out.
+    pub(crate) targets_by_suffix: bool,
 }
 
 impl PeftConfig {
@@ -102,11 +107,10 @@ impl PeftConfig {
             rank_stabilized,
             rank_pattern: patterns(config, "rank_pattern", as_rank)?,
             alpha_pattern: patterns(config, "alpha_pattern", as_alpha)?,
-            base_model: config
-                .get("base_model_name_or_path")
-                .and_then(Value::as_str)
-                .filter(|name| !name.is_empty())
-                .map(str::to_string),
+            base_model: text(config, "base_model_name_or_path"),
+            task_type: text(config, "task_type"),
+            fan_in_fan_out: config.get("fan_in_fan_out") == Some(&Value::Bool(true)),
+            targets_by_suffix: targets_by_suffix(config),
         })
     }
 
@@ -116,10 +120,10 @@ impl PeftConfig {
     }
 
     /// What B·A is multiplied with.
-    pub(crate) fn scaling(&self, module: &str) -> f32 {
+    pub(crate) fn scaling(&self, module: &str) -> f64 {
         let alpha = first_match(&self.alpha_pattern, module).unwrap_or(self.alpha);
         let rank = self.rank(module) as f64;
-        (if self.rank_stabilized { alpha / rank.sqrt() } else { alpha / rank }) as f32
+        if self.rank_stabilized { alpha / rank.sqrt() } else { alpha / rank }
     }
 
     /// `adapter_config.json` for `adapter`.
@@ -168,6 +172,17 @@ impl PeftConfig {
             "alpha_pattern": alphas,
         })
     }
+}
+
+fn text(config: &Map<String, Value>, field: &str) -> Option<String> {
+    config.get(field).and_then(Value::as_str).filter(|text| !text.is_empty()).map(str::to_string)
+}
+
+fn targets_by_suffix(config: &Map<String, Value>) -> bool {
+    let suffixes = config.get("target_modules").and_then(Value::as_array).is_some_and(|targets| {
+        targets.iter().all(|target| target.as_str().is_some_and(|target| !target.contains('.')))
+    });
+    suffixes && !["layers_to_transform", "exclude_modules"].iter().any(|field| config.get(*field).is_some_and(is_set))
 }
 
 fn patterns<T>(

@@ -3,6 +3,7 @@ use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
+use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use kintsugi_runtime::{Error, ErrorCode, Result};
 use kintsugi_weights::ElementType;
@@ -62,6 +63,11 @@ impl SafetensorsWriter {
         let output = write().map_err(|error| unwritable(path, &error))?;
         let total = 8 + header.len() as u64 + end;
         Ok(SafetensorsWriter { output, path: path.to_path_buf(), temporary, left: end, total })
+    }
+
+    /// Bytes of the whole file.
+    pub(crate) fn total(&self) -> u64 {
+        self.total
     }
 
     /// Appends bytes of the tensors.
@@ -135,8 +141,28 @@ pub(crate) fn float_dtype(element_type: ElementType) -> Dtype {
 pub(crate) fn float_bytes(values: &[f32], element_type: ElementType) -> Vec<u8> {
     match element_type {
         ElementType::F32 => bytemuck::cast_slice(values).to_vec(),
-        ElementType::F16 => values.iter().flat_map(|&value| f16::from_f32(value).to_le_bytes()).collect(),
-        ElementType::Bf16 => values.iter().flat_map(|&value| bf16::from_f32(value).to_le_bytes()).collect(),
+        ElementType::F16 => {
+            let mut narrow = vec![f16::ZERO; values.len()];
+            narrow.convert_from_f32_slice(values);
+            bytemuck::cast_slice(&narrow).to_vec()
+        }
+        ElementType::Bf16 => {
+            let mut narrow = vec![bf16::ZERO; values.len()];
+            narrow.convert_from_f32_slice(values);
+            bytemuck::cast_slice(&narrow).to_vec()
+        }
+    }
+}
+
+/// Little-endian bytes of `element_type` as f32.
+pub(crate) fn floats_of(bytes: &[u8], element_type: ElementType) -> Vec<f32> {
+    let halves = || bytes.chunks_exact(2).map(|pair| u16::from_le_bytes([pair[0], pair[1]]));
+    match element_type {
+        ElementType::F32 => {
+            bytes.chunks_exact(4).map(|word| f32::from_le_bytes([word[0], word[1], word[2], word[3]])).collect()
+        }
+        ElementType::F16 => halves().map(|bits| f16::from_bits(bits).to_f32()).collect(),
+        ElementType::Bf16 => halves().map(|bits| bf16::from_bits(bits).to_f32()).collect(),
     }
 }
 

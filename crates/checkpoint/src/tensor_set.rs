@@ -37,6 +37,11 @@ impl TensorSet {
     /// The name of the only file of an unsharded checkpoint.
     pub(crate) const SINGLE_FILE: &'static str = "model.safetensors";
 
+    /// Whether a folder holds safetensors under the names that [`TensorSet::open`] looks for.
+    pub(crate) fn is_in(folder: &Path) -> bool {
+        folder.join(Self::SINGLE_FILE).exists() || folder.join(ShardIndex::FILE_NAME).exists()
+    }
+
     /// Opens `model.safetensors`, else the shards that `model.safetensors.index.json` names (the order of
     /// transformers), and checks every header.
     ///
@@ -139,11 +144,7 @@ impl TensorSet {
             let file = &self.files[position];
             Some((file, file.tensor(name)?))
         });
-        found.ok_or_else(|| {
-            Error::new(ErrorCode::CheckpointTensorMissing, "the checkpoint does not hold this tensor")
-                .subject(name)
-                .hint("The folder may be incomplete or belong to another architecture than config.json says")
-        })
+        found.ok_or_else(|| missing_tensor(name))
     }
 
     /// A float tensor of two dimensions, all of it finite.
@@ -169,6 +170,13 @@ impl TensorSet {
     }
 }
 
+/// `ERR_CHECKPOINT_TENSOR_MISSING` for `name`.
+pub(crate) fn missing_tensor(name: &str) -> Error {
+    Error::new(ErrorCode::CheckpointTensorMissing, "the checkpoint does not hold this tensor")
+        .subject(name)
+        .hint("The checkpoint may be incomplete or belong to another architecture than its configuration says")
+}
+
 fn info(name: &str, stored: &StoredTensor, file: &SafetensorsFile) -> TensorInfo {
     TensorInfo {
         name: name.to_string(),
@@ -188,9 +196,6 @@ fn hint_for_other_formats(folder: &Path) -> String {
         .collect();
     if names.iter().any(|name| name.starts_with("pytorch_model") && name.contains(".bin")) {
         return "It holds pytorch_model.bin; save the model again with safe_serialization=True".into();
-    }
-    if names.iter().any(|name| name.ends_with(".gguf")) {
-        return "It holds GGUF files; download the safetensors version of this model".into();
     }
     "Give the folder of a Hugging Face checkpoint in safetensors".into()
 }

@@ -66,7 +66,7 @@ pub fn accumulate_gram(x: &[f32], sum: &mut UpperTriangle<f64>, pool: &ThreadPoo
 }
 
 /// Copies the upper triangle of a square `[n, n]` matrix over the lower one.
-fn mirror_upper_triangle(values: &mut [f64], n: usize) {
+pub(crate) fn mirror_upper_triangle(values: &mut [f64], n: usize) {
     assert_eq!(values.len(), n * n, "the matrix is [n, n]");
     for i in 1..n {
         let (above, below) = values.split_at_mut(i * n);

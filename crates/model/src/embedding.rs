@@ -1,11 +1,11 @@
 use kintsugi_runtime::{Error, ErrorCode, Result};
-use kintsugi_weights::DenseMatrix;
+use kintsugi_weights::{DenseMatrix, WeightMatrix};
 
 /// What the residual stream of a token starts with.
 #[derive(Clone, Debug)]
 pub struct Embedding {
-    /// `[vocabularySize, hiddenSize]`
-    pub tokens: DenseMatrix,
+    /// `[vocabularySize, hiddenSize]`, floats or codes.
+    pub tokens: WeightMatrix,
     /// `[contextLength, hiddenSize]`, where positions are learned.
     pub positions: Option<DenseMatrix>,
     /// What rows of tokens are multiplied with.
@@ -41,6 +41,14 @@ impl Embedding {
     /// Bytes of the matrices.
     pub fn memory_bytes(&self) -> usize {
         let bytes = |matrix: &DenseMatrix| matrix.rows() * matrix.columns() * matrix.element_type().bits() / 8;
-        bytes(&self.tokens) + self.positions.as_ref().map_or(0, bytes)
+        let tokens = match &self.tokens {
+            WeightMatrix::Dense(matrix) => bytes(matrix),
+            // In memory a code takes a byte, a scale or an offset four.
+            WeightMatrix::Quantized(matrix) => {
+                let offsets = matrix.offsets().map_or(0, <[f32]>::len);
+                matrix.codes().len() + 4 * (matrix.scales().len() + offsets)
+            }
+        };
+        tokens + self.positions.as_ref().map_or(0, bytes)
     }
 }

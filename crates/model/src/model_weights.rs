@@ -92,13 +92,12 @@ impl Embedding {
     /// `ERR_CHECKPOINT_TENSOR_MISSING`, `ERR_CHECKPOINT_SHAPE`, and what reading reports.
     pub fn read(checkpoint: &Checkpoint, spec: &DecoderSpec) -> Result<Self> {
         let expected = (spec.vocabulary_size, spec.hidden_size);
-        let embedding_name = format!("{}.weight", spec.name(spec.family.embedding));
-        let head_name = format!("{}.weight", spec.family.head);
+        let embedding_name = spec.name(spec.family.embedding);
+        let head_name = spec.family.head;
         // A tied matrix may be stored under either name.
-        let stored =
-            if spec.tied_head && checkpoint.tensor(&embedding_name).is_none() { &head_name } else { &embedding_name };
-        let tokens = checkpoint.dense(stored)?;
-        check_shape(stored, expected, (tokens.rows(), tokens.columns()))?;
+        let stored = if spec.tied_head && !checkpoint.has_linear(embedding_name) { head_name } else { embedding_name };
+        let tokens = checkpoint.linear(stored)?.matrix;
+        check_shape(&format!("{stored}.weight"), expected, (tokens.rows(), tokens.columns()))?;
         let positions = match spec.family.positions {
             PositionRule::Learned(name) => {
                 let name = format!("{}.weight", spec.name(name));
@@ -120,13 +119,13 @@ impl ModelWeights {
     /// `ERR_CHECKPOINT_TENSOR_MISSING`, `ERR_CHECKPOINT_SHAPE`, and what reading reports.
     pub fn read(checkpoint: &Checkpoint, spec: &DecoderSpec) -> Result<Self> {
         let expected = (spec.vocabulary_size, spec.hidden_size);
-        let head_name = format!("{}.weight", spec.family.head);
+        let head_name = spec.family.head;
         let embedding = Embedding::read(checkpoint, spec)?;
         let head = if spec.tied_head {
             None
         } else {
-            let head = checkpoint.linear(spec.family.head)?;
-            check_shape(&head_name, expected, (head.matrix.rows(), head.matrix.columns()))?;
+            let head = checkpoint.linear(head_name)?;
+            check_shape(&format!("{head_name}.weight"), expected, (head.matrix.rows(), head.matrix.columns()))?;
             Some(head)
         };
         let final_norm = read_norm(checkpoint, spec, spec.name(spec.family.final_norm), spec.hidden_size)?;
@@ -135,7 +134,7 @@ impl ModelWeights {
 
     /// The head as a Linear.
     pub fn head(&self) -> LinearWeight {
-        let tied = || LinearWeight::plain(WeightMatrix::Dense(self.embedding.tokens.clone()));
+        let tied = || LinearWeight::plain(self.embedding.tokens.clone());
         self.head.clone().unwrap_or_else(tied)
     }
 }
@@ -145,7 +144,7 @@ impl ModelWeights {
 /// # Errors
 /// `ERR_TOKENIZER_INVALID`.
 pub fn read_tokenizer(checkpoint: &Checkpoint, spec: &DecoderSpec) -> Result<Tokenizer> {
-    let subject = checkpoint.path().join("tokenizer.json").display().to_string();
+    let subject = checkpoint.tokenizer_name();
     let tokenizer = Tokenizer::from_json(&checkpoint.tokenizer_json()?, &subject)?;
     let (known, rows) = (tokenizer.vocabulary_size(), spec.vocabulary_size);
     if known > rows {
@@ -225,7 +224,7 @@ fn read_linear(checkpoint: &Checkpoint, spec: &DecoderSpec, block: usize, linear
 /// The Linear as `[out, in]`. Compressed ones are never stored otherwise.
 fn stored_linear(checkpoint: &Checkpoint, spec: &DecoderSpec, name: &str) -> Result<LinearWeight> {
     let plain = format!("{name}.weight");
-    if !spec.family.transposed || checkpoint.tensor(&plain).is_none() {
+    if !spec.family.transposed || checkpoint.rows_are_outputs() || checkpoint.tensor(&plain).is_none() {
         return checkpoint.linear(name);
     }
     let matrix = checkpoint.dense(&plain)?.transposed();

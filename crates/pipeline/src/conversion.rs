@@ -2,8 +2,10 @@ use std::collections::HashSet;
 use std::path::PathBuf;
 use std::time::Instant;
 
+use kintsugi_checkpoint::gguf::{GGUF_TYPES, GgufPlan, GgufType, write_gguf};
 use kintsugi_checkpoint::{Checkpoint, CheckpointWriter, CodeGrid, FORMATS, LinearFormat, MatrixForm, linear_format};
 use kintsugi_compress::{Clip, QuantizeOptions, linear_method};
+use kintsugi_model::DecoderSpec;
 use kintsugi_runtime::{CancelToken, Error, ErrorCode, Progress, Result, ThreadPool, nearest};
 use kintsugi_weights::{CODE_BITS, DenseMatrix, ElementType, GroupAxis, GroupSize, QuantizedMatrix, WeightMatrix};
 use serde::Serialize;
@@ -16,11 +18,11 @@ const GROUP_SIZES: [GroupSize; 4] =
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ConvertRecipe {
-    /// Folder of the checkpoint.
+    /// Folder of the checkpoint, or a GGUF file.
     pub source: PathBuf,
-    /// Folder that is written.
+    /// Folder that is written, or GGUF file.
     pub out: PathBuf,
-    /// Name of a format of quantized Linears, or of a float type that they are widened to.
+    /// Name of a format of quantized Linears, of a float type that they are widened to, or `gguf:` and a type of GGUF.
     pub format: String,
     /// Round Linears anew whose grid the format does not hold.
     pub allow_requantize: bool,
@@ -75,7 +77,11 @@ pub struct ConvertedLinear {
 enum Target {
     Quantized(&'static dyn LinearFormat),
     Dense(ElementType),
+    Gguf(&'static GgufType),
 }
+
+/// What stands before the name of a type of GGUF.
+const GGUF: &str = "gguf:";
 
 impl Target {
     /// # Errors
@@ -84,13 +90,19 @@ impl Target {
         if let Some(element) = ElementType::from_name(name) {
             return Ok(Target::Dense(element));
         }
+        if let Some(name) = name.strip_prefix(GGUF) {
+            return Ok(Target::Gguf(GgufType::written(name)?));
+        }
         linear_format(name).map(Target::Quantized).map_err(|error| {
-            let names: Vec<&str> = FORMATS
+            let names: Vec<String> = FORMATS
                 .iter()
-                .map(|format| format.name())
-                .chain(ElementType::ALL.into_iter().map(ElementType::name))
+                .map(|format| format.name().to_owned())
+                .chain(ElementType::ALL.into_iter().map(|element| element.name().to_owned()))
+                .chain(
+                    GGUF_TYPES.iter().filter(|known| known.is_written()).map(|known| format!("{GGUF}{}", known.name)),
+                )
                 .collect();
-            let closest = nearest(name, names.iter().copied()).unwrap_or_default();
+            let closest = nearest(name, names.iter().map(String::as_str)).unwrap_or_default();
             error.hint(format!("Did you mean {closest:?}? Formats are: {}", names.join(", ")))
         })
     }
@@ -99,7 +111,8 @@ impl Target {
 /// Writes the quantized Linears of a checkpoint in another format; everything else is copied.
 ///
 /// Values stay as they are, bit for bit, where the format holds the grid. Where it does not, the Linear is rounded anew
-/// to the nearest grid that it holds, if the recipe allows that. One Linear is in memory at a time.
+/// to the nearest grid that it holds, if the recipe allows that. One Linear is in memory at a time. A GGUF file may also
+/// be made of floats; what is written is read again and compared.
 ///
 /// # Errors
 /// `ERR_OPTION_UNKNOWN`, `ERR_OPTION_INVALID`; `ERR_QUANTIZATION_UNSUPPORTED` for a checkpoint without quantized
@@ -109,17 +122,64 @@ pub fn convert(recipe: &ConvertRecipe, cancel: &CancelToken, progress: &Progress
     let started = Instant::now();
     let target = Target::of(&recipe.format)?;
     let checkpoint = Checkpoint::open(&recipe.source)?;
-    let quantization = checkpoint.quantization().ok_or_else(|| {
-        Error::new(ErrorCode::QuantizationUnsupported, "the checkpoint has no quantized Linears to convert")
-            .subject(recipe.source.display())
-            .hint("Compress it instead (kintsugi compress)")
-    })?;
-    let names = checkpoint.quantized_linears();
+    let (linears, bytes) = match target {
+        Target::Gguf(kind) => to_gguf(recipe, &checkpoint, kind, cancel, progress)?,
+        Target::Quantized(_) | Target::Dense(_) => to_folder(recipe, &checkpoint, target, cancel, progress)?,
+    };
+    Ok(ConversionReport {
+        source_format: source_format(&checkpoint),
+        format: recipe.format.clone(),
+        source_bytes: checkpoint.tensors().map(|tensor| tensor.bytes).sum(),
+        bytes,
+        linears,
+        seconds: started.elapsed().as_secs_f64(),
+        recipe: recipe.clone(),
+    })
+}
+
+fn source_format(checkpoint: &Checkpoint) -> &'static str {
+    match (checkpoint.quantization(), checkpoint.block_type()) {
+        (Some(quantization), _) => quantization.format.name(),
+        (None, Some(_)) => "gguf",
+        (None, None) => "floats",
+    }
+}
+
+/// Into a folder in the layout of Hugging Face. Gives the Linears and the bytes of the folder.
+fn to_folder(
+    recipe: &ConvertRecipe,
+    checkpoint: &Checkpoint,
+    target: Target,
+    cancel: &CancelToken,
+    progress: &Progress,
+) -> Result<(Vec<ConvertedLinear>, u64)> {
+    let spec = DecoderSpec::of(checkpoint);
+    let embedding = spec.as_ref().map(|spec| spec.name(spec.family.embedding)).unwrap_or_default();
+    let mut names = checkpoint.quantized_linears();
+    // No layout of folders keeps embeddings in codes.
+    names.retain(|name| name != embedding);
+    if names.is_empty() {
+        return Err(Error::new(
+            ErrorCode::QuantizationUnsupported,
+            "the checkpoint has no quantized Linears to convert",
+        )
+        .subject(recipe.source.display())
+        .hint("Compress it instead (kintsugi compress)"));
+    }
+    let ignore = match (checkpoint.quantization(), &spec) {
+        (Some(quantization), _) => quantization.ignore.clone(),
+        (None, Ok(spec)) => std::iter::once(spec.family.head.to_owned())
+            .chain(spec.routers())
+            .filter(|name| !names.contains(name))
+            .collect(),
+        (None, Err(_)) => Vec::new(),
+    };
+    let usual = checkpoint.quantization().map(|quantization| quantization.group_size);
     progress.begin("convert", names.len() as u64);
     let mut writer = match (recipe.dry_run, target) {
         (true, _) => None,
-        (false, Target::Quantized(format)) => Some(CheckpointWriter::create(&recipe.out, &checkpoint)?.format(format)),
-        (false, Target::Dense(_)) => Some(CheckpointWriter::create(&recipe.out, &checkpoint)?),
+        (false, Target::Quantized(format)) => Some(CheckpointWriter::create(&recipe.out, checkpoint)?.format(format)),
+        (false, _) => Some(CheckpointWriter::create(&recipe.out, checkpoint)?),
     };
     let mut replaced = HashSet::new();
     let mut linears = Vec::with_capacity(names.len());
@@ -131,7 +191,7 @@ pub fn convert(recipe: &ConvertRecipe, cancel: &CancelToken, progress: &Progress
         let (rows, columns) = (matrix.rows(), matrix.columns());
         let (bits, error) = match target {
             Target::Quantized(format) => {
-                let usual = (!format.takes_exceptions()).then_some(quantization.group_size);
+                let usual = if format.takes_exceptions() { None } else { usual };
                 let (fitting, error) = fit(&matrix, format, usual, recipe).map_err(|error| error.subject(name))?;
                 let written = fitting.as_ref().unwrap_or(&matrix);
                 if let Some(writer) = &mut writer {
@@ -139,6 +199,7 @@ pub fn convert(recipe: &ConvertRecipe, cancel: &CancelToken, progress: &Progress
                 }
                 (written.bits(), error)
             }
+            Target::Gguf(_) => continue,
             Target::Dense(element) => {
                 let values = matrix.to_f32();
                 let rounded: Vec<f32> = values.iter().map(|&value| element.round(value)).collect();
@@ -177,20 +238,102 @@ pub fn convert(recipe: &ConvertRecipe, cancel: &CancelToken, progress: &Progress
             compensation.base_model = None;
             writer.write_compensation(&compensation)?;
         }
-        let config = writer.quantization(quantization.ignore.clone()).unwrap_or_else(|| quantization.clone());
-        bytes = writer.seal(&config)?;
+        bytes = match writer.quantization(ignore) {
+            Some(config) => writer.seal(&config)?,
+            None => writer.seal_plain()?,
+        };
         cancel.check()?;
         writer.commit()?;
     }
-    Ok(ConversionReport {
-        source_format: quantization.format.name(),
-        format: recipe.format.clone(),
-        source_bytes: checkpoint.tensors().map(|tensor| tensor.bytes).sum(),
-        bytes,
-        linears,
-        seconds: started.elapsed().as_secs_f64(),
-        recipe: recipe.clone(),
-    })
+    Ok((linears, bytes))
+}
+
+/// Into a GGUF file. Gives the matrices, compared with the source after they are written, and the bytes of the file.
+fn to_gguf(
+    recipe: &ConvertRecipe,
+    checkpoint: &Checkpoint,
+    kind: &'static GgufType,
+    cancel: &CancelToken,
+    progress: &Progress,
+) -> Result<(Vec<ConvertedLinear>, u64)> {
+    if recipe.out.exists() && !recipe.dry_run {
+        return Err(Error::new(ErrorCode::OutputNotEmpty, "the output file exists")
+            .subject(recipe.out.display())
+            .hint("Choose another name or remove the file"));
+    }
+    if checkpoint.compensation()?.is_some() && !recipe.dry_run {
+        return Err(Error::new(
+            ErrorCode::QuantizationUnsupported,
+            "a GGUF file has no place for the compensation in eora/",
+        )
+        .subject(recipe.source.display())
+        .hint("Move the folder eora/ away, or convert to another format"));
+    }
+    let spec = DecoderSpec::of(checkpoint)?;
+    let scratch = ScratchPath(recipe.out.with_extension("converting.gguf"));
+    let summary = write_gguf(checkpoint, &GgufPlan::new(kind), &scratch.0, cancel, progress)?;
+    let written = Checkpoint::open(&scratch.0)?;
+    // A matrix that is embedding and head may be stored under either name.
+    let (embedding, head) = (spec.name(spec.family.embedding), spec.family.head);
+    let origin = |name: &str| {
+        let twin = if name == embedding { head } else { embedding };
+        let candidates = [name, twin].into_iter().take(if name == embedding || name == head { 2 } else { 1 });
+        candidates.into_iter().find(|name| checkpoint.has_linear(name)).map(str::to_owned)
+    };
+    let names: Vec<(String, String)> = written
+        .tensors()
+        .filter(|tensor| tensor.shape.len() == 2)
+        .filter_map(|tensor| tensor.name.strip_suffix(".weight"))
+        .filter_map(|name| Some((name.to_owned(), origin(name)?)))
+        .collect();
+    progress.begin("compare", names.len() as u64);
+    let mut linears = Vec::with_capacity(names.len());
+    for (name, origin) in names {
+        cancel.check()?;
+        progress.at("compare", name.clone());
+        let (before, after) = (checkpoint.linear(&origin)?.matrix, written.linear(&name)?.matrix);
+        let turned =
+            spec.family.transposed && !checkpoint.rows_are_outputs() && name.starts_with(spec.name(spec.family.blocks));
+        let values = match before {
+            WeightMatrix::Dense(matrix) if turned => matrix.transposed().to_f32(),
+            matrix => matrix.to_f32(),
+        };
+        let error = relative_error(&values, &after.to_f32());
+        let bits = match &after {
+            WeightMatrix::Dense(matrix) => matrix.element_type().bits() as u8,
+            WeightMatrix::Quantized(matrix) => matrix.bits(),
+        };
+        let (rows, columns) = (after.rows(), after.columns());
+        linears.push(ConvertedLinear {
+            name,
+            rows,
+            columns,
+            bits,
+            exact: error.is_none(),
+            error: error.unwrap_or(0.0),
+        });
+        progress.advance(1);
+    }
+    if recipe.dry_run {
+        return Ok((linears, 0));
+    }
+    if !recipe.allow_requantize {
+        check_exact(&linears, recipe)?;
+    }
+    std::fs::rename(&scratch.0, &recipe.out).map_err(|error| {
+        Error::io(ErrorCode::OutputUnwritable, &recipe.out, &error).hint("Check that the folder is writable")
+    })?;
+    Ok((linears, summary.bytes))
+}
+
+/// A file that is removed when it is not given its name.
+struct ScratchPath(PathBuf);
+
+impl Drop for ScratchPath {
+    fn drop(&mut self) {
+        // After the rename there is nothing to remove.
+        let _ = std::fs::remove_file(&self.0);
+    }
 }
 
 /// The matrix on a grid that `format` holds, with the relative error of that; `None` and `None` where it holds the

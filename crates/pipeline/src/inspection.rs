@@ -2,6 +2,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use kintsugi_checkpoint::Checkpoint;
+use kintsugi_checkpoint::gguf::{BlockContent, BlockGrid, GgufType};
 use kintsugi_model::{DecoderSpec, read_tokenizer};
 use kintsugi_runtime::{Error, ErrorCode, Result};
 use serde::Serialize;
@@ -119,6 +120,7 @@ pub fn inspect(path: &Path) -> Result<Inspection> {
         Ok(spec) => runs(&checkpoint, spec),
         Err(error) => Err(error.clone()),
     };
+    let of_blocks = || checkpoint.block_type().and_then(inspected_blocks);
     let quantization = checkpoint.quantization().map(|config| InspectedQuantization {
         format: config.format.name(),
         bits: config.bits,
@@ -128,6 +130,7 @@ pub fn inspect(path: &Path) -> Result<Inspection> {
         },
         symmetric: config.symmetric,
     });
+    let quantization = quantization.or_else(of_blocks);
     let spec = spec.ok();
     let can_compress = runnable.is_ok() && quantization.is_none();
     let reason = match &runnable {
@@ -172,6 +175,13 @@ pub fn inspect(path: &Path) -> Result<Inspection> {
             tied_head: spec.tied_head,
         }),
     })
+}
+
+/// What the type of most weights of a GGUF file is; the others are told by the bytes of each type.
+fn inspected_blocks(main: &GgufType) -> Option<InspectedQuantization> {
+    let BlockContent::Codes(codes) = main.content else { return None };
+    let symmetric = codes.grid != BlockGrid::Offset;
+    Some(InspectedQuantization { format: "gguf", bits: codes.bits, group_size: Some(codes.group), symmetric })
 }
 
 /// Bytes of the codes, scales, zero points and dense weights of the Linears of the blocks.

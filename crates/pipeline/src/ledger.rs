@@ -150,8 +150,7 @@ pub(crate) fn identity(
     engine: &str,
 ) -> Result<Value> {
     let mut inputs = Map::new();
-    let mut files: Vec<PathBuf> = checkpoint.tensors().map(|tensor| tensor.file.clone()).collect();
-    files.push(checkpoint.path().join("config.json"));
+    let mut files = checkpoint.files();
     if let CalibrationData::Saved(saved) = calibration {
         files.push(saved.path().to_path_buf());
     }

@@ -1,4 +1,5 @@
-//! The long jobs: walk a checkpoint block by block, calibrate, compress, compensate, write, report.
+//! The long jobs: walk a checkpoint block by block, calibrate, compress, compensate, write, report; merge adapters
+//! module by module.
 //!
 //! Bounded memory: the weights of one decoder block, the statistics of its inputs and the calibration activations are
 //! all that is held, and the activations go to disk where they do not fit.
@@ -12,10 +13,13 @@ mod calibration_tokens;
 mod compression;
 mod conversion;
 mod disk_plan;
+mod factor_spill;
+mod folding;
 mod inspection;
 mod ledger;
 mod linear_override;
 mod memory_plan;
+mod merging;
 mod output_format;
 mod plan;
 mod recipe;
@@ -30,9 +34,14 @@ pub use calibration_tokens::CalibrationTokens;
 pub use compression::{compress, plan};
 pub use conversion::{ConversionReport, ConvertRecipe, ConvertedLinear, convert};
 pub use disk_plan::DiskPlan;
+pub use folding::{FoldRecipe, FoldReport, fold_adapter};
 pub use inspection::{Inspection, inspect};
 pub use linear_override::LinearOverride;
 pub use memory_plan::{MemoryParts, MemoryPlan};
+pub use merging::{
+    AdapterShare, MergePlan, MergeRecipe, MergeReport, MergeSummary, ModuleMergeReport, PlannedMerge, RankPadding,
+    VLLM_RANKS, merge_adapters, plan_merge,
+};
 pub use plan::{Plan, PlannedLinear};
 pub use recipe::{ActivationPlace, CalibrationRecipe, EoraRecipe, Recipe};
 pub use report::{LinearReport, MeanError, PhaseSeconds, Report, Summary};

@@ -58,10 +58,11 @@ impl Plan {
     /// `ERR_CHECKPOINT_TENSOR_MISSING` for a Linear without weights, `ERR_QUANTIZATION_UNSUPPORTED` for a checkpoint
     /// that is compressed already, `ERR_MEMORY_EXCEEDED` for a job that does not fit into its memory.
     pub fn new(recipe: &Recipe, checkpoint: &Checkpoint, spec: &DecoderSpec) -> Result<Self> {
-        if let Some(quantization) = checkpoint.quantization() {
+        let stated = checkpoint.quantization().map(|quantization| format!("{} bits", quantization.bits));
+        if let Some(form) = stated.or_else(|| checkpoint.block_type().map(|main| main.name.to_owned())) {
             return Err(Error::new(
                 ErrorCode::QuantizationUnsupported,
-                format!("the checkpoint is compressed already, to {} bits", quantization.bits),
+                format!("the checkpoint is compressed already, to {form}"),
             )
             .subject(checkpoint.path().display())
             .hint("Compress the original checkpoint"));

@@ -183,3 +183,40 @@ fn formats_that_cannot_hold_the_result_are_refused_before_anything_runs() {
     let ragged = plan(&Recipe { bits: 2, group_size: Some(48), ..base.clone() }).unwrap();
     assert_eq!(ragged.format, "compressed-tensors/pack-quantized");
 }
+
+#[test]
+fn codes_travel_to_gguf_and_back() {
+    let scratch = tempfile::tempdir().unwrap();
+    let (source, file, back) =
+        (scratch.path().join("source"), scratch.path().join("model.gguf"), scratch.path().join("back"));
+    rounded(&source, |recipe| {
+        recipe.symmetric = true;
+        recipe.scale_type = Some(kintsugi_weights::ElementType::F16);
+    });
+    // Embedding and head are floats in the source and would be rounded.
+    let error = run(&to(&source, file.clone(), "gguf:Q4_0")).unwrap_err();
+    assert_eq!(error.code, ErrorCode::ConversionInexact);
+    assert_eq!(std::fs::read_dir(scratch.path()).unwrap().count(), 1, "nothing stays");
+
+    let report = run(&ConvertRecipe { allow_requantize: true, ..to(&source, file.clone(), "gguf:Q4_0") }).unwrap();
+    let in_blocks = |name: &str| name.starts_with("model.layers.");
+    assert_eq!(report.linears.iter().filter(|linear| in_blocks(&linear.name)).count(), 14);
+    for linear in &report.linears {
+        assert_eq!(linear.exact, in_blocks(&linear.name), "{}", linear.name);
+    }
+    assert_eq!(report.bytes, std::fs::metadata(&file).unwrap().len());
+    assert_eq!(run(&to(&source, file.clone(), "gguf:Q4_0")).unwrap_err().code, ErrorCode::OutputNotEmpty);
+
+    let report = run(&to(&file, back.clone(), "gptq")).unwrap();
+    assert_eq!((report.source_format, report.linears.len()), ("gguf", 14));
+    assert!(report.linears.iter().all(|linear| linear.exact));
+    assert_eq!(likelihood(&back), likelihood(&file), "products are the same, the embedding is widened");
+    let quantization = Checkpoint::open(&back).unwrap().quantization().cloned().unwrap();
+    assert_eq!((quantization.bits, quantization.symmetric), (4, true));
+
+    let floats = scratch.path().join("floats.gguf");
+    let report = run(&to(&assets("tinystories-656k"), floats.clone(), "gguf:F32")).unwrap();
+    assert!(report.linears.iter().all(|linear| linear.exact && linear.bits == 32));
+    assert_eq!(likelihood(&floats), likelihood(&assets("tinystories-656k")));
+    assert_eq!(run(&to(&floats, scratch.path().join("x"), "gguf:Q4_2")).unwrap_err().code, ErrorCode::OptionUnknown);
+}

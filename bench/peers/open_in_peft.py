@@ -1,0 +1,48 @@
+"""Whether an adapter that `kintsugi merge` wrote opens in peft, without a missing or unexpected key, and what it computes.
+
+    pip install torch peft transformers
+    python bench/peers/open_in_peft.py CHECKPOINT MERGED [SOURCE=WEIGHT ...]
+
+With sources, logits of the merged adapter are compared with those of the exact weighted sum of the sources' updates,
+which is added to the weights of the base here.
+"""
+
+import sys
+import warnings
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+
+def load(path):
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+def main():
+    checkpoint, merged, *sources = sys.argv[1:]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # peft warns of missing keys
+        model = PeftModel.from_pretrained(load(checkpoint), merged)
+    scalings = {s for m in model.modules() if hasattr(m, "scaling") for s in m.scaling.values()}
+    print(f"opened: {sum('lora_A' in name for name, _ in model.named_parameters())} modules, scalings {scalings}")
+    tokens = torch.arange(1, 65).reshape(1, -1)
+    with torch.no_grad():
+        found = model(tokens).logits
+        if not sources:
+            return
+        exact = load(checkpoint)
+        weights = dict(exact.named_parameters())
+        for source in sources:
+            folder, weight = source.rsplit("=", 1)
+            adapted = PeftModel.from_pretrained(load(checkpoint), folder)
+            for name, module in adapted.base_model.model.named_modules():
+                if hasattr(module, "get_delta_weight") and module.scaling:
+                    weights[f"{name}.weight"].add_(module.get_delta_weight("default"), alpha=float(weight))
+        expected = exact(tokens).logits
+    error = (found - expected).norm() / expected.norm()
+    print(f"logits against the exact weighted sum: relative error {error:.2e}, same likeliest token for "
+          f"{(found.argmax(-1) == expected.argmax(-1)).float().mean():.1%}")
+
+
+main()

@@ -1,0 +1,307 @@
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use kintsugi_runtime::{Error, ErrorCode, Result};
+use kintsugi_weights::{DenseMatrix, ElementType, LowRank};
+
+use crate::peft_adapter::invalid;
+use crate::peft_config::PeftConfig;
+use crate::tensor_set::TensorSet;
+use crate::torch_archive::TorchArchive;
+
+pub(crate) const WEIGHTS: &str = "adapter_model.safetensors";
+const TORCH_WEIGHTS: &str = "adapter_model.bin";
+/// What PEFT puts in front of every module path.
+pub(crate) const PREFIX: &str = "base_model.model.";
+
+/// What is adapted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ModuleKind {
+    /// `lora_A [rank, in]`, `lora_B [out, rank]`. Also of Conv1D layers, whose weights lie transposed in the base.
+    Linear,
+    /// `lora_embedding_A [rank, vocabulary]`, `lora_embedding_B [width, rank]`: the update of the transposed table.
+    Embedding,
+}
+
+impl ModuleKind {
+    /// The keys of A and B behind the module path.
+    pub(crate) fn keys(self) -> [&'static str; 2] {
+        match self {
+            ModuleKind::Linear => ["lora_A.weight", "lora_B.weight"],
+            ModuleKind::Embedding => ["lora_embedding_A", "lora_embedding_B"],
+        }
+    }
+}
+
+/// The factors of one module, as the headers and the config tell.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AdapterModule {
+    /// Path in the base model.
+    pub name: String,
+    /// What it is.
+    pub kind: ModuleKind,
+    /// Rows of the update.
+    pub out_features: usize,
+    /// Columns of the update.
+    pub in_features: usize,
+    /// Columns of B and rows of A.
+    pub rank: usize,
+    /// What B A is multiplied with, as peft computes it: `alpha / rank`, or `alpha / √rank` for rsLoRA.
+    pub scaling: f64,
+    /// Type of the factors; f32 where they have two.
+    pub element_type: ElementType,
+}
+
+/// A PEFT folder, opened and checked; factors are read module by module.
+///
+/// It holds `adapter_config.json` and `adapter_model.safetensors`, or the older `adapter_model.bin`. Tensors are
+/// `base_model.model.PATH.lora_A.weight` and so on, or with the name of the adapter before or instead of `weight`.
+/// Module paths keep their case.
+#[derive(Debug)]
+pub struct AdapterFolder {
+    path: PathBuf,
+    config: PeftConfig,
+    weights: Weights,
+    modules: Vec<AdapterModule>,
+    /// Names of A and B by module.
+    keys: BTreeMap<String, [String; 2]>,
+}
+
+#[derive(Debug)]
+enum Weights {
+    Safetensors(TensorSet),
+    Torch(TorchArchive),
+}
+
+impl Weights {
+    fn open(folder: &Path) -> Result<Self> {
+        let path = folder.join(WEIGHTS);
+        let torch = folder.join(TORCH_WEIGHTS);
+        if path.exists() {
+            return TensorSet::open_file(&path).map(Weights::Safetensors).map_err(as_adapter_error);
+        }
+        if torch.exists() {
+            return TorchArchive::open(&torch).map(Weights::Torch);
+        }
+        Err(invalid(format!("{WEIGHTS} is missing"), folder.display()).hint("The folder is incomplete; copy it again"))
+    }
+
+    /// Name, shape and, where it is a float that factors can have, type of each tensor.
+    fn tensors(&self) -> Vec<(String, Vec<usize>, Option<ElementType>)> {
+        match self {
+            Weights::Safetensors(set) => set
+                .iter()
+                .map(|info| {
+                    let element_type = ElementType::from_name(&info.dtype.to_ascii_lowercase());
+                    (info.name.clone(), info.shape.clone(), element_type)
+                })
+                .collect(),
+            Weights::Torch(archive) => {
+                archive.tensors().map(|(name, shape, kind)| (name.to_string(), shape.to_vec(), Some(kind))).collect()
+            }
+        }
+    }
+
+    fn matrix(&self, name: &str) -> Result<DenseMatrix> {
+        match self {
+            Weights::Safetensors(set) => set.matrix(name).map_err(as_adapter_error),
+            Weights::Torch(archive) => archive.matrix(name),
+        }
+    }
+}
+
+impl AdapterFolder {
+    /// Reads the config and the headers, and checks them against each other.
+    ///
+    /// # Errors
+    /// `ERR_ADAPTER_INVALID` for everything that is missing, damaged or not a plain LoRA.
+    pub fn open(folder: &Path) -> Result<Self> {
+        let config = PeftConfig::read(&folder.join(PeftConfig::FILE_NAME))?;
+        let weights = Weights::open(folder)?;
+        let mut pairs: BTreeMap<(String, bool), FactorPair> = BTreeMap::new();
+        let mut tables = Vec::new();
+        for (name, shape, element_type) in weights.tensors() {
+            if let Some(module) = base_table(&name) {
+                tables.push((module.to_string(), name));
+                continue;
+            }
+            let (module, kind, factor) = parse_key(&name).ok_or_else(|| not_a_factor(&name))?;
+            let pair = pairs.entry((module.to_string(), kind == ModuleKind::Embedding)).or_default();
+            let slot = if factor == Factor::A { &mut pair.a } else { &mut pair.b };
+            if let Some(first) = slot {
+                return Err(invalid(format!("the module has this factor twice, also as '{}'", first.name), &name)
+                    .hint("The file may hold several adapters; save one of them"));
+            }
+            let &[rows, columns] = shape.as_slice() else {
+                let message = format!("the factor has {} dimensions, only factors of Linears are read", shape.len());
+                return Err(invalid(message, &name).hint("Convolutions are not supported; merge them with PEFT"));
+            };
+            let element_type = element_type.ok_or_else(|| {
+                invalid("the factor is neither F32 nor F16 nor BF16", &name).hint("Save the adapter in one of these")
+            })?;
+            *slot = Some(FactorTensor { name, rows, columns, element_type });
+        }
+        if let Some((_, name)) = tables.into_iter().find(|(module, _)| !pairs.contains_key(&(module.clone(), true))) {
+            return Err(not_a_factor(&name));
+        }
+        if pairs.is_empty() {
+            return Err(
+                invalid("the adapter holds no factors", folder.display()).hint("Save the adapter again with PEFT")
+            );
+        }
+        let (mut modules, mut keys) = (Vec::new(), BTreeMap::new());
+        for ((name, embedding), pair) in pairs {
+            let kind = if embedding { ModuleKind::Embedding } else { ModuleKind::Linear };
+            let (module, names) = pair.check(&config, name, kind)?;
+            if keys.insert(module.name.clone(), names).is_some() {
+                return Err(invalid("the module has factors of a Linear and of an embedding", &module.name)
+                    .hint("Save the adapter again with PEFT"));
+            }
+            modules.push(module);
+        }
+        Ok(AdapterFolder { path: folder.to_path_buf(), config, weights, modules, keys })
+    }
+
+    /// The folder.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The base model that the adapter says it belongs to.
+    pub fn base_model(&self) -> Option<&str> {
+        self.config.base_model.as_deref()
+    }
+
+    /// The kind of model that the adapter says it belongs to (`CAUSAL_LM`).
+    pub fn task_type(&self) -> Option<&str> {
+        self.config.task_type.as_deref()
+    }
+
+    /// Whether the base keeps these weights as `[in, out]` (Conv1D of GPT-2). The factors do not care.
+    pub fn fan_in_fan_out(&self) -> bool {
+        self.config.fan_in_fan_out
+    }
+
+    /// Whether the last parts of the module paths name the modules, so that every module of that name is adapted.
+    pub fn targets_by_suffix(&self) -> bool {
+        self.config.targets_by_suffix
+    }
+
+    /// The modules, in name order.
+    pub fn modules(&self) -> &[AdapterModule] {
+        &self.modules
+    }
+
+    /// The module of that name.
+    pub fn module(&self, name: &str) -> Option<&AdapterModule> {
+        self.modules.iter().find(|module| module.name == name)
+    }
+
+    /// The factors of a module in their own type; a pair of two types becomes f32.
+    ///
+    /// # Errors
+    /// `ERR_ADAPTER_INVALID` when they are damaged, hold NaN or infinite values, or the module has none.
+    pub fn factors(&self, module: &str) -> Result<LowRank> {
+        let Some([a, b]) = self.keys.get(module) else {
+            return Err(invalid("the adapter has no such module", module).hint("Check the name"));
+        };
+        let (a, b) = (self.weights.matrix(a)?, self.weights.matrix(b)?);
+        let factor_type = if a.element_type() == b.element_type() { a.element_type() } else { ElementType::F32 };
+        Ok(LowRank::new(b.rows(), a.columns(), a.rows(), b.to_f32(), a.to_f32(), factor_type))
+    }
+}
+
+/// What the header says about a factor.
+struct FactorTensor {
+    name: String,
+    rows: usize,
+    columns: usize,
+    element_type: ElementType,
+}
+
+/// The two factors of a module.
+#[derive(Default)]
+struct FactorPair {
+    a: Option<FactorTensor>,
+    b: Option<FactorTensor>,
+}
+
+impl FactorPair {
+    fn check(self, config: &PeftConfig, name: String, kind: ModuleKind) -> Result<(AdapterModule, [String; 2])> {
+        let (a, b) = match (self.a, self.b) {
+            (Some(a), Some(b)) => (a, b),
+            (a, _) => {
+                let absent = if a.is_none() { "lora_A" } else { "lora_B" };
+                return Err(
+                    invalid(format!("the module has no {absent}"), name).hint("Save the adapter again with PEFT")
+                );
+            }
+        };
+        let rank = config.rank(&name);
+        if (a.rows, b.columns) != (rank, rank) {
+            let (a_rank, b_rank) = (a.rows, b.columns);
+            let message = format!("lora_A has rank {a_rank}, lora_B {b_rank}, {} says {rank}", PeftConfig::FILE_NAME);
+            return Err(invalid(message, name).hint("Config and weights may belong to different adapters"));
+        }
+        let module = AdapterModule {
+            scaling: config.scaling(&name),
+            name,
+            kind,
+            out_features: b.rows,
+            in_features: a.columns,
+            rank,
+            element_type: if a.element_type == b.element_type { a.element_type } else { ElementType::F32 },
+        };
+        Ok((module, [a.name, b.name]))
+    }
+}
+
+#[derive(PartialEq, Eq)]
+enum Factor {
+    A,
+    B,
+}
+
+/// Module path, kind and factor of a key, with or without the name of the adapter.
+fn parse_key(key: &str) -> Option<(&str, ModuleKind, Factor)> {
+    let path = key.strip_prefix(PREFIX)?;
+    // PATH.lora_A.weight, PATH.lora_A.NAME.weight, PATH.lora_embedding_A, PATH.lora_embedding_A.NAME
+    let inner = path.strip_suffix(".weight");
+    for path in [inner.unwrap_or(path), inner.unwrap_or(path).rsplit_once('.').map_or("", |(path, _)| path)] {
+        let Some((module, last)) = path.rsplit_once('.').filter(|(module, _)| !module.is_empty()) else { continue };
+        let (kind, factor) = match last {
+            "lora_A" => (ModuleKind::Linear, Factor::A),
+            "lora_B" => (ModuleKind::Linear, Factor::B),
+            "lora_embedding_A" => (ModuleKind::Embedding, Factor::A),
+            "lora_embedding_B" => (ModuleKind::Embedding, Factor::B),
+            _ => continue,
+        };
+        return (inner.is_some() == (kind == ModuleKind::Linear)).then_some((module, kind, factor));
+    }
+    None
+}
+
+/// The module of a table that PEFT saves beside the factors of an embedding: that of the base, which it does not train.
+fn base_table(key: &str) -> Option<&str> {
+    key.strip_prefix(PREFIX)?.strip_suffix(".base_layer.weight")
+}
+
+/// Says what a tensor is that is no factor.
+fn not_a_factor(name: &str) -> Error {
+    let what = if name.contains("lora_magnitude_vector") {
+        "the tensor is a DoRA magnitude, which is not supported"
+    } else if name.ends_with("lora_B.bias") {
+        "the tensor is a bias beside B, which is not supported"
+    } else if name.starts_with(PREFIX) && !name.contains("lora_") {
+        "the tensor is a fully trained module (modules_to_save) or bias, which is not supported"
+    } else {
+        "the tensor is no factor of a Linear (lora_A.weight or lora_B.weight)"
+    };
+    invalid(what, name).hint("Only plain LoRA adapters of Linears and embeddings are read; merge others with PEFT")
+}
+
+/// Damage of the file or of a tensor in it, seen from the adapter.
+fn as_adapter_error(error: Error) -> Error {
+    let code = if error.code == ErrorCode::Io { error.code } else { ErrorCode::AdapterInvalid };
+    Error { code, ..error }
+}

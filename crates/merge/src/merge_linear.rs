@@ -1,0 +1,91 @@
+use kintsugi_linalg::combine_rows;
+use kintsugi_runtime::{Error, ErrorCode, Result, ThreadPool};
+use kintsugi_weights::LowRank;
+
+use crate::merge_report::MergeProducts;
+use crate::{LinearMergeReport, LinearSources, MergeMethod, MergeOptions, ScaleRule, Solution, Svd};
+
+/// The merged factors of one Linear.
+#[derive(Clone, Debug)]
+pub struct MergedLinear {
+    /// Factors with scaling 1; `None` where nothing is left.
+    pub factors: Option<LowRank>,
+    /// Clustering methods: the number of units behind each term.
+    pub cluster_sizes: Vec<usize>,
+    /// Clustering methods: what each centre was multiplied with.
+    pub scales: Vec<f64>,
+    /// What [`ScaleRule::ClosedForm`] multiplied the update with, else 1.
+    pub scale: f64,
+    /// What was kept, where it was asked for.
+    pub report: Option<LinearMergeReport>,
+}
+
+/// Merges what several adapters have for one Linear.
+///
+/// A single adapter has nothing to merge with: methods that need several leave it as it is, or cut it to the rank.
+///
+/// # Errors
+/// Those of [`MergeMethod::solve`] and [`MergeOptions::validate`]; `ERR_VALUE_NOT_FINITE` when the type of the factors
+/// cannot hold them.
+pub fn merge_linear(
+    method: &dyn MergeMethod,
+    linear: &LinearSources<'_>,
+    options: &MergeOptions,
+    pool: &ThreadPool,
+) -> Result<MergedLinear> {
+    options.validate()?;
+    let method = if linear.alone() && !method.merges_one() { &Svd } else { method };
+    let (factors, cluster_sizes, scales, scale) = match method.factors(linear, options.factor_type) {
+        Some(factors) => (factors, Vec::new(), Vec::new(), 1.0),
+        None => solve(method, linear, options, pool)?,
+    };
+    if !factors.b().iter().chain(factors.a()).all(|value| value.is_finite()) {
+        let message = format!("the merged factors have values that {} cannot hold", options.factor_type.name());
+        return Err(Error::new(ErrorCode::ValueNotFinite, message)
+            .subject(linear.name())
+            .hint("Store the factors as bf16 or f32, or give smaller weights"));
+    }
+    let report = match options.report {
+        true => {
+            let products = MergeProducts::new(&factors, linear.stack(), pool);
+            Some(LinearMergeReport::new(linear, &products, pool)?)
+        }
+        false => None,
+    };
+    let factors = (factors.rank() > 0).then_some(factors);
+    Ok(MergedLinear { factors, cluster_sizes, scales, scale, report })
+}
+
+/// The rounded factors, sizes and scales of clusters, and the closed-form scale.
+fn solve(
+    method: &dyn MergeMethod,
+    linear: &LinearSources<'_>,
+    options: &MergeOptions,
+    pool: &ThreadPool,
+) -> Result<(LowRank, Vec<usize>, Vec<f64>, f64)> {
+    let Solution { mut update, cluster_sizes, scales } = method.solve(linear, options, pool)?;
+    let mut scale = 1.0;
+    if update.rank() > 0 && options.scale != ScaleRule::Method {
+        let products =
+            MergeProducts::new(&update.to_low_rank(kintsugi_weights::ElementType::F32), linear.stack(), pool);
+        match options.scale {
+            ScaleRule::ClosedForm => {
+                let energy = products.energy();
+                if energy > 0.0 {
+                    scale = products.with_sum(linear.stack()) / energy;
+                    (0..update.rank()).for_each(|term| update.scale_b(term, scale));
+                }
+            }
+            ScaleRule::Refit => {
+                let stack = linear.stack();
+                let mut sums = products.solve_a(stack.units(), pool)?;
+                for row in sums.chunks_exact_mut(stack.units().max(1)) {
+                    row.iter_mut().zip(&stack.coefficients).for_each(|(value, factor)| *value *= factor);
+                }
+                update.b = combine_rows(&sums, update.rank(), &stack.b, stack.units(), stack.out_features, pool);
+            }
+            ScaleRule::Method => {}
+        }
+    }
+    Ok((update.to_low_rank(options.factor_type), cluster_sizes, scales, scale))
+}

@@ -1,0 +1,82 @@
+use std::fs::{self, File};
+use std::io::{self, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+use kintsugi_runtime::{Error, ErrorCode, Result};
+use kintsugi_weights::{ElementType, LowRank};
+
+/// Factors on the disk, for as long as the ranks of the file that they belong into are not known. The file lies beside
+/// the output and is removed with this.
+#[derive(Debug)]
+pub(crate) struct FactorSpill {
+    path: PathBuf,
+    output: BufWriter<File>,
+    /// Start and rank of each module.
+    modules: Vec<(u64, usize)>,
+    end: u64,
+}
+
+impl FactorSpill {
+    pub(crate) fn create(out: &Path) -> Result<Self> {
+        let mut name = out.file_name().unwrap_or_default().to_os_string();
+        name.push(".factors.partial");
+        let path = out.with_file_name(name);
+        let open = || {
+            if let Some(parent) = path.parent() {
+                fs::create_dir_all(parent)?;
+            }
+            File::options().read(true).write(true).create(true).truncate(true).open(&path)
+        };
+        let file = open().map_err(|error| unwritable(&path, &error))?;
+        Ok(FactorSpill { path, output: BufWriter::new(file), modules: Vec::new(), end: 0 })
+    }
+
+    /// Appends the factors of the next module.
+    pub(crate) fn push(&mut self, factors: Option<&LowRank>) -> Result<()> {
+        self.modules.push((self.end, factors.map_or(0, LowRank::rank)));
+        let Some(factors) = factors else { return Ok(()) };
+        for values in [factors.b(), factors.a()] {
+            let bytes: &[u8] = bytemuck::cast_slice(values);
+            self.output.write_all(bytes).map_err(|error| unwritable(&self.path, &error))?;
+            self.end += bytes.len() as u64;
+        }
+        Ok(())
+    }
+
+    /// The factors of a module.
+    pub(crate) fn read(
+        &mut self,
+        index: usize,
+        out_features: usize,
+        in_features: usize,
+        factor_type: ElementType,
+    ) -> Result<Option<LowRank>> {
+        let (start, rank) = self.modules[index];
+        if rank == 0 {
+            return Ok(None);
+        }
+        let read = |count: usize, input: &mut BufReader<&File>| -> io::Result<Vec<f32>> {
+            let mut values = vec![0.0f32; count];
+            input.read_exact(bytemuck::cast_slice_mut(&mut values))?;
+            Ok(values)
+        };
+        let mut both = || {
+            self.output.flush()?;
+            let mut input = BufReader::new(self.output.get_ref());
+            input.seek(SeekFrom::Start(start))?;
+            Ok((read(out_features * rank, &mut input)?, read(rank * in_features, &mut input)?))
+        };
+        let (b, a) = both().map_err(|error: io::Error| unwritable(&self.path, &error))?;
+        Ok(Some(LowRank::new(out_features, in_features, rank, b, a, factor_type)))
+    }
+}
+
+impl Drop for FactorSpill {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+fn unwritable(path: &Path, error: &io::Error) -> Error {
+    Error::io(ErrorCode::OutputUnwritable, path, error).hint("Check that the folder exists, is writable and has space")
+}

@@ -1,0 +1,187 @@
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use kintsugi_checkpoint::{AdapterFolder, AdapterModule, Checkpoint, CheckpointWriter, ModuleKind};
+use kintsugi_linalg::{MatrixView, product};
+use kintsugi_runtime::{CancelToken, Error, ErrorCode, Progress, Result, ThreadPool, peak_memory_bytes};
+use kintsugi_weights::{ElementType, LowRank};
+use serde::Serialize;
+
+/// What the user asked for.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct FoldRecipe {
+    /// Folder of the checkpoint.
+    pub checkpoint: PathBuf,
+    /// PEFT folder.
+    pub adapter: PathBuf,
+    /// What the update is multiplied with, beside the scaling of the adapter.
+    pub weight: f64,
+    /// Folder that is written.
+    pub out: PathBuf,
+    /// Type of the weights that are written; `null` leaves each tensor in its own.
+    pub element_type: Option<ElementType>,
+}
+
+/// What was done.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct FoldReport {
+    /// What was asked.
+    pub recipe: FoldRecipe,
+    /// Weights that were changed.
+    pub modules: usize,
+    /// Bytes of the folder.
+    pub bytes: u64,
+    /// Wall time.
+    pub seconds: f64,
+    /// Largest resident set of the process so far; `null` where the system does not tell.
+    pub peak_memory_bytes: Option<u64>,
+}
+
+/// Adds an adapter to the weights of its base model: `W + weight · scaling · B A`, in f64, rounded once. Tensor by
+/// tensor, in bands of rows, so that memory is taken for the factors of one module and a few megabytes. The folder
+/// appears whole or not at all.
+///
+/// # Errors
+/// `ERR_ADAPTER_INVALID` when the adapter does not belong to the checkpoint, `ERR_QUANTIZATION_UNSUPPORTED` for a
+/// quantized checkpoint, `ERR_OPTION_INVALID`, `ERR_OUTPUT_NOT_EMPTY`, `ERR_OUTPUT_UNWRITABLE`, `ERR_CANCELLED`.
+pub fn fold_adapter(
+    recipe: &FoldRecipe,
+    pool: &ThreadPool,
+    cancel: &CancelToken,
+    progress: &Progress,
+) -> Result<FoldReport> {
+    let started = Instant::now();
+    if !recipe.weight.is_finite() {
+        return Err(Error::new(ErrorCode::OptionInvalid, format!("the weight is {}", recipe.weight))
+            .subject("weight")
+            .hint("Give a finite number"));
+    }
+    let checkpoint = Checkpoint::open(&recipe.checkpoint)?;
+    if checkpoint.quantization().is_some() {
+        return Err(Error::new(ErrorCode::QuantizationUnsupported, "an update cannot be added to quantized weights")
+            .subject(recipe.checkpoint.display())
+            .hint("Fold into the unquantized checkpoint and compress the result"));
+    }
+    let adapter = AdapterFolder::open(&recipe.adapter)?;
+    let targets = targets(&checkpoint, &adapter)?;
+    let names: Vec<String> = checkpoint.tensors().map(|tensor| tensor.name.clone()).collect();
+    progress.begin("fold", names.len() as u64);
+    let mut writer = CheckpointWriter::create(&recipe.out, &checkpoint)?.element_type(recipe.element_type);
+    for name in &names {
+        cancel.check()?;
+        progress.at("fold", name.clone());
+        let floats = checkpoint
+            .tensor(name)
+            .is_some_and(|tensor| ElementType::from_name(&tensor.dtype.to_ascii_lowercase()).is_some());
+        match targets.get(name) {
+            Some(module) => {
+                let update = RowUpdate::new(&adapter, module, recipe.weight)?;
+                writer.transform(name, recipe.element_type, |first, band| {
+                    cancel.check()?;
+                    update.add(first, band, pool);
+                    finite(name, band)
+                })?;
+            }
+            None if floats && recipe.element_type.is_some() => {
+                writer.transform(name, recipe.element_type, |_, _| Ok(()))?;
+            }
+            None => {
+                writer.copy(name)?;
+            }
+        }
+        progress.advance(1);
+    }
+    progress.at("write", "");
+    let bytes = writer.seal_plain()?;
+    cancel.check()?;
+    writer.commit()?;
+    Ok(FoldReport {
+        recipe: recipe.clone(),
+        modules: targets.len(),
+        bytes,
+        seconds: started.elapsed().as_secs_f64(),
+        peak_memory_bytes: peak_memory_bytes(),
+    })
+}
+
+/// The modules of the adapter by the tensors that they change.
+fn targets<'a>(checkpoint: &Checkpoint, adapter: &'a AdapterFolder) -> Result<BTreeMap<String, &'a AdapterModule>> {
+    let invalid = |message: &str, module: &AdapterModule| {
+        Error::new(ErrorCode::AdapterInvalid, message)
+            .subject(&module.name)
+            .hint("Use an adapter that was made for this base model")
+    };
+    let mut targets = BTreeMap::new();
+    for module in adapter.modules() {
+        // Some checkpoints are of the model without the head around it, whose paths lack the first part.
+        let bare = module.name.split_once('.').map_or("", |(_, rest)| rest);
+        let mut names = [module.name.as_str(), bare].into_iter().map(|name| format!("{name}.weight"));
+        let name = names
+            .find(|name| checkpoint.tensor(name).is_some())
+            .ok_or_else(|| invalid("the checkpoint has no such module", module))?;
+        let turned = adapter.fan_in_fan_out() || module.kind == ModuleKind::Embedding;
+        let shape = match turned {
+            true => [module.in_features, module.out_features],
+            false => [module.out_features, module.in_features],
+        };
+        if checkpoint.tensor(&name).is_some_and(|tensor| tensor.shape != shape) {
+            return Err(invalid(&format!("the adapter changes a weight of shape {shape:?}, it has another"), module));
+        }
+        let tied = checkpoint.config().get("tie_word_embeddings") == Some(&serde_json::Value::Bool(true));
+        if module.kind == ModuleKind::Embedding && tied {
+            return Err(invalid("the embedding is the output head as well, which the adapter does not change", module)
+                .hint("Keep the adapter beside the model"));
+        }
+        targets.insert(name, module);
+    }
+    Ok(targets)
+}
+
+fn finite(name: &str, values: &[f32]) -> Result<()> {
+    match values.iter().all(|value| value.is_finite()) {
+        true => Ok(()),
+        false => Err(Error::new(ErrorCode::ValueNotFinite, "the sum has values that are NaN or infinite")
+            .subject(name)
+            .hint("Check the checkpoint, or give a smaller weight")),
+    }
+}
+
+/// The update of a tensor by its rows: `left · right` with `left [rows, rank]`, `right [rank, columns]`.
+struct RowUpdate {
+    rank: usize,
+    columns: usize,
+    left: Vec<f64>,
+    right: Vec<f64>,
+}
+
+impl RowUpdate {
+    fn new(adapter: &AdapterFolder, module: &AdapterModule, weight: f64) -> Result<Self> {
+        let factors: LowRank = adapter.factors(&module.name)?;
+        let (rank, coefficient) = (factors.rank(), weight * module.scaling);
+        let wide = |values: &[f32]| -> Vec<f64> { values.iter().map(|&value| f64::from(value)).collect() };
+        let turn = |values: Vec<f64>, rows: usize, columns: usize| -> Vec<f64> {
+            (0..columns).flat_map(|j| (0..rows).map(move |i| (i, j))).map(|(i, j)| values[i * columns + j]).collect()
+        };
+        let (out_features, in_features) = (factors.out_features(), factors.in_features());
+        let scaled = |values: Vec<f64>| -> Vec<f64> { values.into_iter().map(|value| value * coefficient).collect() };
+        Ok(if adapter.fan_in_fan_out() || module.kind == ModuleKind::Embedding {
+            // The tensor is the transpose: Aᵀ Bᵀ.
+            let left = scaled(turn(wide(factors.a()), rank, in_features));
+            RowUpdate { rank, columns: out_features, left, right: turn(wide(factors.b()), out_features, rank) }
+        } else {
+            RowUpdate { rank, columns: in_features, left: scaled(wide(factors.b())), right: wide(factors.a()) }
+        })
+    }
+
+    /// Adds the rows from `first` on to `band`.
+    fn add(&self, first: usize, band: &mut [f32], pool: &ThreadPool) {
+        let rows = band.len() / self.columns;
+        let mut update = vec![0.0; band.len()];
+        let left = MatrixView::new(&self.left[first * self.rank..(first + rows) * self.rank], rows, self.rank);
+        product(left, MatrixView::new(&self.right, self.rank, self.columns), &mut update, pool);
+        band.iter_mut().zip(&update).for_each(|(value, update)| *value = (f64::from(*value) + update) as f32);
+    }
+}

@@ -1,0 +1,88 @@
+//! Folding an adapter into a checkpoint: the sum in every layout of the base, rounded once, and refusals.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use kintsugi_checkpoint::{AdapterFolder, Checkpoint};
+use kintsugi_pipeline::{FoldRecipe, FoldReport, fold_adapter};
+use kintsugi_runtime::{CancelToken, Error, ErrorCode, Progress, ThreadPool};
+use kintsugi_weights::ElementType;
+
+fn assets(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../assets").join(name)
+}
+
+fn vectors(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../__test__/vectors").join(name)
+}
+
+fn fold(
+    checkpoint: &Path,
+    adapter: &Path,
+    out: &Path,
+    weight: f64,
+    kind: Option<ElementType>,
+) -> Result<FoldReport, Error> {
+    let recipe = FoldRecipe {
+        checkpoint: checkpoint.to_path_buf(),
+        adapter: adapter.to_path_buf(),
+        weight,
+        out: out.to_path_buf(),
+        element_type: kind,
+    };
+    fold_adapter(&recipe, &ThreadPool::with_threads(2), &CancelToken::new(), &Progress::new())
+}
+
+#[test]
+fn every_weight_is_the_rounded_sum_and_all_else_is_copied() {
+    let (base, adapter) = (assets("llama-7m"), assets("adapters/shakespeare"));
+    let out = tempfile::tempdir().unwrap();
+    for kind in [None, Some(ElementType::F32)] {
+        let path = out.path().join(format!("{kind:?}"));
+        let report = fold(&base, &adapter, &path, 0.5, kind).unwrap();
+        assert_eq!(report.modules, 56);
+        let (before, after) = (Checkpoint::open(&base).unwrap(), Checkpoint::open(&path).unwrap());
+        let folder = AdapterFolder::open(&adapter).unwrap();
+        for tensor in before.tensors().filter(|tensor| tensor.shape.len() == 2) {
+            let module = folder.module(tensor.name.trim_end_matches(".weight"));
+            let (old, new) = (before.dense(&tensor.name).unwrap(), after.dense(&tensor.name).unwrap());
+            assert_eq!(new.element_type(), kind.unwrap_or(ElementType::Bf16));
+            let Some(module) = module else {
+                assert_eq!(old.to_f32(), new.to_f32(), "{}", tensor.name);
+                continue;
+            };
+            let factors = folder.factors(&module.name).unwrap();
+            let (r, n) = (factors.rank(), factors.in_features());
+            for (at, (old, new)) in old.to_f32().iter().zip(new.to_f32()).enumerate() {
+                let (i, j) = (at / n, at % n);
+                let products = (0..r).map(|l| f64::from(factors.b()[i * r + l]) * f64::from(factors.a()[l * n + j]));
+                let expected = f64::from(*old) + 0.5 * module.scaling * products.sum::<f64>();
+                let step = if kind.is_some() { f64::from(f32::EPSILON) } else { 2f64.powi(-7) };
+                assert!((f64::from(new) - expected).abs() <= expected.abs() * step * 0.51 + 1e-12, "{}", tensor.name);
+            }
+        }
+        let dtype = after.config().get("torch_dtype").or(after.config().get("dtype")).and_then(|value| value.as_str());
+        assert_eq!(dtype, Some(if kind.is_some() { "float32" } else { "bfloat16" }));
+        assert!(path.join("tokenizer.json").exists());
+    }
+}
+
+#[test]
+fn what_cannot_be_folded_is_refused_and_nothing_is_written() {
+    let out = tempfile::tempdir().unwrap();
+    let path = out.path().join("out");
+    let (llama, shakespeare) = (assets("llama-7m"), assets("adapters/shakespeare"));
+    let refused = |checkpoint: &Path, adapter: &Path, weight: f64, code: ErrorCode| {
+        let error = fold(checkpoint, adapter, &path, weight, None).unwrap_err();
+        assert_eq!(error.code, code, "{error}");
+        assert!(!error.subject.is_empty() && !error.hint.is_empty(), "{error}");
+        assert_eq!(fs::read_dir(out.path()).unwrap().count(), 0);
+    };
+    refused(&assets("tinystories-656k"), &shakespeare, 1.0, ErrorCode::AdapterInvalid);
+    refused(&llama, &vectors("merge/first"), 1.0, ErrorCode::AdapterInvalid);
+    refused(&llama, &vectors("merge/embedding"), 1.0, ErrorCode::AdapterInvalid);
+    refused(&vectors("formats/awq"), &shakespeare, 1.0, ErrorCode::QuantizationUnsupported);
+    refused(&llama, &shakespeare, f64::NAN, ErrorCode::OptionInvalid);
+    refused(&llama, &shakespeare, 1e300, ErrorCode::ValueNotFinite);
+    refused(&llama, &out.path().join("missing"), 1.0, ErrorCode::AdapterInvalid);
+}
