@@ -172,7 +172,7 @@ impl Compression<'_> {
             _ => CalibrationInput::None,
         };
         let mut compressor = BlockCompressor::new(recipe, spec, backend, input, &plan.memory)?.saving(saver);
-        progress.advance(finished_blocks as u64);
+        progress.resume(finished_blocks as u64);
         for block in finished_blocks..spec.layers {
             cancel.check()?;
             progress.at("compress", spec.block_name(block));
