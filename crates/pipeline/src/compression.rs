@@ -37,7 +37,7 @@ pub(crate) enum CalibrationData {
     /// Tokens that the model reads.
     Tokens(CalibrationTokens),
     /// A file of statistics.
-    Saved(SavedStatistics),
+    Saved(Box<SavedStatistics>),
 }
 
 impl CalibrationData {
@@ -46,7 +46,7 @@ impl CalibrationData {
         Ok(match &recipe.calibration {
             None => CalibrationData::None,
             Some(calibration) if recipe.uses_statistics() => {
-                CalibrationData::Saved(SavedStatistics::open(&calibration.file, checkpoint, spec)?)
+                CalibrationData::Saved(Box::new(SavedStatistics::open(&calibration.file, checkpoint, spec)?))
             }
             Some(calibration) => CalibrationData::Tokens(CalibrationTokens::read(calibration, &tokenizer, spec)?),
         })
@@ -162,7 +162,7 @@ impl Compression<'_> {
             _ => None,
         };
         let input = match (calibration, &self.units[finished_blocks].activations) {
-            (CalibrationData::Saved(saved), _) => CalibrationInput::Saved(saved),
+            (CalibrationData::Saved(saved), _) => CalibrationInput::Saved(*saved),
             (CalibrationData::Tokens(text), _) if finished_blocks == 0 => {
                 CalibrationInput::Stream(CalibrationStream::new(self.checkpoint, spec, &text, on_disk)?)
             }
@@ -172,7 +172,7 @@ impl Compression<'_> {
             _ => CalibrationInput::None,
         };
         let mut compressor = BlockCompressor::new(recipe, spec, backend, input, &plan.memory)?.saving(saver);
-        progress.advance(finished_blocks as u64);
+        progress.resume(finished_blocks as u64);
         for block in finished_blocks..spec.layers {
             cancel.check()?;
             progress.at("compress", spec.block_name(block));

@@ -6,6 +6,8 @@ use std::time::Instant;
 #[derive(Debug)]
 pub struct Progress {
     done: AtomicU64,
+    /// Of those the ones that an earlier run had finished: they tell nothing about the pace.
+    before: AtomicU64,
     total: AtomicU64,
     stage: Mutex<Stage>,
 }
@@ -28,7 +30,7 @@ pub struct ProgressSnapshot {
     pub total: u64,
     /// What is being worked on now, e.g. `model.layers.3`.
     pub unit: String,
-    /// Estimate from the mean pace so far; `None` before the first unit is done.
+    /// Estimate from the mean pace of this run; `None` before its first unit is done.
     pub seconds_left: Option<f64>,
 }
 
@@ -36,6 +38,7 @@ impl Default for Progress {
     fn default() -> Self {
         Progress {
             done: AtomicU64::new(0),
+            before: AtomicU64::new(0),
             total: AtomicU64::new(0),
             stage: Mutex::new(Stage { phase: "start", unit: String::new(), started: Instant::now() }),
         }
@@ -52,6 +55,7 @@ impl Progress {
     pub fn begin(&self, phase: &'static str, total: u64) {
         let mut stage = self.lock();
         self.done.store(0, Ordering::Relaxed);
+        self.before.store(0, Ordering::Relaxed);
         self.total.store(total, Ordering::Relaxed);
         *stage = Stage { phase, unit: String::new(), started: Instant::now() };
     }
@@ -61,6 +65,12 @@ impl Progress {
         let mut stage = self.lock();
         stage.phase = phase;
         stage.unit = unit.into();
+    }
+
+    /// Counts `units` as finished by an earlier run.
+    pub fn resume(&self, units: u64) {
+        self.before.fetch_add(units, Ordering::Relaxed);
+        self.done.fetch_add(units, Ordering::Relaxed);
     }
 
     /// Counts `units` as finished.
@@ -73,8 +83,9 @@ impl Progress {
         let stage = self.lock().clone();
         let done = self.done.load(Ordering::Relaxed);
         let total = self.total.load(Ordering::Relaxed);
-        let seconds_left = (done > 0 && total >= done)
-            .then(|| stage.started.elapsed().as_secs_f64() / done as f64 * (total - done) as f64);
+        let now = done.saturating_sub(self.before.load(Ordering::Relaxed));
+        let seconds_left = (now > 0 && total >= done)
+            .then(|| stage.started.elapsed().as_secs_f64() / now as f64 * (total - done) as f64);
         ProgressSnapshot { phase: stage.phase, done, total, unit: stage.unit, seconds_left }
     }
 
@@ -98,5 +109,18 @@ mod tests {
         assert_eq!((snapshot.phase, snapshot.done, snapshot.total), ("compress", 1, 4));
         assert_eq!(snapshot.unit, "model.layers.0");
         assert!(snapshot.seconds_left.is_some());
+    }
+
+    #[test]
+    fn the_pace_is_that_of_this_run() {
+        let progress = Progress::new();
+        progress.begin("compress", 1001);
+        progress.resume(999);
+        let snapshot = progress.snapshot();
+        assert_eq!((snapshot.done, snapshot.seconds_left), (999, None));
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        progress.advance(1);
+        // One unit took at least 20 ms, one is left.
+        assert!(progress.snapshot().seconds_left.unwrap() >= 0.02);
     }
 }
