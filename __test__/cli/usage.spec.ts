@@ -38,8 +38,8 @@ for (const { args, message, code } of [
     code: 'ERR_OPTION_INVALID',
   },
   {
-    args: ['compress', TINY, '-o', 'x', '--bits', '5'],
-    message: /bits must be one of 2, 3, 4, 8/,
+    args: ['compress', TINY, '-o', 'x', '--bits', '7'],
+    message: /bits must be one of 2, 3, 4, 5, 6, 8/,
     code: 'ERR_OPTION_INVALID',
   },
   {
