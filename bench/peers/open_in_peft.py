@@ -22,7 +22,7 @@ def load(path):
 def main():
     checkpoint, merged, *sources = sys.argv[1:]
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # peft warns of missing keys
+        warnings.filterwarnings("error", message=".*(missing|unexpected).*")  # peft only warns of such keys
         model = PeftModel.from_pretrained(load(checkpoint), merged)
     scalings = {s for m in model.modules() if hasattr(m, "scaling") for s in m.scaling.values()}
     print(f"opened: {sum('lora_A' in name for name, _ in model.named_parameters())} modules, scalings {scalings}")
