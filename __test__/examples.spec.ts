@@ -26,7 +26,7 @@ test('quickstart.ts', async (t) => {
 })
 
 test('merge.ts compares methods', async (t) => {
-  t.timeout(120_000)
+  t.timeout(180_000)
   const { stdout } = await example('merge.ts')
   for (const method of ['cat', 'svd', 'lego', 'lego-gauge-free', 'ties', 'tsv']) {
     t.regex(stdout, new RegExp(`^${method}: rank \\d+, [\\d.]+ % from the sum, retained \\d+ %, \\d+ %$`, 'm'))

@@ -1,14 +1,14 @@
 // What merges of three adapters are worth: held-out perplexity of each domain, by method, rank and weight, as a Markdown
 // table; and the share of the gain of the single adapters that is kept, in log-perplexity.
-// usage: merge-quality.ts CHECKPOINT ADAPTERS TEXTS DOMAIN,DOMAIN,... [CHARACTERS]
-//   ADAPTERS/DOMAIN are PEFT folders, TEXTS/eval-DOMAIN.txt the held-out texts
+// usage: merge-quality.ts CHECKPOINT ADAPTERS TEXTS DOMAIN,DOMAIN,... [CHARACTERS] [WEIGHT,WEIGHT,...] [ROW,ROW,...]
+//   ADAPTERS/DOMAIN are PEFT folders, TEXTS/eval-DOMAIN.txt the held-out texts, of which CHARACTERS are read
 import { mkdtemp, readFile, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 
 import { loadModel, merge, type MergeOptions, type Model } from 'kintsugi'
 
-const [checkpoint, adapters, texts, list = '', characters = '1e9'] = process.argv.slice(2)
+const [checkpoint, adapters, texts, list = '', characters = '1e9', weights, rows] = process.argv.slice(2)
 if (!checkpoint || !adapters || !texts || !list) throw new Error('usage: CHECKPOINT ADAPTERS TEXTS DOMAINS [CHARACTERS]')
 const domains = list.split(',')
 const LENGTH = 256
@@ -36,7 +36,8 @@ const ROWS: Row[] = [
   ...RANKS.map((rank): Row => ({ name: `tsv ${rank}`, method: 'tsv', rank })),
   ...RANKS.map((rank): Row => ({ name: `iso-c ${rank}`, method: 'iso-c', rank })),
 ]
-const WEIGHTS = [1 / domains.length, 0.5, 1]
+const WEIGHTS = weights?.split(',').map(Number) ?? [1 / domains.length, 0.5, 1]
+const SELECTED = ROWS.filter(({ name }) => !rows || rows.split(',').includes(name.replace(',', '')))
 
 const folder = await mkdtemp(join(tmpdir(), 'kintsugi-merge-'))
 const held = new Map<string, string>()
@@ -67,7 +68,7 @@ for (const [index, domain] of domains.entries()) console.log(`| ${domain} alone 
 console.log(`\n| method | weight | ${domains.join(' | ')} | gain kept |\n|---|---|${'---|'.repeat(domains.length + 1)}`)
 try {
   for (const weight of WEIGHTS) {
-    for (const [index, { name, ...options }] of ROWS.entries()) {
+    for (const [index, { name, ...options }] of SELECTED.entries()) {
       const out = join(folder, `${index}-${weight}`)
       await merge(sources, { ...options, out, weights: sources.map(() => weight), report: false })
       using merged = await loadModel(checkpoint, { precision: 'f32', adapters: { merged: out } })

@@ -20,7 +20,7 @@ for (const method of ['cat', 'svd', 'lego', 'lego-gauge-free', 'ties', 'tsv'] as
 }
 
 using model = await loadModel(checkpoint, { adapters })
-const text = (await readFile(textFile, 'utf8')).slice(0, 20_000)
+const text = (await readFile(textFile, 'utf8')).slice(0, 6000)
 console.log(`without adapter: perplexity ${(await model.perplexity(text, { length: 256 })).perplexity.toFixed(2)}`)
 for (const adapter of Object.keys(adapters)) {
   const { perplexity } = await model.perplexity(text, { length: 256, adapter })

@@ -22,10 +22,11 @@ def load(path):
 def main():
     checkpoint, merged, *sources = sys.argv[1:]
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # peft warns of missing keys
+        warnings.filterwarnings("error", message=".*(missing|unexpected).*")  # peft only warns of such keys
         model = PeftModel.from_pretrained(load(checkpoint), merged)
-    scalings = {s for m in model.modules() if hasattr(m, "scaling") for s in m.scaling.values()}
-    print(f"opened: {sum('lora_A' in name for name, _ in model.named_parameters())} modules, scalings {scalings}")
+    adapted = [module for module in model.modules() if hasattr(module, "lora_A")]
+    scalings = {scaling for module in adapted for scaling in module.scaling.values()}
+    print(f"opened: {len(adapted)} modules, scalings {scalings}")
     tokens = torch.arange(1, 65).reshape(1, -1)
     with torch.no_grad():
         found = model(tokens).logits
@@ -35,9 +36,9 @@ def main():
         weights = dict(exact.named_parameters())
         for source in sources:
             folder, weight = source.rsplit("=", 1)
-            adapted = PeftModel.from_pretrained(load(checkpoint), folder)
-            for name, module in adapted.base_model.model.named_modules():
-                if hasattr(module, "get_delta_weight") and module.scaling:
+            source_model = PeftModel.from_pretrained(load(checkpoint), folder)
+            for name, module in source_model.base_model.model.named_modules():
+                if hasattr(module, "lora_A"):
                     weights[f"{name}.weight"].add_(module.get_delta_weight("default"), alpha=float(weight))
         expected = exact(tokens).logits
     error = (found - expected).norm() / expected.norm()

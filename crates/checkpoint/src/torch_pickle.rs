@@ -115,7 +115,7 @@ impl Machine<'_> {
                 b'h' => self.recall(1)?,
                 b'j' => self.recall(4)?,
                 b't' => {
-                    let items = self.to_mark()?;
+                    let items = self.pop_to_mark()?;
                     self.tuple(items)?;
                 }
                 0x85..=0x87 => {
@@ -131,11 +131,11 @@ impl Machine<'_> {
                     self.set(vec![key, value])?;
                 }
                 b'u' => {
-                    let items = self.to_mark()?;
+                    let items = self.pop_to_mark()?;
                     self.set(items)?;
                 }
                 b'a' => drop(self.pop()?),
-                b'e' => drop(self.to_mark()?),
+                b'e' => drop(self.pop_to_mark()?),
                 // The attributes of a dictionary (`_metadata` of a state dict).
                 b'b' => {
                     self.pop()?;
@@ -215,7 +215,7 @@ impl Machine<'_> {
         }
     }
 
-    fn to_mark(&mut self) -> Result<Vec<Value>, String> {
+    fn pop_to_mark(&mut self) -> Result<Vec<Value>, String> {
         let mark = self.stack.iter().rposition(|value| matches!(value, Value::Mark)).ok_or("a mark is missing")?;
         let items = self.stack.split_off(mark + 1);
         self.stack.pop();
@@ -254,7 +254,7 @@ impl Machine<'_> {
 
     fn set(&mut self, items: Vec<Value>) -> Result<(), String> {
         let Some(&Value::Dict(dict)) = self.stack.last() else { return Err("it fills what is no dictionary".into()) };
-        if items.len() % 2 != 0 {
+        if !items.len().is_multiple_of(2) {
             return Err("a key has no value".into());
         }
         let mut items = items.into_iter();
