@@ -170,17 +170,14 @@ impl Checkpoint {
 
     /// The names of the Linears that are quantized to codes, in order; of a GGUF file the embedding may be among them.
     pub fn quantized_linears(&self) -> Vec<String> {
-        let (marker, is_quantized): (_, Box<dyn Fn(&str) -> bool>) = match &self.0.weights {
-            Weights::Folder { storage, tensors, .. } => {
-                let Some(config) = storage.quantization() else { return Vec::new() };
-                let quantized = |name: &str| matches!(storage.of(name, tensors), Ok(StoredAs::Quantized(_)));
-                (config.format.marker(), Box::new(quantized))
-            }
-            Weights::Gguf(tensors) => (DENSE, Box::new(|name| tensors.has_codes(&format!("{name}.{DENSE}")))),
-        };
+        let marker = self.quantization().map_or(DENSE, |config| config.format.marker());
         let suffix = format!(".{marker}");
+        let is_quantized = |name: &&str| match &self.0.weights {
+            Weights::Folder { storage, tensors, .. } => matches!(storage.of(name, tensors), Ok(StoredAs::Quantized(_))),
+            Weights::Gguf(tensors) => tensors.has_codes(&format!("{name}.{DENSE}")),
+        };
         let names = self.tensors().filter_map(|tensor| tensor.name.strip_suffix(&suffix));
-        names.filter(|name| is_quantized(name)).map(str::to_owned).collect()
+        names.filter(is_quantized).map(str::to_owned).collect()
     }
 
     /// The tensors that the Linear `name` consists of, without its bias.
