@@ -21,13 +21,16 @@ export interface ConvertOptions {
   out: string
   /** Layout of the quantized Linears, a float type that they are widened to, or a GGUF file with that type. */
   format: LinearFormat | 'f32' | 'f16' | 'bf16' | `gguf:${GgufType}`
-  /** Round Linears anew whose grid the format does not hold; default false: such a conversion is refused with its cost. */
+  /**
+   * Round Linears anew whose grid the format does not hold; default false: such a conversion is refused with its cost.
+   * For GGUF also those that another type holds, if that takes more bits.
+   */
   allowRequantize?: boolean
   /** Width of a code of Linears that are rounded anew; the nearest that the format holds when not given. */
   bits?: CompressOptions['bits']
   /** Inputs that share a scale there; likewise. */
   groupSize?: number | 'whole'
-  /** Only measure what it would cost; nothing is written. */
+  /** Only measure what it would cost; nothing stays. A GGUF file is written beside `out` for that and removed. */
   dryRun?: boolean
   /** Aborting it cancels the job. */
   signal?: AbortSignal
@@ -56,6 +59,8 @@ export interface ConversionReport {
   /** Bytes of the folder; 0 for a dry run. */
   bytes: number
   linears: ConvertedLinear[]
+  /** What the result does not say of the source; normally empty. */
+  notices: string[]
   seconds: number
 }
 

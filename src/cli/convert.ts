@@ -52,6 +52,7 @@ function describe(report: ConversionReport): string {
       ['format', `${report.sourceFormat} → ${report.format}`],
       ['Linears', `${linears.length}, ${linears.length - inexact.length} of them exact`],
       ['size', recipe.dryRun ? undefined : `${formatBytes(report.sourceBytes)} → ${formatBytes(report.bytes)}`],
+      ['notice', report.notices.join('; ') || undefined],
       ['time', formatSeconds(report.seconds)],
     ],
     process.stdout,

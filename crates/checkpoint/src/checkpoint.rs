@@ -172,12 +172,16 @@ impl Checkpoint {
     pub fn quantized_linears(&self) -> Vec<String> {
         let marker = self.quantization().map_or(DENSE, |config| config.format.marker());
         let suffix = format!(".{marker}");
-        let is_quantized = |name: &&str| match &self.0.weights {
+        let names = self.tensors().filter_map(|tensor| tensor.name.strip_suffix(&suffix));
+        names.filter(|name| self.is_quantized(name)).map(str::to_owned).collect()
+    }
+
+    /// Whether the Linear `name` is quantized to codes.
+    pub fn is_quantized(&self, name: &str) -> bool {
+        match &self.0.weights {
             Weights::Folder { storage, tensors, .. } => matches!(storage.of(name, tensors), Ok(StoredAs::Quantized(_))),
             Weights::Gguf(tensors) => tensors.has_codes(&format!("{name}.{DENSE}")),
-        };
-        let names = self.tensors().filter_map(|tensor| tensor.name.strip_suffix(&suffix));
-        names.filter(is_quantized).map(str::to_owned).collect()
+        }
     }
 
     /// The tensors that the Linear `name` consists of, without its bias.

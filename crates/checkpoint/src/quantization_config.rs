@@ -26,7 +26,7 @@ pub struct QuantizationConfig {
     pub symmetric: bool,
     /// Whether Linears may carry the group of each column.
     pub group_index: bool,
-    /// Linears that are quantized otherwise; the first that matches counts.
+    /// Linears that are quantized otherwise; the first that matches counts. Those of the usual scheme may be listed too.
     pub exceptions: Vec<SchemeException>,
     /// Linears that stay as they are. Other readers quantize every Linear that is not listed, so that `lm_head` must
     /// be here unless it is quantized; entries may begin with `re:`.
@@ -40,8 +40,8 @@ impl QuantizationConfig {
         QuantizationConfig { format, bits, group_size, symmetric, group_index, exceptions: Vec::new(), ignore }
     }
 
-    /// The configuration that describes `linears`: the scheme of most of them, and the others as exceptions by name.
-    /// `None` when there are none.
+    /// The configuration that describes `linears`: the scheme of most of them, and where they differ all of them by
+    /// name. `None` when there are none.
     pub fn describing(
         format: &'static dyn LinearFormat,
         linears: &BTreeMap<String, Scheme>,
@@ -59,9 +59,10 @@ impl QuantizationConfig {
         // The first of the most frequent ones.
         let most = counts.iter().map(|&(_, count)| count).max()?;
         let &(usual, _) = counts.iter().find(|&&(_, count)| count == most)?;
+        let mixed = linears.values().any(|scheme| stated(scheme) != usual);
         let exceptions = linears
             .iter()
-            .filter(|(_, scheme)| stated(scheme) != usual)
+            .filter(|_| mixed)
             .map(|(name, scheme)| SchemeException { linears: LinearTarget::name(name), scheme: stated(scheme) })
             .collect();
         Some(QuantizationConfig { exceptions, ..Self::uniform(format, usual, ignore) })

@@ -1,7 +1,7 @@
 use kintsugi_runtime::{CpuLevel, ThreadPool};
 use kintsugi_weights::{
-    DenseMatrix, DenseValues, ElementType, GroupSize, LinearWeight, LowRank, QuantizedMatrix, QuantizedParts,
-    WeightMatrix, reference_product,
+    CodeTable, DenseMatrix, DenseValues, ElementType, GroupSize, LinearWeight, LowRank, QuantizedMatrix,
+    QuantizedParts, WeightMatrix, reference_product,
 };
 
 use crate::{Kernels, Precision};
@@ -98,6 +98,18 @@ fn cases() -> Vec<(String, LinearWeight)> {
             cases.push((format!("int{bits} group 128 rank 5 bias {ROWS}×{COLUMNS}"), weight));
         }
     }
+    let more = |parts: Option<QuantizedParts>, name: &str| {
+        let matrix = parts.and_then(|parts| QuantizedMatrix::new(parts).ok())?;
+        Some((format!("{name} group 128 {ROWS}×{COLUMNS}"), LinearWeight::plain(WeightMatrix::Quantized(matrix))))
+    };
+    let parts = || quantized(4).map(|matrix| QuantizedParts { zero_points: None, ..matrix.into_parts() });
+    let with_offsets = parts().map(|parts| {
+        let offsets = Some(noise(14, parts.scales.len(), 0.1));
+        QuantizedParts { offsets, ..parts }
+    });
+    let with_table = parts().map(|parts| QuantizedParts { code_table: Some(CodeTable::NF4), ..parts });
+    cases.extend(more(with_offsets, "int4 offsets"));
+    cases.extend(more(with_table, "nf4"));
     cases
 }
 

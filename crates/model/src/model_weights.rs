@@ -224,7 +224,8 @@ fn read_linear(checkpoint: &Checkpoint, spec: &DecoderSpec, block: usize, linear
 /// The Linear as `[out, in]`. Compressed ones are never stored otherwise.
 fn stored_linear(checkpoint: &Checkpoint, spec: &DecoderSpec, name: &str) -> Result<LinearWeight> {
     let plain = format!("{name}.weight");
-    if !spec.family.transposed || checkpoint.rows_are_outputs() || checkpoint.tensor(&plain).is_none() {
+    let is_outputs_by_inputs = checkpoint.rows_are_outputs() || checkpoint.is_quantized(name);
+    if !spec.family.transposed || is_outputs_by_inputs || checkpoint.tensor(&plain).is_none() {
         return checkpoint.linear(name);
     }
     let matrix = checkpoint.dense(&plain)?.transposed();

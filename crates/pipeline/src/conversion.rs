@@ -7,7 +7,9 @@ use kintsugi_checkpoint::{Checkpoint, CheckpointWriter, CodeGrid, FORMATS, Linea
 use kintsugi_compress::{Clip, QuantizeOptions, linear_method};
 use kintsugi_model::DecoderSpec;
 use kintsugi_runtime::{CancelToken, Error, ErrorCode, Progress, Result, ThreadPool, nearest};
-use kintsugi_weights::{CODE_BITS, DenseMatrix, ElementType, GroupAxis, GroupSize, QuantizedMatrix, WeightMatrix};
+use kintsugi_weights::{
+    CODE_BITS, DenseMatrix, ElementType, GroupAxis, GroupSize, QuantizedMatrix, QuantizedParts, WeightMatrix,
+};
 use serde::Serialize;
 
 /// Group sizes to try where the format does not hold that of the source.
@@ -50,6 +52,8 @@ pub struct ConversionReport {
     pub bytes: u64,
     /// Each Linear, in name order.
     pub linears: Vec<ConvertedLinear>,
+    /// What the result does not say of the source, as sentences for the user.
+    pub notices: Vec<String>,
     /// Seconds that it took.
     pub seconds: f64,
 }
@@ -122,7 +126,7 @@ pub fn convert(recipe: &ConvertRecipe, cancel: &CancelToken, progress: &Progress
     let started = Instant::now();
     let target = Target::of(&recipe.format)?;
     let checkpoint = Checkpoint::open(&recipe.source)?;
-    let (linears, bytes) = match target {
+    let Converted { linears, bytes, notices } = match target {
         Target::Gguf(kind) => to_gguf(recipe, &checkpoint, kind, cancel, progress)?,
         Target::Quantized(_) | Target::Dense(_) => to_folder(recipe, &checkpoint, target, cancel, progress)?,
     };
@@ -132,9 +136,18 @@ pub fn convert(recipe: &ConvertRecipe, cancel: &CancelToken, progress: &Progress
         source_bytes: checkpoint.tensors().map(|tensor| tensor.bytes).sum(),
         bytes,
         linears,
+        notices,
         seconds: started.elapsed().as_secs_f64(),
         recipe: recipe.clone(),
     })
+}
+
+/// What a conversion gives: the matrices and the bytes of the result, 0 for a dry run.
+#[derive(Default)]
+struct Converted {
+    linears: Vec<ConvertedLinear>,
+    bytes: u64,
+    notices: Vec<String>,
 }
 
 fn source_format(checkpoint: &Checkpoint) -> &'static str {
@@ -145,14 +158,14 @@ fn source_format(checkpoint: &Checkpoint) -> &'static str {
     }
 }
 
-/// Into a folder in the layout of Hugging Face. Gives the Linears and the bytes of the folder.
+/// Into a folder in the layout of Hugging Face.
 fn to_folder(
     recipe: &ConvertRecipe,
     checkpoint: &Checkpoint,
     target: Target,
     cancel: &CancelToken,
     progress: &Progress,
-) -> Result<(Vec<ConvertedLinear>, u64)> {
+) -> Result<Converted> {
     let spec = DecoderSpec::of(checkpoint);
     let embedding = spec.as_ref().map(|spec| spec.name(spec.family.embedding)).unwrap_or_default();
     let mut names = checkpoint.quantized_linears();
@@ -166,20 +179,29 @@ fn to_folder(
         .subject(recipe.source.display())
         .hint("Compress it instead (kintsugi compress)"));
     }
-    let ignore = match (checkpoint.quantization(), &spec) {
-        (Some(quantization), _) => quantization.ignore.clone(),
-        (None, Ok(spec)) => std::iter::once(spec.family.head.to_owned())
+    let ignore = match (&spec, checkpoint.quantization()) {
+        // Formats differ in how they match such names, so that all that stays plain is named anew.
+        (Ok(spec), _) => (0..spec.layers)
+            .flat_map(|block| spec.linears.iter().map(move |linear| spec.linear_name(block, linear)))
             .chain(spec.routers())
+            .chain([spec.family.head.to_owned()])
             .filter(|name| !names.contains(name))
             .collect(),
-        (None, Err(_)) => Vec::new(),
+        (Err(_), Some(quantization)) => quantization.ignore.clone(),
+        (Err(_), None) => Vec::new(),
     };
-    let usual = checkpoint.quantization().map(|quantization| quantization.group_size);
+    let uniform = UniformGrid {
+        group_size: checkpoint.quantization().map_or(GROUP_SIZES[0], |quantization| quantization.group_size),
+        symmetric: checkpoint.quantization().is_some_and(|config| config.symmetric && config.exceptions.is_empty()),
+    };
     progress.begin("convert", names.len() as u64);
     let mut writer = match (recipe.dry_run, target) {
         (true, _) => None,
         (false, Target::Quantized(format)) => Some(CheckpointWriter::create(&recipe.out, checkpoint)?.format(format)),
-        (false, _) => Some(CheckpointWriter::create(&recipe.out, checkpoint)?),
+        (false, Target::Dense(element)) => {
+            Some(CheckpointWriter::create(&recipe.out, checkpoint)?.element_type(Some(element)))
+        }
+        (false, Target::Gguf(_)) => None,
     };
     let mut replaced = HashSet::new();
     let mut linears = Vec::with_capacity(names.len());
@@ -191,8 +213,8 @@ fn to_folder(
         let (rows, columns) = (matrix.rows(), matrix.columns());
         let (bits, error) = match target {
             Target::Quantized(format) => {
-                let usual = if format.takes_exceptions() { None } else { usual };
-                let (fitting, error) = fit(&matrix, format, usual, recipe).map_err(|error| error.subject(name))?;
+                let uniform = if format.takes_exceptions() { None } else { Some(uniform) };
+                let (fitting, error) = fit(&matrix, format, uniform, recipe).map_err(|error| error.subject(name))?;
                 let written = fitting.as_ref().unwrap_or(&matrix);
                 if let Some(writer) = &mut writer {
                     writer.write_linear(name, written)?;
@@ -203,9 +225,19 @@ fn to_folder(
             Target::Dense(element) => {
                 let values = matrix.to_f32();
                 let rounded: Vec<f32> = values.iter().map(|&value| element.round(value)).collect();
+                if rounded.iter().any(|value| !value.is_finite()) {
+                    let message = format!("a weight is too large for {}", element.name());
+                    return Err(Error::new(ErrorCode::QuantizationUnsupported, message)
+                        .subject(name)
+                        .hint("Convert to bf16 or f32"));
+                }
                 let error = relative_error(&values, &rounded);
+                let matrix = DenseMatrix::from_f32(rows, columns, rounded);
+                // Plain matrices of some families are [in, out].
+                let matrix = if is_turned(&spec, name) { matrix.transposed() } else { matrix };
                 if let Some(writer) = &mut writer {
-                    writer.write_dense(&format!("{name}.weight"), &[rows, columns], &rounded, element)?;
+                    let (tensor, shape) = (format!("{name}.weight"), [matrix.rows(), matrix.columns()]);
+                    writer.write_dense(&tensor, &shape, &matrix.to_f32(), element)?;
                 }
                 (element.bits() as u8, error)
             }
@@ -245,23 +277,33 @@ fn to_folder(
         cancel.check()?;
         writer.commit()?;
     }
-    Ok((linears, bytes))
+    Ok(Converted { linears, bytes, notices: Vec::new() })
 }
 
-/// Into a GGUF file. Gives the matrices, compared with the source after they are written, and the bytes of the file.
+/// Whether the family keeps the plain matrix of this Linear as `[in, out]`.
+fn is_turned(spec: &Result<DecoderSpec>, name: &str) -> bool {
+    spec.as_ref().is_ok_and(|spec| spec.family.transposed && name.starts_with(spec.name(spec.family.blocks)))
+}
+
+/// Into a GGUF file; the matrices are compared with the source after they are written.
 fn to_gguf(
     recipe: &ConvertRecipe,
     checkpoint: &Checkpoint,
     kind: &'static GgufType,
     cancel: &CancelToken,
     progress: &Progress,
-) -> Result<(Vec<ConvertedLinear>, u64)> {
+) -> Result<Converted> {
+    if recipe.out.extension().is_none_or(|extension| !extension.eq_ignore_ascii_case("gguf")) {
+        return Err(Error::new(ErrorCode::OptionInvalid, "a GGUF file has a name that ends in .gguf")
+            .subject("out")
+            .hint("Give the name of a file, such as model.gguf"));
+    }
     if recipe.out.exists() && !recipe.dry_run {
         return Err(Error::new(ErrorCode::OutputNotEmpty, "the output file exists")
             .subject(recipe.out.display())
             .hint("Choose another name or remove the file"));
     }
-    if checkpoint.compensation()?.is_some() && !recipe.dry_run {
+    if checkpoint.compensation()?.is_some() {
         return Err(Error::new(
             ErrorCode::QuantizationUnsupported,
             "a GGUF file has no place for the compensation in eora/",
@@ -270,30 +312,39 @@ fn to_gguf(
         .hint("Move the folder eora/ away, or convert to another format"));
     }
     let spec = DecoderSpec::of(checkpoint)?;
-    let scratch = ScratchPath(recipe.out.with_extension("converting.gguf"));
-    let summary = write_gguf(checkpoint, &GgufPlan::new(kind), &scratch.0, cancel, progress)?;
+    let mut name = recipe.out.file_name().unwrap_or_default().to_os_string();
+    name.push(format!(".{}.gguf", std::process::id()));
+    let path = recipe.out.with_file_name(name);
+    let plan = GgufPlan { narrow: recipe.allow_requantize, ..GgufPlan::new(kind) };
+    let summary = write_gguf(checkpoint, &plan, &path, cancel, progress)?;
+    let scratch = ScratchPath(path);
     let written = Checkpoint::open(&scratch.0)?;
     // A matrix that is embedding and head may be stored under either name.
     let (embedding, head) = (spec.name(spec.family.embedding), spec.family.head);
     let origin = |name: &str| {
         let twin = if name == embedding { head } else { embedding };
+        // The written file has the full names of a checkpoint that leaves out the first part of them.
+        let bare = spec.family.bare_prefix.filter(|_| spec.bare).and_then(|prefix| name.strip_prefix(prefix));
+        let name = bare.unwrap_or(name);
         let candidates = [name, twin].into_iter().take(if name == embedding || name == head { 2 } else { 1 });
-        candidates.into_iter().find(|name| checkpoint.has_linear(name)).map(str::to_owned)
+        let found = candidates.into_iter().find(|name| checkpoint.has_linear(name));
+        found.map(str::to_owned).ok_or_else(|| {
+            Error::new(ErrorCode::Internal, "a matrix was written that the source does not have").subject(name)
+        })
     };
-    let names: Vec<(String, String)> = written
-        .tensors()
-        .filter(|tensor| tensor.shape.len() == 2)
+    let matrices = written.tensors().filter(|tensor| tensor.shape.len() == 2);
+    let names: Vec<(String, String)> = matrices
         .filter_map(|tensor| tensor.name.strip_suffix(".weight"))
-        .filter_map(|name| Some((name.to_owned(), origin(name)?)))
-        .collect();
+        .map(|name| Ok((name.to_owned(), origin(name)?)))
+        .collect::<Result<_>>()?;
     progress.begin("compare", names.len() as u64);
     let mut linears = Vec::with_capacity(names.len());
     for (name, origin) in names {
         cancel.check()?;
         progress.at("compare", name.clone());
         let (before, after) = (checkpoint.linear(&origin)?.matrix, written.linear(&name)?.matrix);
-        let turned =
-            spec.family.transposed && !checkpoint.rows_are_outputs() && name.starts_with(spec.name(spec.family.blocks));
+        let is_plain = !checkpoint.rows_are_outputs() && !checkpoint.is_quantized(&origin);
+        let turned = spec.family.transposed && is_plain && origin.starts_with(spec.name(spec.family.blocks));
         let values = match before {
             WeightMatrix::Dense(matrix) if turned => matrix.transposed().to_f32(),
             matrix => matrix.to_f32(),
@@ -315,7 +366,7 @@ fn to_gguf(
         progress.advance(1);
     }
     if recipe.dry_run {
-        return Ok((linears, 0));
+        return Ok(Converted { linears, bytes: 0, notices: summary.notices });
     }
     if !recipe.allow_requantize {
         check_exact(&linears, recipe)?;
@@ -323,7 +374,14 @@ fn to_gguf(
     std::fs::rename(&scratch.0, &recipe.out).map_err(|error| {
         Error::io(ErrorCode::OutputUnwritable, &recipe.out, &error).hint("Check that the folder is writable")
     })?;
-    Ok((linears, summary.bytes))
+    Ok(Converted { linears, bytes: summary.bytes, notices: summary.notices })
+}
+
+/// The one grid of all Linears, for formats without exceptions.
+#[derive(Clone, Copy)]
+struct UniformGrid {
+    group_size: GroupSize,
+    symmetric: bool,
 }
 
 /// A file that is removed when it is not given its name.
@@ -337,18 +395,26 @@ impl Drop for ScratchPath {
 }
 
 /// The matrix on a grid that `format` holds, with the relative error of that; `None` and `None` where it holds the
-/// matrix as it is. `usual` is the one group size of a format that has one for all Linears.
+/// matrix as it is. `uniform` is the grid of all Linears of a format without exceptions.
 fn fit(
     matrix: &QuantizedMatrix,
     format: &'static dyn LinearFormat,
-    usual: Option<GroupSize>,
+    uniform: Option<UniformGrid>,
     recipe: &ConvertRecipe,
 ) -> Result<(Option<QuantizedMatrix>, Option<f64>)> {
     let form = MatrixForm::of(matrix);
-    if form.check(format).is_ok() && usual.is_none_or(|usual| usual == matrix.group_size()) {
-        return Ok((None, None));
+    let same_groups = uniform.is_none_or(|uniform| uniform.group_size == matrix.group_size());
+    if form.check(format).is_ok() && same_groups {
+        let with_zero_points = matrix.is_symmetric() && uniform.is_some_and(|uniform| !uniform.symmetric);
+        if !with_zero_points {
+            return Ok((None, None));
+        }
+        // The same numbers on a grid that says where zero is.
+        let parts = matrix.clone().into_parts();
+        let zero_points = Some(vec![1 << (parts.bits - 1); parts.scales.len()]);
+        return Ok((Some(QuantizedMatrix::new(QuantizedParts { zero_points, ..parts })?), None));
     }
-    let options = nearest_grid(matrix, &form, format, usual, recipe)?;
+    let options = nearest_grid(matrix, &form, format, uniform, recipe)?;
     let values = matrix.to_f32();
     let dense = DenseMatrix::from_f32(matrix.rows(), matrix.columns(), values);
     let rounded = linear_method("rtn")?.compress(&dense, None, &options, ThreadPool::global())?;
@@ -362,7 +428,7 @@ fn nearest_grid(
     matrix: &QuantizedMatrix,
     form: &MatrixForm,
     format: &'static dyn LinearFormat,
-    usual: Option<GroupSize>,
+    uniform: Option<UniformGrid>,
     recipe: &ConvertRecipe,
 ) -> Result<QuantizeOptions> {
     let given_size =
@@ -375,7 +441,14 @@ fn nearest_grid(
     };
     let sizes: Vec<GroupSize> = match given_size {
         Some(size) => vec![size],
-        None => std::iter::once(usual.unwrap_or(matrix.group_size())).chain(GROUP_SIZES).collect(),
+        None => match uniform {
+            Some(uniform) => vec![uniform.group_size],
+            None => std::iter::once(matrix.group_size()).chain(GROUP_SIZES).collect(),
+        },
+    };
+    let kinds = match uniform {
+        Some(uniform) => vec![uniform.symmetric],
+        None => vec![matrix.is_symmetric(), !matrix.is_symmetric()],
     };
     let scale_type = match form.scale_type {
         ElementType::F32 => ElementType::F16,
@@ -384,7 +457,7 @@ fn nearest_grid(
     let mut reason = None;
     for &bits in &widths {
         for &group_size in &sizes {
-            for symmetric in [matrix.is_symmetric(), !matrix.is_symmetric()] {
+            for &symmetric in &kinds {
                 let options = QuantizeOptions {
                     bits,
                     group_size,

@@ -1,8 +1,8 @@
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::Path;
 
-use kintsugi_checkpoint::Checkpoint;
 use kintsugi_checkpoint::gguf::{BlockContent, BlockGrid, GgufType};
+use kintsugi_checkpoint::{Checkpoint, TensorInfo};
 use kintsugi_model::{DecoderSpec, read_tokenizer};
 use kintsugi_runtime::{Error, ErrorCode, Result};
 use serde::Serialize;
@@ -180,21 +180,16 @@ pub fn inspect(path: &Path) -> Result<Inspection> {
 /// What the type of most weights of a GGUF file is; the others are told by the bytes of each type.
 fn inspected_blocks(main: &GgufType) -> Option<InspectedQuantization> {
     let BlockContent::Codes(codes) = main.content else { return None };
-    let symmetric = codes.grid != BlockGrid::Offset;
+    let symmetric = matches!(codes.grid, BlockGrid::Centered);
     Some(InspectedQuantization { format: "gguf", bits: codes.bits, group_size: Some(codes.group), symmetric })
 }
 
 /// Bytes of the codes, scales, zero points and dense weights of the Linears of the blocks.
 fn linear_bytes(checkpoint: &Checkpoint, spec: &DecoderSpec) -> u64 {
-    let names: BTreeSet<String> = (0..spec.layers)
-        .flat_map(|block| spec.linears.iter().map(move |linear| spec.linear_name(block, linear)))
-        .collect();
-    let belongs = |tensor: &str| {
-        tensor
-            .rsplit_once('.')
-            .is_some_and(|(linear, part)| !matches!(part, "bias" | "weight_shape") && names.contains(linear))
-    };
-    checkpoint.tensors().filter(|tensor| belongs(&tensor.name)).map(|tensor| tensor.bytes).sum()
+    let names =
+        (0..spec.layers).flat_map(|block| spec.linears.iter().map(move |linear| spec.linear_name(block, linear)));
+    let weighs = |tensor: &&TensorInfo| !tensor.name.ends_with(".weight_shape");
+    names.map(|name| checkpoint.parts_of(&name).filter(weighs).map(|tensor| tensor.bytes).sum::<u64>()).sum()
 }
 
 /// Whether the tokenizer and every Linear are there, by their headers.

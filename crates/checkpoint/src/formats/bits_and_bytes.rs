@@ -87,7 +87,12 @@ impl BitsAndBytes {
         let codes: Vec<u8> = linear.integers(SCALES, Dtype::U8, &[blocks])?;
         let table = linear.floats(NESTED_TABLE, 256)?;
         let scales = linear.floats(NESTED_SCALES, blocks.div_ceil(size))?;
-        Ok(codes.iter().enumerate().map(|(i, &code)| table[usize::from(code)] * scales[i / size] + offset).collect())
+        let scale = |(i, &code): (usize, &u8)| table[usize::from(code)] * scales[i / size] + offset;
+        let scales: Vec<f32> = codes.iter().enumerate().map(scale).collect();
+        match scales.iter().position(|scale| !scale.is_finite()) {
+            None => Ok(scales),
+            Some(block) => Err(linear.corrupt(SCALES, format!("the scale of block {block} is not finite"))),
+        }
     }
 }
 

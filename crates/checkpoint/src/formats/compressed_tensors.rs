@@ -104,7 +104,11 @@ fn read_schemes(
 /// knows.
 pub(super) fn write_config(config: &QuantizationConfig, layout: &str) -> Value {
     let mut groups = Map::new();
-    groups.insert("group_0".into(), write_group(config.scheme(), &[CLASS.to_owned()], layout));
+    // Readers that fuse Linears match the class before they ask for the names of the parts, so the class is a target
+    // only where names do not say everything.
+    if config.exceptions.iter().all(|exception| exception.scheme != config.scheme()) {
+        groups.insert("group_0".into(), write_group(config.scheme(), &[CLASS.to_owned()], layout));
+    }
     // Linears of one scheme in one group, in the order in which schemes first appear.
     let mut rest: Vec<&SchemeException> = config.exceptions.iter().collect();
     while let Some(&first) = rest.first() {

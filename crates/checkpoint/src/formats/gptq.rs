@@ -167,7 +167,9 @@ impl LinearFormat for Gptq {
             .filter(|entry| *entry != HEAD)
             .map(|entry| (excluded(entry), Value::Object(Map::new())))
             .collect();
-        for SchemeException { linears, scheme } in &config.exceptions {
+        for SchemeException { linears, scheme } in
+            config.exceptions.iter().filter(|other| other.scheme != config.scheme())
+        {
             let fields = json!({
                 "bits": scheme.bits,
                 "group_size": group_size_number(scheme.group_size),

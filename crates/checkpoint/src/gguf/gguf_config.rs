@@ -306,6 +306,7 @@ pub(crate) fn metadata_of(config: &Map<String, Value>, architecture: &GgufArchit
     metadata.set(key("attention.head_count_kv"), small(kv_heads));
     if architecture.name == "gpt2" {
         metadata.set(key("feed_forward_length"), small(feed_forward.unwrap_or(4 * width)));
+        check_implied(config, architecture, blocks, width / heads, head)?;
         return Ok(metadata);
     }
     if architecture.name != "gptneox" && epsilon {

@@ -32,6 +32,8 @@ pub struct GgufPlan {
     /// or in the smallest type that holds their codes. Those that none holds are rounded to `linears`, and named in
     /// [`GgufSummary::rounded`].
     pub keep_codes: bool,
+    /// Whether those that take more bits than the type planned for them are rounded to it all the same.
+    pub narrow: bool,
 }
 
 /// What was written.
@@ -55,7 +57,13 @@ impl GgufPlan {
             "Q4_0" | "Q4_1" | "Q4_K" => GgufType::written("Q6_K").unwrap_or(main),
             _ => main,
         };
-        GgufPlan { linears: main, embeddings: finer, keep_codes: true }
+        GgufPlan { linears: main, embeddings: finer, keep_codes: true, narrow: false }
+    }
+
+    /// Whether codes that `exact` holds stay in it where `planned` is planned.
+    fn keeps(&self, exact: &GgufType, planned: &GgufType) -> bool {
+        let wider = exact.block_bytes * planned.block_elements > planned.block_bytes * exact.block_elements;
+        exact == planned || (self.keep_codes && !(self.narrow && wider))
     }
 }
 
@@ -98,8 +106,8 @@ pub fn write_gguf(
         Some(tensors) => plan_gguf(tensors.file(), plan, &mut summary)?,
         None => plan_folder(source, plan, destination, &mut summary, cancel)?,
     };
-    metadata.set("general.file_type", GgufValue::U32(file_type(plan.linears)));
     let entries: Vec<GgufEntry> = planned.iter().map(|planned| planned.entry.clone()).collect();
+    metadata.set("general.file_type", GgufValue::U32(file_type(main_type(&entries).unwrap_or(plan.linears))));
     for entry in &entries {
         *summary.types.entry(entry.gguf_type.name).or_default() += 1;
     }
@@ -116,6 +124,16 @@ pub fn write_gguf(
     }
     summary.bytes = writer.finish()?;
     Ok(summary)
+}
+
+/// The type of most matrices in the blocks.
+fn main_type(entries: &[GgufEntry]) -> Option<&'static GgufType> {
+    let mut counts: BTreeMap<u32, usize> = BTreeMap::new();
+    for entry in entries.iter().filter(|entry| entry.shape.len() > 1 && entry.name.starts_with("blk.")) {
+        *counts.entry(entry.gguf_type.id).or_default() += 1;
+    }
+    let (&id, _) = counts.iter().max_by_key(|&(_, count)| count)?;
+    GgufType::by_id(id)
 }
 
 /// What `general.file_type` calls a file whose matrices are mostly of that type.
@@ -149,8 +167,9 @@ fn plan_gguf(file: &GgufFile, plan: &GgufPlan, summary: &mut GgufSummary) -> Res
         let small = tensor.shape.len() == 1 || name.contains("ffn_gate_inp") || name.starts_with("position_embd");
         let outside = name == "token_embd.weight" || name == "output.weight";
         let wanted = if outside { plan.embeddings } else { plan.linears };
-        let gguf_type =
-            if small || (is_codes && plan.keep_codes) { tensor.gguf_type } else { fitting(wanted, columns) };
+        let planned_type = fitting(wanted, columns);
+        let keeps = is_codes && plan.keeps(tensor.gguf_type, planned_type);
+        let gguf_type = if small || keeps { tensor.gguf_type } else { planned_type };
         if is_codes && gguf_type != tensor.gguf_type {
             summary.rounded.push(name.clone());
         }
@@ -359,7 +378,7 @@ impl FolderPlan<'_> {
 
     fn add_matrix(&mut self, gguf: &str, name: &str, order: RowOrder) -> Result<()> {
         let (mut rows, mut columns) = self.source.linear_shape(name)?;
-        let is_plain = self.source.tensor(&format!("{name}.weight")).is_some_and(|tensor| tensor.dtype != "I8");
+        let is_plain = self.source.tensor(&format!("{name}.weight")).is_some() && !self.source.is_quantized(name);
         let transposed = self.architecture.transposed && gguf.starts_with("blk.") && is_plain;
         if transposed {
             (rows, columns) = (columns, rows);
@@ -382,7 +401,7 @@ impl FolderPlan<'_> {
         if self.source.quantization().is_some()
             && let WeightMatrix::Quantized(codes) = self.source.linear(name)?.matrix
         {
-            match exact_type(&codes).filter(|exact| self.plan.keep_codes || *exact == gguf_type) {
+            match exact_type(&codes).filter(|exact| self.plan.keeps(exact, gguf_type)) {
                 Some(exact) => gguf_type = exact,
                 None => self.summary.rounded.push(name.to_owned()),
             }

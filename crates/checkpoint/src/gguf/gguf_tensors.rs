@@ -19,6 +19,9 @@ use crate::tensor_set::missing_tensor;
 /// Tensors with the divisors of rotary frequencies; they are no weights.
 const ROTARY_DIVISORS: [&str; 3] = ["rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"];
 
+/// Most experts of a block that are named one by one; published models have up to 512.
+const MOST_EXPERTS: usize = 1 << 14;
+
 /// The tensors of a GGUF file under the names of Hugging Face.
 #[derive(Debug)]
 pub(crate) struct GgufTensors {
@@ -74,6 +77,10 @@ impl GgufTensors {
             };
             let (module, part) = stored.rsplit_once('.').ok_or_else(unknown)?;
             let (hugging_face, order) = architecture.module(module).ok_or_else(unknown)?;
+            // Scales of whole tensors, which some files have beside them, are not applied.
+            if !matches!(part, "weight" | "bias") {
+                return Err(unknown());
+            }
             let place = Place {
                 stored: stored.clone(),
                 first_row: 0,
@@ -104,6 +111,9 @@ impl GgufTensors {
             let (&[experts, rows, columns], true) = (tensor.shape.as_slice(), tensor.bytes > 0) else {
                 return Err(wrong_shape(stored, &tensor.shape, "[experts, rows, columns] without a zero"));
             };
+            if experts > MOST_EXPERTS {
+                return Err(wrong_shape(stored, &tensor.shape, &format!("at most {MOST_EXPERTS} experts")));
+            }
             for expert in 0..experts {
                 let name = format!("{}.{part}", hugging_face.replace("{}", &expert.to_string()));
                 let place = Place { first_row: expert * rows, ..place.clone() };
@@ -178,13 +188,16 @@ impl GgufTensors {
         let &[length] = info.shape.as_slice() else {
             return Err(wrong_shape(name, &info.shape, "[length]"));
         };
+        if length == 0 {
+            return Err(wrong_shape(name, &info.shape, "[length] without a zero"));
+        }
         let tensor = self.stored(place)?;
         if !matches!(tensor.gguf_type.content, BlockContent::Float(_)) {
             let message = format!("the vector has type {}, expected F32, F16 or BF16", tensor.gguf_type.name);
             return Err(Error::new(ErrorCode::CheckpointDtype, message).subject(name).hint(GgufType::hint()));
         }
         let bytes = self.ordered_rows(tensor, place, length, 1)?;
-        let mut values = decode(name, tensor.gguf_type, 1, length.max(1), &bytes)?.to_f32();
+        let mut values = decode(name, tensor.gguf_type, 1, length, &bytes)?.to_f32();
         if place.shifted {
             values.iter_mut().for_each(|value| *value -= 1.0);
         }

@@ -78,21 +78,19 @@ impl GgufWriter {
         let mut name = path.file_name().unwrap_or_default().to_os_string();
         name.push(".partial");
         let temporary = path.with_file_name(name);
-        let write = || {
-            let mut output = BufWriter::with_capacity(BUFFER_BYTES, File::create(&temporary)?);
-            output.write_all(&header)?;
-            Ok(output)
-        };
-        let output = write().map_err(|error| unwritable(path, &error))?;
-        Ok(GgufWriter {
-            output: Some(output),
+        let file = File::create(&temporary).map_err(|error| unwritable(path, &error))?;
+        // From here on it removes its file when it is dropped.
+        let mut writer = GgufWriter {
+            output: Some(BufWriter::with_capacity(BUFFER_BYTES, file)),
             path: path.to_path_buf(),
             temporary,
             left: lengths.into_iter(),
             of_current: 0,
             padding: 0,
             total: header.len() as u64 + offset,
-        })
+        };
+        writer.put(&header)?;
+        Ok(writer)
     }
 
     /// Appends bytes of the tensors; those of one call belong to one tensor.
