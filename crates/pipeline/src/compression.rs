@@ -82,8 +82,8 @@ pub fn compress<B: Backend>(recipe: &Recipe, backend: &B, cancel: &CancelToken, 
             Ok(report)
         }
         Err(error) => {
-            use ErrorCode::{Cancelled, Io, OutputUnwritable, ResumeMismatch};
-            let kept = matches!(error.code, Cancelled | Io | OutputUnwritable | ResumeMismatch);
+            use ErrorCode::{Cancelled, Io, OutputBusy, OutputUnwritable, ResumeMismatch};
+            let kept = matches!(error.code, Cancelled | Io | OutputBusy | OutputUnwritable | ResumeMismatch);
             if !kept || job.units.len() < 2 {
                 job.writer.discard();
                 recipe.save_statistics.as_deref().inspect(|path| StatisticsWriter::discard(path));
@@ -156,7 +156,7 @@ impl Compression<'_> {
         let done = finished_blocks == spec.layers;
         let saver = match &recipe.save_statistics {
             // The last run may have ended before the file had its name.
-            Some(path) if !done || StatisticsWriter::is_unfinished(path) => {
+            Some(path) if !done || StatisticsWriter::is_unfinished(path) || !path.is_file() => {
                 Some(StatisticsWriter::create(path, recipe, self.checkpoint, spec, finished_blocks)?)
             }
             _ => None,
