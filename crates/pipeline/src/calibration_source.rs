@@ -1,9 +1,9 @@
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 
-use kintsugi_checkpoint::TensorFile;
-use kintsugi_model::{DecoderSpec, Tokenizer};
+use kintsugi_checkpoint::{Checkpoint, TensorFile};
+use kintsugi_model::{DecoderSpec, read_tokenizer};
 use kintsugi_runtime::{Error, ErrorCode, Result, nearest};
 use serde::Serialize;
 use serde_json::Value;
@@ -49,19 +49,24 @@ impl CalibrationKind {
 }
 
 fn starts_with_bracket(path: &Path) -> Result<bool> {
-    let mut bytes = BufReader::new(open(path)?).bytes();
-    let first = bytes.find(|byte| byte.as_ref().is_ok_and(|byte| !byte.is_ascii_whitespace()));
-    Ok(matches!(first, Some(Ok(b'['))))
+    for byte in BufReader::new(open(path)?).bytes() {
+        let byte = byte.map_err(|error| unreadable(path, error.to_string()))?;
+        if !byte.is_ascii_whitespace() {
+            return Ok(byte == b'[');
+        }
+    }
+    Ok(false)
 }
 
 /// The tokens of the file of `recipe` in their order; reading may stop when there are `enough`. Records of a JSONL file
-/// are tokenized apart.
+/// are tokenized apart; only text asks for the tokenizer of the model.
 ///
 /// # Errors
+/// `ERR_TOKENIZER_INVALID`,
 /// `ERR_TEXT_UNREADABLE` for what cannot be read or understood and for ids outside of the vocabulary, with the line.
 pub(crate) fn read_tokens(
     recipe: &CalibrationRecipe,
-    tokenizer: &Tokenizer,
+    checkpoint: &Checkpoint,
     spec: &DecoderSpec,
     enough: usize,
 ) -> Result<Vec<u32>> {
@@ -74,10 +79,10 @@ pub(crate) fn read_tokens(
                 let at = error.utf8_error().valid_up_to();
                 unreadable(path, format!("the text is not UTF-8 at byte {at}")).hint("Convert the file to UTF-8")
             })?;
-            tokenizer.encode(&text, false)
+            read_tokenizer(checkpoint, spec)?.encode(&text, false)
         }
         CalibrationKind::Jsonl => {
-            let mut tokens = Vec::new();
+            let (tokenizer, mut tokens) = (read_tokenizer(checkpoint, spec)?, Vec::new());
             each_line(path, |place, line| {
                 tokens.extend(tokenizer.encode(&field_of(line, &recipe.field, path, place)?, false)?);
                 Ok(tokens.len() < enough)
@@ -107,7 +112,7 @@ fn read_json_ids(path: &Path, spec: &DecoderSpec, enough: usize) -> Result<Vec<u
             return Err(not_ids(path, format!("{place} is not an array of token ids")));
         };
         let arrays: Vec<&[Value]> = match items.first() {
-            Some(Value::Array(_)) => items.iter().map(|item| item.as_array().map_or(&[][..], Vec::as_slice)).collect(),
+            Some(Value::Array(_)) => items.iter().map(|item| array_of_ids(item, path, place)).collect::<Result<_>>()?,
             _ => vec![items],
         };
         for ids in arrays {
@@ -130,6 +135,11 @@ fn read_json_ids(path: &Path, spec: &DecoderSpec, enough: usize) -> Result<Vec<u
         Ok(count < enough)
     })?;
     Ok(tokens)
+}
+
+fn array_of_ids<'a>(item: &'a Value, path: &Path, place: &str) -> Result<&'a [Value]> {
+    let found = item.as_array().map(Vec::as_slice);
+    found.ok_or_else(|| not_ids(path, format!("{place} has {item} beside arrays of token ids")))
 }
 
 fn checked(
@@ -178,7 +188,12 @@ fn each_line(path: &Path, mut visit: impl FnMut(usize, &str) -> Result<bool>) ->
     Ok(())
 }
 
+/// Looks before it opens: opening a pipe would wait for a writer, and a folder would open but not read.
 fn open(path: &Path) -> Result<File> {
+    let metadata = fs::metadata(path).map_err(|error| unreadable(path, error.to_string()))?;
+    if !metadata.is_file() {
+        return Err(unreadable(path, "it is not a regular file".into()));
+    }
     File::open(path).map_err(|error| unreadable(path, error.to_string()))
 }
 

@@ -6,7 +6,7 @@ use kintsugi_checkpoint::{
     Checkpoint, CheckpointWriter, LinearFormat, QuantizationConfig, Scheme, UnitRecord, linear_format, read_adapter,
     write_adapter,
 };
-use kintsugi_model::{Backend, BlockWeights, DecoderSpec, read_tokenizer};
+use kintsugi_model::{Backend, BlockWeights, DecoderSpec};
 use kintsugi_runtime::{CancelToken, Error, ErrorCode, Progress, Result, peak_memory_bytes, replace_file};
 use kintsugi_weights::{Adapter, AdapterEntry, WeightMatrix};
 use serde_json::Value;
@@ -42,13 +42,12 @@ pub(crate) enum CalibrationData {
 
 impl CalibrationData {
     fn read(recipe: &Recipe, checkpoint: &Checkpoint, spec: &DecoderSpec) -> Result<Self> {
-        let tokenizer = read_tokenizer(checkpoint, spec)?;
         Ok(match &recipe.calibration {
             None => CalibrationData::None,
             Some(calibration) if recipe.uses_statistics() => {
                 CalibrationData::Saved(Box::new(SavedStatistics::open(&calibration.file, checkpoint, spec)?))
             }
-            Some(calibration) => CalibrationData::Tokens(CalibrationTokens::read(calibration, &tokenizer, spec)?),
+            Some(calibration) => CalibrationData::Tokens(CalibrationTokens::read(calibration, checkpoint, spec)?),
         })
     }
 }
