@@ -14,7 +14,7 @@ use crate::Recipe;
 
 /// The string in the header of a file of statistics that says what they are.
 pub(crate) const STATISTICS_KEY: &str = "kintsugi.calibration";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// Values of a second moment that are written at once.
 const WRITE_VALUES: usize = 1 << 19;
 
@@ -272,8 +272,9 @@ fn point_name(spec: &DecoderSpec, block: usize, point: TapPoint) -> String {
     format!("{}.{place}", spec.block_name(block))
 }
 
-/// Architecture, number of blocks, and a hash (FNV-1a) of the shapes of the Linears and the weights of the norms: the
-/// same for copies of a model, another for its relatives.
+/// Architecture, number of blocks, and a hash (FNV-1a) of the shapes of the Linears, the weights of the norms, and the
+/// first and the middle row of the embedding and of Linears: the same for copies of a model, another for its relatives,
+/// also for those that training has left the norms of.
 fn fingerprint(checkpoint: &Checkpoint, spec: &DecoderSpec) -> Result<String> {
     let mut hash = 0xcbf2_9ce4_8422_2325u64;
     let mut add = |bytes: &[u8]| {
@@ -284,6 +285,7 @@ fn fingerprint(checkpoint: &Checkpoint, spec: &DecoderSpec) -> Result<String> {
         add(&(linear.rows as u64).to_le_bytes());
         add(&(linear.columns as u64).to_le_bytes());
     }
+    let mut weights = Vec::new();
     for block in 0..spec.layers {
         for norm in [spec.family.attention_norm, spec.family.mlp_norm] {
             let name = format!("{}.{norm}.weight", spec.block_name(block));
@@ -291,6 +293,29 @@ fn fingerprint(checkpoint: &Checkpoint, spec: &DecoderSpec) -> Result<String> {
                 add(bytemuck::cast_slice(&checkpoint.vector(&name)?));
             }
         }
+        weights.extend(sampled(checkpoint, spec).into_iter().map(|linear| spec.linear_name(block, linear)));
+    }
+    if checkpoint.reads_single_rows() {
+        weights.push(spec.name(spec.family.embedding).to_owned());
+    }
+    for name in weights {
+        let name = format!("{name}.weight");
+        let Some(tensor) = checkpoint.tensor(&name) else { continue };
+        let rows = tensor.shape.first().copied().unwrap_or(0);
+        add(&checkpoint.row_bytes(&name, 0)?);
+        add(&checkpoint.row_bytes(&name, rows / 2)?);
     }
     Ok(format!("{} of {} blocks {hash:016x}", spec.family.architecture, spec.layers))
+}
+
+/// The Linears of a block that [`fingerprint`] looks at: one expert stands for all. Of a GGUF a row costs its matrix,
+/// and the smallest one must do.
+fn sampled<'a>(checkpoint: &Checkpoint, spec: &'a DecoderSpec) -> Vec<&'a LinearSpec> {
+    let of_other_expert =
+        |point| matches!(point, TapPoint::ExpertInput(expert) | TapPoint::ExpertActivation(expert) if expert > 0);
+    let linears = spec.linears.iter().filter(|linear| !of_other_expert(linear.slot.tap()));
+    if !checkpoint.reads_single_rows() {
+        return linears.min_by_key(|linear| linear.rows * linear.columns).into_iter().collect();
+    }
+    linears.collect()
 }

@@ -279,6 +279,40 @@ fn saved_statistics_give_the_bytes_of_the_job_that_saved_them() {
     run(&again);
 }
 
+#[test]
+fn statistics_of_a_relative_with_the_same_norms_are_refused() {
+    let (root, mut recipe) = scene();
+    let file = root.path().join("statistics.safetensors");
+    recipe.save_statistics = Some(file.clone());
+    run(&recipe);
+    fs::remove_dir_all(&recipe.out).unwrap();
+    recipe.save_statistics = None;
+    let source = root.path().join("source");
+    fs::create_dir(&source).unwrap();
+    for entry in fs::read_dir(&recipe.source).unwrap() {
+        let entry = entry.unwrap();
+        fs::copy(entry.path(), source.join(entry.file_name())).unwrap();
+    }
+    let again = with_file(&Recipe { source: source.clone(), ..recipe }, file);
+    run(&again);
+    fs::remove_dir_all(&again.out).unwrap();
+
+    let (_, spec, _) = tools(&source);
+    let last = spec.layers - 1;
+    let names = spec.linears.iter().map(|linear| spec.linear_name(last, linear));
+    let weights = fs::read(source.join("model.safetensors")).unwrap();
+    let length = u64::from_le_bytes(weights[..8].try_into().unwrap()) as usize;
+    let header: serde_json::Value = serde_json::from_slice(&weights[8..8 + length]).unwrap();
+    for name in names.chain([spec.name(spec.family.embedding).to_owned()]) {
+        let offset = header[format!("{name}.weight")]["data_offsets"][0].as_u64().unwrap() as usize;
+        let mut changed = weights.clone();
+        // The lowest bit of a weight.
+        changed[8 + length + offset] ^= 1;
+        fs::write(source.join("model.safetensors"), changed).unwrap();
+        assert_eq!(refusal(&again).code, ErrorCode::StatisticsMismatch, "{name}");
+    }
+}
+
 /// Second moments at the input of the first block and of its MLP.
 fn moments(source: &Path, file: &Path) -> Vec<Calibration> {
     let (checkpoint, spec, _) = tools(source);
