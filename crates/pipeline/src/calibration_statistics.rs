@@ -273,7 +273,7 @@ fn point_name(spec: &DecoderSpec, block: usize, point: TapPoint) -> String {
 }
 
 /// Architecture, number of blocks, and a hash (FNV-1a) of the shapes of the Linears, the weights of the norms, and the
-/// first and the middle row of the embedding and of Linears: the same for copies of a model, another for its relatives,
+/// first and the middle row of embedding, head and Linears: the same for copies of a model, another for its relatives,
 /// also for those that training has left the norms of.
 fn fingerprint(checkpoint: &Checkpoint, spec: &DecoderSpec) -> Result<String> {
     let mut hash = 0xcbf2_9ce4_8422_2325u64;
@@ -296,7 +296,8 @@ fn fingerprint(checkpoint: &Checkpoint, spec: &DecoderSpec) -> Result<String> {
         weights.extend(sampled(checkpoint, spec).into_iter().map(|linear| spec.linear_name(block, linear)));
     }
     if checkpoint.reads_single_rows() {
-        weights.push(spec.name(spec.family.embedding).to_owned());
+        // A tied matrix may be stored under either name.
+        weights.extend([spec.name(spec.family.embedding), spec.family.head].map(str::to_owned));
     }
     for name in weights {
         let name = format!("{name}.weight");
