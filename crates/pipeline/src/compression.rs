@@ -25,7 +25,7 @@ pub fn plan(recipe: &Recipe) -> Result<Plan> {
     recipe.validate()?;
     let checkpoint = Checkpoint::open(&recipe.source)?;
     let spec = DecoderSpec::of(&checkpoint)?;
-    let plan = Plan::new(recipe, &checkpoint, &spec)?;
+    let plan = Plan::new(recipe, &checkpoint, &spec, recipe.most_calibration_tokens())?;
     plan.disk.check(recipe)?;
     Ok(plan)
 }
@@ -41,6 +41,14 @@ pub(crate) enum CalibrationData {
 }
 
 impl CalibrationData {
+    /// Tokens that the model reads.
+    fn tokens(&self) -> usize {
+        match self {
+            CalibrationData::Tokens(tokens) => tokens.tokens().len(),
+            CalibrationData::None | CalibrationData::Saved(_) => 0,
+        }
+    }
+
     fn read(recipe: &Recipe, checkpoint: &Checkpoint, spec: &DecoderSpec) -> Result<Self> {
         Ok(match &recipe.calibration {
             None => CalibrationData::None,
@@ -67,9 +75,11 @@ pub fn compress<B: Backend>(recipe: &Recipe, backend: &B, cancel: &CancelToken, 
     recipe.validate()?;
     let checkpoint = Checkpoint::open(&recipe.source)?;
     let spec = DecoderSpec::of(&checkpoint)?;
-    let plan = Plan::new(recipe, &checkpoint, &spec)?;
+    // What is refused with one sequence is refused before the file is read; how many it holds is known afterwards.
+    Plan::new(recipe, &checkpoint, &spec, recipe.passes().map_or(0, |calibration| calibration.length))?;
     progress.begin("prepare", spec.layers as u64);
     let calibration = CalibrationData::read(recipe, &checkpoint, &spec)?;
+    let plan = Plan::new(recipe, &checkpoint, &spec, calibration.tokens())?;
     let identity = identity(recipe, &checkpoint, &calibration, &backend.identity())?;
     plan.disk.check(recipe)?;
     let (writer, ledger, units) = begin(recipe, &checkpoint, linear_format(plan.format)?, &identity)?;
@@ -148,10 +158,7 @@ impl Compression<'_> {
         let finished_blocks = self.units.len() - 1;
         let folder = self.writer.folder().to_path_buf();
         let on_disk = plan.memory.activations_on_disk.then_some(folder.as_path());
-        let tokens = match &calibration {
-            CalibrationData::Tokens(tokens) => tokens.tokens().len() as u64,
-            _ => 0,
-        };
+        let tokens = calibration.tokens() as u64;
         let done = finished_blocks == spec.layers;
         let saver = match &recipe.save_statistics {
             // The last run may have ended before the file had its name.

@@ -198,7 +198,12 @@ fn what_a_calibration_file_cannot_mean_is_named_with_its_place() {
 
 #[test]
 fn neither_the_place_of_the_activations_nor_the_memory_changes_a_bit() {
-    let (_root, recipe) = scene();
+    let (root, mut recipe) = scene();
+    // A text so short that reading it is not what needs most.
+    let text = fs::read(&recipe.calibration.as_ref().unwrap().file).unwrap();
+    let short = root.path().join("short.txt");
+    fs::write(&short, &text[..4096]).unwrap();
+    recipe = with_file(&recipe, short);
     let expected = outcome(&recipe);
     let in_place = |activations| {
         let mut recipe = recipe.clone();
@@ -230,6 +235,23 @@ fn neither_the_place_of_the_activations_nor_the_memory_changes_a_bit() {
     assert!(memory.peak_bytes <= enough && memory.budget_bytes == enough);
     assert!(outcome(&tight) == expected);
     assert_eq!(refusal(&Recipe { memory: Some(least), ..recipe }).code, ErrorCode::MemoryExceeded);
+}
+
+#[test]
+fn what_a_file_cannot_hold_is_not_planned_for() {
+    let (root, recipe) = scene();
+    let ids = root.path().join("ids.jsonl");
+    fs::write(&ids, format!("{}\n", serde_json::json!(vec![1234; 3 * LENGTH])).repeat(2)).unwrap();
+    let mut recipe = with_file(&recipe, ids);
+    recipe.calibration.as_mut().unwrap().sequences = usize::MAX;
+    let planned = plan(&recipe).unwrap();
+    assert!(planned.memory.parts.activations <= 16 * LENGTH as u64 * 2 * 128, "{:?}", planned.memory);
+    assert_eq!(planned.memory.parts.text, 0, "lines are read one at a time");
+    assert_eq!(run(&recipe).summary.calibration_tokens, 6 * LENGTH as u64);
+
+    let text = plan(&scene().1).unwrap();
+    assert_eq!(text.memory.parts.text, 128 * fs::metadata(assets("text/calibration-wikipedia.txt")).unwrap().len());
+    assert!(text.memory.peak_bytes >= text.memory.parts.base + text.memory.parts.text);
 }
 
 #[test]
@@ -303,7 +325,11 @@ fn statistics_of_a_relative_with_the_same_norms_are_refused() {
     let weights = fs::read(source.join("model.safetensors")).unwrap();
     let length = u64::from_le_bytes(weights[..8].try_into().unwrap()) as usize;
     let header: serde_json::Value = serde_json::from_slice(&weights[8..8 + length]).unwrap();
-    for name in names.chain([spec.name(spec.family.embedding).to_owned()]) {
+    let outside = [spec.name(spec.family.embedding), spec.family.head].map(str::to_owned);
+    let stored: Vec<String> =
+        names.chain(outside).filter(|name| header.get(format!("{name}.weight")).is_some()).collect();
+    assert!(stored.len() > spec.linears.len());
+    for name in stored {
         let offset = header[format!("{name}.weight")]["data_offsets"][0].as_u64().unwrap() as usize;
         let mut changed = weights.clone();
         // The lowest bit of a weight.
