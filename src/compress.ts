@@ -185,6 +185,7 @@ export interface MemoryPlan {
   /** What the estimate consists of, in bytes. */
   parts: Record<
     | 'base'
+    | 'text'
     | 'embedding'
     | 'weights'
     | 'prepared'

@@ -218,6 +218,32 @@ impl Checkpoint {
         }
     }
 
+    /// Whether [`Checkpoint::row_bytes`] reads no more than the row.
+    pub fn reads_single_rows(&self) -> bool {
+        matches!(self.0.weights, Weights::Folder { .. })
+    }
+
+    /// The bytes of a row of a tensor as they are stored: what lies at `row` of its outermost dimension. Of a GGUF the
+    /// whole tensor is read, and its row is given as f32.
+    ///
+    /// # Errors
+    /// `ERR_CHECKPOINT_TENSOR_MISSING`, `ERR_CHECKPOINT_SHAPE` when there is no such row, and what reading reports.
+    pub fn row_bytes(&self, name: &str, row: usize) -> Result<Vec<u8>> {
+        let tensors = match &self.0.weights {
+            Weights::Folder { tensors, .. } => return tensors.row_bytes(name, row),
+            Weights::Gguf(tensors) => tensors,
+        };
+        let matrix = tensors.matrix(name)?;
+        if row >= matrix.rows() {
+            return Err(Error::new(ErrorCode::CheckpointShape, format!("the tensor has only {} rows", matrix.rows()))
+                .subject(name)
+                .hint("The file belongs to another model"));
+        }
+        let mut values = vec![0.0; matrix.columns()];
+        matrix.row_to_f32(row, &mut values);
+        Ok(values.into_iter().flat_map(f32::to_le_bytes).collect())
+    }
+
     /// The Linear `name`, e.g. `model.layers.0.mlp.up_proj`: its quantized tensors or `NAME.weight`, and `NAME.bias`
     /// where there is one. Weights of 8-bit floats come as f32, scaled. Without compensation, which
     /// [`Checkpoint::compensation`] gives.

@@ -86,7 +86,6 @@ impl TensorFile {
 pub struct TensorFileWriter {
     file: ScratchFile,
     offsets: BTreeMap<String, (u64, u64)>,
-    begun: bool,
 }
 
 /// The number types that [`TensorFileWriter`] writes.
@@ -108,43 +107,49 @@ impl TensorFileWriter {
         Ok(8 + header.len() as u64 + end)
     }
 
-    /// A file of vectors with names, types and lengths, under the name `path`. A file that begins with the same header
-    /// and has the right length is taken over with what it holds: an earlier run was writing it.
+    /// A new file of vectors with names, types and lengths, under the name `path`, locked until the writer goes. What
+    /// was there is lost.
     ///
     /// # Errors
-    /// `ERR_OUTPUT_UNWRITABLE`; `ERR_INTERNAL` for sizes that no file has.
+    /// `ERR_OUTPUT_BUSY` while another job writes it, `ERR_OUTPUT_UNWRITABLE`; `ERR_INTERNAL` for sizes that no file has.
     pub fn create(path: &Path, tensors: &[(String, NumberType, usize)], string: (&str, &str)) -> Result<Self> {
-        let (header, end) = Self::layout(tensors, string)?;
-        let start = [&(header.len() as u64).to_le_bytes()[..], &header].concat();
-        let length = start.len() as u64 + end;
-        let (file, begun) = match Self::taken_over(path, &start, length) {
-            Some(file) => (file, true),
-            None => {
-                let file = ScratchFile::create(path)?;
-                file.set_length(length)?;
-                file.write_at(&start, 0)?;
-                (file, false)
-            }
-        };
+        let (start, end) = Self::start(tensors, string)?;
+        let file = ScratchFile::exclusive(path)?;
+        file.set_length(0)?;
+        file.set_length(start.len() as u64 + end)?;
+        file.write_at(&start, 0)?;
+        Ok(Self::over(file, tensors, start.len() as u64))
+    }
+
+    /// The file that an earlier run was writing, with what it holds. `None`, and nothing is touched, when there is none
+    /// or it is not the file that [`TensorFileWriter::create`] makes.
+    ///
+    /// # Errors
+    /// As [`TensorFileWriter::create`].
+    pub fn resume(path: &Path, tensors: &[(String, NumberType, usize)], string: (&str, &str)) -> Result<Option<Self>> {
+        let (start, end) = Self::start(tensors, string)?;
+        if !path.is_file() {
+            return Ok(None);
+        }
+        let file = ScratchFile::exclusive(path)?;
+        let mut found = vec![0; start.len()];
+        let same = file.length()? == start.len() as u64 + end && file.read_at(&mut found, 0).is_ok() && found == start;
+        Ok(same.then(|| Self::over(file, tensors, start.len() as u64)))
+    }
+
+    fn over(file: ScratchFile, tensors: &[(String, NumberType, usize)], mut offset: u64) -> Self {
         let mut offsets = BTreeMap::new();
-        let mut offset = start.len() as u64;
         for (name, _, count) in tensors {
             offsets.insert(name.clone(), (offset, *count as u64 * 8));
             offset += *count as u64 * 8;
         }
-        Ok(TensorFileWriter { file, offsets, begun })
+        TensorFileWriter { file, offsets }
     }
 
-    /// Whether an earlier run had begun the file.
-    pub fn was_begun(&self) -> bool {
-        self.begun
-    }
-
-    fn taken_over(path: &Path, start: &[u8], length: u64) -> Option<ScratchFile> {
-        let file = ScratchFile::open(path).ok()?;
-        let mut found = vec![0; start.len()];
-        let same = file.length().ok()? == length && file.read_at(&mut found, 0).is_ok() && found == start;
-        same.then_some(file)
+    /// What stands before the numbers, and the bytes of these.
+    fn start(tensors: &[(String, NumberType, usize)], string: (&str, &str)) -> Result<(Vec<u8>, u64)> {
+        let (header, end) = Self::layout(tensors, string)?;
+        Ok(([&(header.len() as u64).to_le_bytes()[..], &header].concat(), end))
     }
 
     fn layout(tensors: &[(String, NumberType, usize)], string: (&str, &str)) -> Result<(Vec<u8>, u64)> {
@@ -188,18 +193,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn vectors_come_back_from_their_places_and_a_begun_file_is_taken_over() {
+    fn vectors_come_back_from_their_places_and_a_begun_file_goes_on() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("numbers.safetensors");
         let tensors = [("b".to_owned(), NumberType::F64, 5), ("a".to_owned(), NumberType::I64, 2)];
         let string = ("kind", "test");
+        assert!(TensorFileWriter::resume(&path, &tensors, string).unwrap().is_none());
+        assert!(!path.exists(), "asking leaves nothing");
         let writer = TensorFileWriter::create(&path, &tensors, string).unwrap();
-        assert!(!writer.was_begun());
         writer.write("b", 3, bytemuck::cast_slice(&[1.5f64, -2.5])).unwrap();
         assert_eq!(writer.write("b", 4, &[0; 16]).unwrap_err().code, ErrorCode::Internal);
+        for busy in [
+            TensorFileWriter::create(&path, &tensors, string).map(|_| ()),
+            TensorFileWriter::resume(&path, &tensors, string).map(|_| ()),
+        ] {
+            assert_eq!(busy.unwrap_err().code, ErrorCode::OutputBusy);
+        }
         drop(writer);
-        let writer = TensorFileWriter::create(&path, &tensors, string).unwrap();
-        assert!(writer.was_begun());
+        let writer = TensorFileWriter::resume(&path, &tensors, string).unwrap().unwrap();
         writer.write("a", 0, bytemuck::cast_slice(&[7i64, -8])).unwrap();
         writer.sync().unwrap();
         assert_eq!(std::fs::metadata(&path).unwrap().len(), TensorFileWriter::length(&tensors, string).unwrap());
@@ -215,8 +226,10 @@ mod tests {
         assert_eq!(file.integers("b").unwrap_err().code, ErrorCode::CheckpointDtype);
         assert_eq!(file.integers("c").unwrap_err().code, ErrorCode::CheckpointTensorMissing);
 
-        let other = TensorFileWriter::create(&path, &tensors, ("kind", "other")).unwrap();
-        drop(other);
-        assert_eq!(TensorFile::open(&path).unwrap().integers("a").unwrap(), [0, 0], "another header begins anew");
+        drop(writer);
+        assert!(TensorFileWriter::resume(&path, &tensors, ("kind", "other")).unwrap().is_none());
+        assert_eq!(TensorFile::open(&path).unwrap().integers("a").unwrap(), [7, -8], "nothing is touched");
+        drop(TensorFileWriter::create(&path, &tensors, string).unwrap());
+        assert_eq!(TensorFile::open(&path).unwrap().integers("a").unwrap(), [0, 0], "begun anew");
     }
 }

@@ -153,6 +153,19 @@ impl TensorSet {
         file.read_matrix(name, stored)
     }
 
+    /// The bytes of one row of a tensor: what lies at `row` of its outermost dimension.
+    pub(crate) fn row_bytes(&self, name: &str, row: usize) -> Result<Vec<u8>> {
+        let (file, stored) = self.require(name)?;
+        let rows = stored.shape.first().copied().unwrap_or(0);
+        if row >= rows {
+            return Err(wrong_shape(name, &stored.shape, &format!("more than {row} rows")));
+        }
+        let bytes = stored.bytes / rows as u64;
+        let mut found = vec![0; bytes as usize];
+        file.read_part(stored, bytes * row as u64, &mut found)?;
+        Ok(found)
+    }
+
     /// A float tensor of one dimension as f32, all of it finite.
     pub(crate) fn vector(&self, name: &str) -> Result<Vec<f32>> {
         let (file, stored) = self.require(name)?;

@@ -38,7 +38,7 @@ impl ActivationBuffer {
 
     /// Bytes of that many activations.
     pub(crate) fn bytes(rows: usize, width: usize) -> u64 {
-        (rows * width * size_of::<bf16>()) as u64
+        (rows as u64).saturating_mul((width * size_of::<bf16>()) as u64)
     }
 
     /// Number of tokens.

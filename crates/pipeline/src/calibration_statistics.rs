@@ -6,7 +6,7 @@ use kintsugi_calibration::Calibration;
 use kintsugi_checkpoint::{Checkpoint, NumberType, TensorFile, TensorFileWriter};
 use kintsugi_linalg::UpperTriangle;
 use kintsugi_model::{DecoderSpec, LinearSpec, TapPoint};
-use kintsugi_runtime::{Error, ErrorCode, Result};
+use kintsugi_runtime::{Error, ErrorCode, Result, ScratchFile};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -14,7 +14,7 @@ use crate::Recipe;
 
 /// The string in the header of a file of statistics that says what they are.
 pub(crate) const STATISTICS_KEY: &str = "kintsugi.calibration";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// Values of a second moment that are written at once.
 const WRITE_VALUES: usize = 1 << 19;
 
@@ -68,7 +68,11 @@ impl SavedStatistics {
                 return Err(mismatch(format!("the tensor {name} is not there or has not {count} elements")));
             }
         }
-        Ok(SavedStatistics { file, path: path.to_path_buf(), spec: spec.clone() })
+        let saved = SavedStatistics { file, path: path.to_path_buf(), spec: spec.clone() };
+        for block in 0..spec.layers {
+            spec.tap_stages().concat().into_iter().try_for_each(|point| saved.tokens(block, point).map(|_| ()))?;
+        }
+        Ok(saved)
     }
 
     /// Where they are.
@@ -80,13 +84,26 @@ impl SavedStatistics {
     pub(crate) fn read(&self, block: usize, points: &[TapPoint]) -> Result<BTreeMap<TapPoint, Calibration>> {
         let mut found = BTreeMap::new();
         for &point in points {
-            let name = point_name(&self.spec, block, point);
-            let tokens = self.file.integers(&format!("{name}.tokens"))?.first().copied().unwrap_or(0);
+            let tokens = self.tokens(block, point)?;
             if tokens > 0 {
-                found.insert(point, self.calibration(&name, tokens as u64, width_at(&self.spec, point))?);
+                let name = point_name(&self.spec, block, point);
+                found.insert(point, self.calibration(&name, tokens, width_at(&self.spec, point))?);
             }
         }
         Ok(found)
+    }
+
+    /// How many tokens reached a point. Only an expert may have seen none.
+    fn tokens(&self, block: usize, point: TapPoint) -> Result<u64> {
+        let name = format!("{}.tokens", point_name(&self.spec, block, point));
+        let tokens = self.file.integers(&name)?.first().copied().unwrap_or(0);
+        let of_expert = matches!(point, TapPoint::ExpertInput(_) | TapPoint::ExpertActivation(_));
+        match u64::try_from(tokens) {
+            Ok(tokens) if tokens > 0 || of_expert => Ok(tokens),
+            _ => Err(Error::new(ErrorCode::CheckpointCorrupt, format!("the statistics are of {tokens} tokens"))
+                .subject(name)
+                .hint("The file is damaged; take the statistics again")),
+        }
     }
 
     fn calibration(&self, name: &str, tokens: u64, width: usize) -> Result<Calibration> {
@@ -124,7 +141,8 @@ impl StatisticsWriter {
     /// Begins the file at `path`, or goes on with it when an earlier run of the job had finished `finished_blocks`.
     ///
     /// # Errors
-    /// `ERR_RESUME_MISMATCH` when what that run had written is gone, `ERR_OUTPUT_UNWRITABLE`.
+    /// `ERR_RESUME_MISMATCH` when what that run had written is gone, `ERR_OUTPUT_BUSY` while another job writes the file,
+    /// `ERR_OUTPUT_UNWRITABLE`.
     pub fn create(
         path: &Path,
         recipe: &Recipe,
@@ -132,20 +150,19 @@ impl StatisticsWriter {
         spec: &DecoderSpec,
         finished_blocks: usize,
     ) -> Result<Self> {
-        if finished_blocks == 0 {
+        let (description, tensors) = (describe(recipe, checkpoint, spec)?, tensors(spec));
+        let (path_now, string) = (partial(path), (STATISTICS_KEY, description.as_str()));
+        let file = if finished_blocks == 0 {
             // What another job has left there may know experts that this one never reaches.
-            Self::discard(path);
-        }
-        let description = describe(recipe, checkpoint, spec)?;
-        let file = TensorFileWriter::create(&partial(path), &tensors(spec), (STATISTICS_KEY, &description))?;
-        if finished_blocks > 0 && !file.was_begun() {
-            return Err(Error::new(
-                ErrorCode::ResumeMismatch,
-                "the statistics that the interrupted job saved are gone",
-            )
-            .subject(path.display())
-            .hint("Discard what the interrupted job left with fresh (--fresh)"));
-        }
+            TensorFileWriter::create(&path_now, &tensors, string)?
+        } else {
+            // A new file would be zeros for the blocks that are done.
+            TensorFileWriter::resume(&path_now, &tensors, string)?.ok_or_else(|| {
+                Error::new(ErrorCode::ResumeMismatch, "the statistics that the interrupted job saved are gone")
+                    .subject(path.display())
+                    .hint("Discard what the interrupted job left with fresh (--fresh)")
+            })?
+        };
         Ok(StatisticsWriter { file, path: path.to_path_buf(), spec: spec.clone() })
     }
 
@@ -196,9 +213,12 @@ impl StatisticsWriter {
         partial(path).is_file()
     }
 
-    /// Removes what an unfinished job has written to `path`.
+    /// Removes what an unfinished job has written to `path`; of a job that runs nothing.
     pub(crate) fn discard(path: &Path) {
-        let _ = fs::remove_file(partial(path));
+        let path = partial(path);
+        if path.is_file() && ScratchFile::exclusive(&path).is_ok() {
+            let _ = fs::remove_file(path);
+        }
     }
 }
 
@@ -252,8 +272,9 @@ fn point_name(spec: &DecoderSpec, block: usize, point: TapPoint) -> String {
     format!("{}.{place}", spec.block_name(block))
 }
 
-/// Architecture, number of blocks, and a hash (FNV-1a) of the shapes of the Linears and the weights of the norms: the
-/// same for copies of a model, another for its relatives.
+/// Architecture, number of blocks, and a hash (FNV-1a) of the shapes of the Linears, the weights of the norms, and the
+/// first and the middle row of embedding, head and Linears: the same for copies of a model, another for its relatives,
+/// also for those that training has left the norms of.
 fn fingerprint(checkpoint: &Checkpoint, spec: &DecoderSpec) -> Result<String> {
     let mut hash = 0xcbf2_9ce4_8422_2325u64;
     let mut add = |bytes: &[u8]| {
@@ -264,6 +285,7 @@ fn fingerprint(checkpoint: &Checkpoint, spec: &DecoderSpec) -> Result<String> {
         add(&(linear.rows as u64).to_le_bytes());
         add(&(linear.columns as u64).to_le_bytes());
     }
+    let mut weights = Vec::new();
     for block in 0..spec.layers {
         for norm in [spec.family.attention_norm, spec.family.mlp_norm] {
             let name = format!("{}.{norm}.weight", spec.block_name(block));
@@ -271,6 +293,30 @@ fn fingerprint(checkpoint: &Checkpoint, spec: &DecoderSpec) -> Result<String> {
                 add(bytemuck::cast_slice(&checkpoint.vector(&name)?));
             }
         }
+        weights.extend(sampled(checkpoint, spec).into_iter().map(|linear| spec.linear_name(block, linear)));
+    }
+    if checkpoint.reads_single_rows() {
+        // A tied matrix may be stored under either name.
+        weights.extend([spec.name(spec.family.embedding), spec.family.head].map(str::to_owned));
+    }
+    for name in weights {
+        let name = format!("{name}.weight");
+        let Some(tensor) = checkpoint.tensor(&name) else { continue };
+        let rows = tensor.shape.first().copied().unwrap_or(0);
+        add(&checkpoint.row_bytes(&name, 0)?);
+        add(&checkpoint.row_bytes(&name, rows / 2)?);
     }
     Ok(format!("{} of {} blocks {hash:016x}", spec.family.architecture, spec.layers))
+}
+
+/// The Linears of a block that [`fingerprint`] looks at: one expert stands for all. Of a GGUF a row costs its matrix,
+/// and the smallest one must do.
+fn sampled<'a>(checkpoint: &Checkpoint, spec: &'a DecoderSpec) -> Vec<&'a LinearSpec> {
+    let of_other_expert =
+        |point| matches!(point, TapPoint::ExpertInput(expert) | TapPoint::ExpertActivation(expert) if expert > 0);
+    let linears = spec.linears.iter().filter(|linear| !of_other_expert(linear.slot.tap()));
+    if !checkpoint.reads_single_rows() {
+        return linears.min_by_key(|linear| linear.rows * linear.columns).into_iter().collect();
+    }
+    linears.collect()
 }

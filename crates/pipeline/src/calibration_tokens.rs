@@ -1,4 +1,6 @@
-use kintsugi_model::{DecoderSpec, Tokenizer};
+use kintsugi_checkpoint::Checkpoint;
+use kintsugi_linalg::SplitMix64;
+use kintsugi_model::DecoderSpec;
 use kintsugi_runtime::{Error, ErrorCode, Result};
 
 use crate::CalibrationRecipe;
@@ -16,8 +18,8 @@ impl CalibrationTokens {
     /// that chance chooses, always the same. No sequence overlaps another.
     ///
     /// # Errors
-    /// `ERR_TEXT_UNREADABLE`, `ERR_TEXT_TOO_SHORT`, `ERR_CONTEXT_EXCEEDED`.
-    pub fn read(recipe: &CalibrationRecipe, tokenizer: &Tokenizer, spec: &DecoderSpec) -> Result<Self> {
+    /// `ERR_TEXT_UNREADABLE`, `ERR_TEXT_TOO_SHORT`, `ERR_CONTEXT_EXCEEDED`; `ERR_TOKENIZER_INVALID` for text.
+    pub fn read(recipe: &CalibrationRecipe, checkpoint: &Checkpoint, spec: &DecoderSpec) -> Result<Self> {
         let length = recipe.length;
         if length > spec.context_length {
             let message =
@@ -28,7 +30,7 @@ impl CalibrationTokens {
         }
         // Chance chooses among all tokens; without it no more need to be read than are used.
         let enough = if recipe.seed.is_some() { usize::MAX } else { recipe.sequences.saturating_mul(length) };
-        let tokens = read_tokens(recipe, tokenizer, spec, enough)?;
+        let tokens = read_tokens(recipe, checkpoint, spec, enough)?;
         if tokens.len() < length {
             let message = format!("the file has {} tokens, less than one sequence of {length}", tokens.len());
             return Err(Error::new(ErrorCode::TextTooShort, message)
@@ -56,28 +58,20 @@ fn choose(mut tokens: Vec<u32>, sequences: usize, length: usize, seed: Option<u6
         tokens.truncate((tokens.len() / length).min(sequences) * length);
         return tokens;
     };
-    let mut random = SplitMix(seed);
+    let mut random = SplitMix64::new(seed);
     let count = tokens.len() / length;
-    let offset = random.below(tokens.len() % length + 1);
+    let offset = below(&mut random, tokens.len() % length + 1);
     let mut order: Vec<usize> = (0..count).collect();
     for i in 0..count.min(sequences) {
-        order.swap(i, i + random.below(count - i));
+        order.swap(i, i + below(&mut random, count - i));
     }
     let start = |sequence: &usize| offset + sequence * length;
     order.iter().take(sequences).map(start).flat_map(|start| tokens[start..start + length].to_vec()).collect()
 }
 
-/// SplitMix64 (Steele, Lea and Flood 2014): the same choice for a seed on every machine.
-struct SplitMix(u64);
-
-impl SplitMix {
-    /// A number below `limit`, which is far below 2³².
-    fn below(&mut self, limit: usize) -> usize {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        ((u128::from(z ^ (z >> 31)) * limit as u128) >> 64) as usize
-    }
+/// A number below `limit`, which is far below 2³².
+fn below(random: &mut SplitMix64, limit: usize) -> usize {
+    ((u128::from(random.bits()) * limit as u128) >> 64) as usize
 }
 
 #[cfg(test)]

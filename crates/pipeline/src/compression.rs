@@ -6,7 +6,7 @@ use kintsugi_checkpoint::{
     Checkpoint, CheckpointWriter, LinearFormat, QuantizationConfig, Scheme, UnitRecord, linear_format, read_adapter,
     write_adapter,
 };
-use kintsugi_model::{Backend, BlockWeights, DecoderSpec, read_tokenizer};
+use kintsugi_model::{Backend, BlockWeights, DecoderSpec};
 use kintsugi_runtime::{CancelToken, Error, ErrorCode, Progress, Result, peak_memory_bytes, replace_file};
 use kintsugi_weights::{Adapter, AdapterEntry, WeightMatrix};
 use serde_json::Value;
@@ -25,7 +25,7 @@ pub fn plan(recipe: &Recipe) -> Result<Plan> {
     recipe.validate()?;
     let checkpoint = Checkpoint::open(&recipe.source)?;
     let spec = DecoderSpec::of(&checkpoint)?;
-    let plan = Plan::new(recipe, &checkpoint, &spec)?;
+    let plan = Plan::new(recipe, &checkpoint, &spec, recipe.most_calibration_tokens())?;
     plan.disk.check(recipe)?;
     Ok(plan)
 }
@@ -41,14 +41,21 @@ pub(crate) enum CalibrationData {
 }
 
 impl CalibrationData {
+    /// Tokens that the model reads.
+    fn tokens(&self) -> usize {
+        match self {
+            CalibrationData::Tokens(tokens) => tokens.tokens().len(),
+            CalibrationData::None | CalibrationData::Saved(_) => 0,
+        }
+    }
+
     fn read(recipe: &Recipe, checkpoint: &Checkpoint, spec: &DecoderSpec) -> Result<Self> {
-        let tokenizer = read_tokenizer(checkpoint, spec)?;
         Ok(match &recipe.calibration {
             None => CalibrationData::None,
             Some(calibration) if recipe.uses_statistics() => {
                 CalibrationData::Saved(Box::new(SavedStatistics::open(&calibration.file, checkpoint, spec)?))
             }
-            Some(calibration) => CalibrationData::Tokens(CalibrationTokens::read(calibration, &tokenizer, spec)?),
+            Some(calibration) => CalibrationData::Tokens(CalibrationTokens::read(calibration, checkpoint, spec)?),
         })
     }
 }
@@ -68,9 +75,11 @@ pub fn compress<B: Backend>(recipe: &Recipe, backend: &B, cancel: &CancelToken, 
     recipe.validate()?;
     let checkpoint = Checkpoint::open(&recipe.source)?;
     let spec = DecoderSpec::of(&checkpoint)?;
-    let plan = Plan::new(recipe, &checkpoint, &spec)?;
+    // What is refused with one sequence is refused before the file is read; how many it holds is known afterwards.
+    Plan::new(recipe, &checkpoint, &spec, recipe.passes().map_or(0, |calibration| calibration.length))?;
     progress.begin("prepare", spec.layers as u64);
     let calibration = CalibrationData::read(recipe, &checkpoint, &spec)?;
+    let plan = Plan::new(recipe, &checkpoint, &spec, calibration.tokens())?;
     let identity = identity(recipe, &checkpoint, &calibration, &backend.identity())?;
     plan.disk.check(recipe)?;
     let (writer, ledger, units) = begin(recipe, &checkpoint, linear_format(plan.format)?, &identity)?;
@@ -82,8 +91,8 @@ pub fn compress<B: Backend>(recipe: &Recipe, backend: &B, cancel: &CancelToken, 
             Ok(report)
         }
         Err(error) => {
-            use ErrorCode::{Cancelled, Io, OutputUnwritable, ResumeMismatch};
-            let kept = matches!(error.code, Cancelled | Io | OutputUnwritable | ResumeMismatch);
+            use ErrorCode::{Cancelled, Io, OutputBusy, OutputUnwritable, ResumeMismatch};
+            let kept = matches!(error.code, Cancelled | Io | OutputBusy | OutputUnwritable | ResumeMismatch);
             if !kept || job.units.len() < 2 {
                 job.writer.discard();
                 recipe.save_statistics.as_deref().inspect(|path| StatisticsWriter::discard(path));
@@ -149,14 +158,11 @@ impl Compression<'_> {
         let finished_blocks = self.units.len() - 1;
         let folder = self.writer.folder().to_path_buf();
         let on_disk = plan.memory.activations_on_disk.then_some(folder.as_path());
-        let tokens = match &calibration {
-            CalibrationData::Tokens(tokens) => tokens.tokens().len() as u64,
-            _ => 0,
-        };
+        let tokens = calibration.tokens() as u64;
         let done = finished_blocks == spec.layers;
         let saver = match &recipe.save_statistics {
             // The last run may have ended before the file had its name.
-            Some(path) if !done || StatisticsWriter::is_unfinished(path) => {
+            Some(path) if !done || StatisticsWriter::is_unfinished(path) || !path.is_file() => {
                 Some(StatisticsWriter::create(path, recipe, self.checkpoint, spec, finished_blocks)?)
             }
             _ => None,

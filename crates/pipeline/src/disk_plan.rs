@@ -16,8 +16,8 @@ const SMALL_FILES: u64 = 64 << 20;
 
 /// The disk space that a job takes at most while it runs.
 ///
-/// The output, what is there twice while parts are merged, the factors of all blocks once more, and the activations in
-/// two files.
+/// The output, and beside it the larger of two things that are not there together: the factors of all blocks once more
+/// with the activations, in two files and one that replaces one of them; or what is there twice while parts are merged.
 #[derive(Clone, Copy, Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct DiskPlan {
@@ -28,7 +28,7 @@ pub struct DiskPlan {
 }
 
 impl DiskPlan {
-    /// Plans for an output of `bytes`, of which `factor_bytes` are factors.
+    /// Plans for an output of so many bytes, of which the second number are factors, and `tokens` of calibration.
     ///
     /// # Errors
     /// What reading the checkpoint reports.
@@ -36,16 +36,16 @@ impl DiskPlan {
         recipe: &Recipe,
         checkpoint: &Checkpoint,
         spec: &DecoderSpec,
-        bytes: u64,
-        factor_bytes: u64,
+        (bytes, factor_bytes): (u64, u64),
+        tokens: usize,
     ) -> Result<Self> {
-        let activations =
-            recipe.passes().map_or(0, |c| 2 * ActivationBuffer::bytes(c.sequences * c.length, spec.hidden_size));
+        let activations = ActivationBuffer::bytes(tokens, spec.hidden_size).saturating_mul(3);
         let statistics_bytes = match recipe.save_statistics {
             Some(_) => StatisticsWriter::bytes(recipe, checkpoint, spec)?,
             None => 0,
         };
-        let needed_bytes = bytes + bytes.min(MERGED_AT_ONCE) + factor_bytes + activations + SMALL_FILES;
+        let needed_bytes =
+            bytes + activations.saturating_add(factor_bytes).max(bytes.min(MERGED_AT_ONCE)) + SMALL_FILES;
         Ok(DiskPlan { needed_bytes, statistics_bytes })
     }
 
@@ -56,18 +56,27 @@ impl DiskPlan {
     pub(crate) fn check(&self, recipe: &Recipe) -> Result<()> {
         let mut partial = recipe.out.as_os_str().to_os_string();
         partial.push(".partial");
-        enough(&recipe.out, self.needed_bytes, folder_bytes(partial.as_ref()))?;
-        recipe.save_statistics.as_ref().map_or(Ok(()), |path| {
+        let output = self.needed_bytes.saturating_sub(folder_bytes(partial.as_ref()));
+        let statistics = recipe.save_statistics.as_ref().map(|path| {
             let mut partial = path.as_os_str().to_os_string();
             partial.push(".partial");
             // The file has its length from the start, and blocks only where it was written.
-            enough(path, self.statistics_bytes, fs::metadata(&partial).map_or(0, |_| self.statistics_bytes))
-        })
+            (path.as_path(), if Path::new(&partial).is_file() { 0 } else { self.statistics_bytes })
+        });
+        both(&recipe.out, output, statistics)
     }
 }
 
-fn enough(path: &Path, needed: u64, there: u64) -> Result<()> {
-    let needed = needed.saturating_sub(there);
+/// Whether output and statistics find their bytes, on one disk or two.
+fn both(out: &Path, output: u64, statistics: Option<(&Path, u64)>) -> Result<()> {
+    match statistics {
+        Some((path, bytes)) if on_one_disk(out, path) => enough(out, output.saturating_add(bytes)),
+        Some((path, bytes)) => enough(out, output).and_then(|()| enough(path, bytes)),
+        None => enough(out, output),
+    }
+}
+
+fn enough(path: &Path, needed: u64) -> Result<()> {
     match available_disk_bytes(path) {
         Some(available) if available < needed => {
             Err(Error::new(ErrorCode::OutputSpace, format!("the job needs {needed} bytes, the disk has {available}"))
@@ -76,6 +85,24 @@ fn enough(path: &Path, needed: u64, there: u64) -> Result<()> {
         }
         _ => Ok(()),
     }
+}
+
+/// Whether two paths are or will be on one disk; `false` where the system does not tell.
+fn on_one_disk(one: &Path, other: &Path) -> bool {
+    matches!((disk_of(one), disk_of(other)), (Some(one), Some(other)) if one == other)
+}
+
+#[cfg(unix)]
+fn disk_of(path: &Path) -> Option<u64> {
+    use std::os::unix::fs::MetadataExt;
+    // What is not there yet will lie on the disk of its nearest folder.
+    let absolute = std::path::absolute(path).ok()?;
+    absolute.ancestors().find_map(|folder| Some(fs::metadata(folder).ok()?.dev()))
+}
+
+#[cfg(not(unix))]
+fn disk_of(_: &Path) -> Option<u64> {
+    None
 }
 
 /// Bytes of the files of a folder, and of those in it.
@@ -102,10 +129,15 @@ mod tests {
         assert_eq!(folder_bytes(folder.path()), 111);
         assert_eq!(folder_bytes(&folder.path().join("nothing")), 0);
         let out = folder.path().join("out");
-        enough(&out, 1000, 0).unwrap();
-        let error = enough(&out, u64::MAX, 5).unwrap_err();
+        both(&out, 1000, None).unwrap();
+        let error = both(&out, u64::MAX - 5, None).unwrap_err();
         assert_eq!(error.code, ErrorCode::OutputSpace);
         assert!(error.message.contains(&(u64::MAX - 5).to_string()), "{error}");
-        enough(&out, u64::MAX, u64::MAX).unwrap();
+        // On one disk what each would find is not there for both.
+        let most = available_disk_bytes(&out).unwrap() / 3 * 2;
+        both(&out, most, None).unwrap();
+        let statistics = folder.path().join("statistics");
+        both(&out, 0, Some((&statistics, most))).unwrap();
+        assert_eq!(both(&out, most, Some((&statistics, most))).unwrap_err().code, ErrorCode::OutputSpace);
     }
 }

@@ -1,12 +1,13 @@
 use kintsugi_calibration::{CHUNK_TOKENS, Calibration};
 use kintsugi_checkpoint::Checkpoint;
 use kintsugi_kernels::PAGE_POSITIONS;
-use kintsugi_model::{CpuBackend, DecoderSpec, LinearSpec, TapPoint};
+use kintsugi_model::{CpuBackend, DecoderSpec, LinearSpec, PositionRule, TapPoint};
 use kintsugi_runtime::{Error, ErrorCode, Result, ThreadPool, available_memory_bytes};
 use kintsugi_weights::ElementType;
 use serde::Serialize;
 
 use crate::activation_buffer::ActivationBuffer;
+use crate::calibration_source::reading_bytes;
 use crate::{ActivationPlace, CalibrationStream, Recipe};
 
 /// What the process has before a job begins: code, threads, the headers of the checkpoint, the tokenizer.
@@ -16,7 +17,8 @@ pub(crate) const SAMPLE_TOKENS: usize = 1024;
 
 /// The memory that a job takes at most, estimated from shapes, recipe and threads, and how it keeps within a budget.
 ///
-/// The peak is the largest of three moments. *Start*: the embedding, read once to make the first activations. *Block*:
+/// The peak is the largest of four moments. *Text*: the calibration file while it becomes tokens, with nothing but
+/// `base` beside it. *Start*: the embedding, read once to make the first activations. *Block*:
 /// `weights + prepared + statistics`, and beside them either one forward pass or `quantized + solver`. *End*: the
 /// factors of all blocks on their way to the PEFT folder. To each come `base` and the activations, if they are in
 /// memory.
@@ -45,7 +47,9 @@ pub struct MemoryPlan {
 pub struct MemoryParts {
     /// The process, headers and tokenizer.
     pub base: u64,
-    /// The embedding, at the start only.
+    /// The calibration file while it is read, before everything else: a text takes about 128 times its length.
+    pub text: u64,
+    /// The embedding and learned positions, at the start only.
     pub embedding: u64,
     /// The largest block as it is stored; AWQ: and once more as scaled f32.
     pub weights: u64,
@@ -53,7 +57,8 @@ pub struct MemoryParts {
     pub prepared: u64,
     /// Second moments of the inputs that are taken in one pass: 4 k² each, shared by the Linears that read one input.
     pub statistics: u64,
-    /// One forward pass: activations of its rows, KV pages, chunks of 512 rows on their way to the second moments.
+    /// One forward pass: activations of its rows, KV pages, chunks of 512 rows on their way to the second moments that
+    /// are taken in it.
     pub forward: u64,
     /// What is left of the Linears that are done: a byte per weight, and scales.
     pub quantized: u64,
@@ -67,23 +72,17 @@ pub struct MemoryParts {
 }
 
 impl MemoryPlan {
-    /// Plans `recipe` within its budget, on the threads of the shared pool.
+    /// Plans `recipe` for `tokens` of calibration within its budget, on the threads of the shared pool.
     ///
     /// # Errors
     /// `ERR_MEMORY_EXCEEDED` with the parts when it does not fit, whatever is put on disk or taken in turns.
-    pub fn new(recipe: &Recipe, checkpoint: &Checkpoint, spec: &DecoderSpec) -> Result<Self> {
+    pub fn new(recipe: &Recipe, checkpoint: &Checkpoint, spec: &DecoderSpec, tokens: usize) -> Result<Self> {
         let budget = recipe.memory.or_else(available_memory_bytes).unwrap_or(u64::MAX);
-        Self::within(budget, ThreadPool::global().threads(), recipe, checkpoint, spec)
+        Self::within(budget, &Shapes { recipe, checkpoint, spec, tokens, threads: ThreadPool::global().threads() })
     }
 
-    fn within(
-        budget_bytes: u64,
-        threads: usize,
-        recipe: &Recipe,
-        checkpoint: &Checkpoint,
-        spec: &DecoderSpec,
-    ) -> Result<Self> {
-        let shapes = Shapes { recipe, checkpoint, spec, threads };
+    fn within(budget_bytes: u64, shapes: &Shapes<'_>) -> Result<Self> {
+        let recipe = shapes.recipe;
         let mut parts = shapes.parts();
         let all = shapes.statistics(&shapes.points());
         let largest = shapes.points().iter().map(|&point| shapes.statistics(&[point])).max().unwrap_or(0);
@@ -112,6 +111,7 @@ impl MemoryPlan {
             .flat_map(|stage| split(stage, statistics_room, |point| shapes.statistics(&[point])))
             .collect();
         parts.statistics = passes.iter().map(|pass| shapes.statistics(pass)).max().unwrap_or(0);
+        parts.forward = passes.iter().map(|pass| shapes.forward(pass)).max().unwrap_or(0);
         let plan = MemoryPlan {
             peak_bytes: parts.peak(),
             budget_bytes,
@@ -137,6 +137,7 @@ impl MemoryPlan {
         let largest = self.parts.named().into_iter().max_by_key(|(_, bytes)| *bytes).map_or("", |(name, _)| name);
         let way = match largest {
             "activations" if on_disk => "Let calibration.activations be 'auto'",
+            "text" => "Use a smaller calibration file, or one in JSONL",
             "forward" => "Use a smaller calibration.length",
             "solver" | "factors" if recipe.eora.is_some() => "Leave out eora or use a smaller rank",
             _ => "Use a machine with that much memory",
@@ -150,13 +151,15 @@ impl MemoryPlan {
 impl MemoryParts {
     fn peak(&self) -> u64 {
         let block = self.weights + self.prepared + self.statistics + self.forward.max(self.quantized + self.solver);
-        self.base + self.activations + block.max(self.embedding).max(self.factors)
+        let job = self.activations.saturating_add(block.max(self.embedding).max(self.factors));
+        self.base.saturating_add(self.text.max(job))
     }
 
     /// All parts with their names.
-    pub fn named(&self) -> [(&'static str, u64); 10] {
+    pub fn named(&self) -> [(&'static str, u64); 11] {
         [
             ("base", self.base),
+            ("text", self.text),
             ("embedding", self.embedding),
             ("weights", self.weights),
             ("prepared", self.prepared),
@@ -195,6 +198,8 @@ struct Shapes<'a> {
     recipe: &'a Recipe,
     checkpoint: &'a Checkpoint,
     spec: &'a DecoderSpec,
+    /// Of calibration.
+    tokens: usize,
     threads: usize,
 }
 
@@ -205,7 +210,6 @@ impl Shapes<'_> {
         let elements: u64 = spec.linears.iter().map(|linear| (linear.rows * linear.columns) as u64).sum();
         let folds = recipe.block_method().is_some();
         let calibrated = recipe.passes().is_some();
-        let embedding = spec.vocabulary_size as u64 * spec.hidden_size as u64 * 2;
         let blocks = spec.layers as u64;
         let factor_values: u64 = spec
             .linears
@@ -215,7 +219,8 @@ impl Shapes<'_> {
             .sum();
         MemoryParts {
             base: BASE,
-            embedding: if calibrated { embedding } else { 0 },
+            text: recipe.passes().map_or(0, reading_bytes),
+            embedding: if calibrated { self.embedding() } else { 0 },
             weights: weights + if folds { elements * 4 } else { 0 },
             prepared: match (calibrated, folds) {
                 (false, _) => 0,
@@ -223,7 +228,7 @@ impl Shapes<'_> {
                 (true, true) => elements * 4,
             },
             statistics: 0,
-            forward: if calibrated { self.forward() } else { 0 },
+            forward: self.forward(&self.points()),
             quantized: elements + elements / self.recipe.group_size.unwrap_or(4096) as u64 * 5,
             solver: spec.linears.iter().map(|linear| self.solver(linear)).max().unwrap_or(0).max(self.folding()),
             activations: 0,
@@ -234,7 +239,7 @@ impl Shapes<'_> {
 
     /// The stages that are captured after each other, whatever the memory.
     fn stages(&self) -> Vec<Vec<TapPoint>> {
-        self.recipe.stages(self.spec)
+        if self.recipe.calibration.is_some() { self.recipe.stages(self.spec) } else { Vec::new() }
     }
 
     fn points(&self) -> Vec<TapPoint> {
@@ -246,25 +251,46 @@ impl Shapes<'_> {
     }
 
     fn activations(&self) -> u64 {
-        self.recipe.passes().map_or(0, |c| ActivationBuffer::bytes(c.sequences * c.length, self.spec.hidden_size))
+        ActivationBuffer::bytes(self.tokens, self.spec.hidden_size)
     }
 
     /// Bytes of a Linear as it is read.
     fn stored(&self, linear: &LinearSpec) -> u64 {
-        let name = format!("{}.weight", self.spec.linear_name(0, linear));
+        self.matrix(&self.spec.linear_name(0, linear), linear.rows * linear.columns)
+    }
+
+    /// Bytes of the embedding and of learned positions as they are read.
+    fn embedding(&self) -> u64 {
+        let (spec, family) = (self.spec, self.spec.family);
+        // A tied matrix may be stored under either name.
+        let stored = spec.name(family.embedding);
+        let stored = if self.checkpoint.has_linear(stored) { stored } else { family.head };
+        let tokens = self.matrix(stored, spec.vocabulary_size * spec.hidden_size);
+        match family.positions {
+            PositionRule::Learned(name) => {
+                tokens + self.matrix(spec.name(name), spec.context_length * spec.hidden_size)
+            }
+            PositionRule::Rotary { .. } => tokens,
+        }
+    }
+
+    /// Bytes of a matrix of so many elements as it is read.
+    fn matrix(&self, name: &str, elements: usize) -> u64 {
+        let name = format!("{name}.weight");
         let dtype = self.checkpoint.tensor(&name).map(|tensor| tensor.dtype.to_ascii_lowercase());
         let bits = match dtype.as_deref() {
             Some("bf16" | "f16") => 16,
             _ => ElementType::F32.bits(),
         };
-        (linear.rows * linear.columns) as u64 * bits as u64 / 8
+        elements as u64 * bits as u64 / 8
     }
 
     fn rank(&self, linear: &LinearSpec) -> usize {
         self.recipe.eora.map_or(0, |eora| eora.rank.min(linear.rows).min(linear.columns))
     }
 
-    fn forward(&self) -> u64 {
+    /// One forward pass that takes statistics at `points`.
+    fn forward(&self, points: &[TapPoint]) -> u64 {
         let Some(calibration) = self.recipe.passes() else { return 0 };
         let spec = self.spec;
         let rows = CalibrationStream::<CpuBackend>::rows_of_a_pass(calibration.length) as u64;
@@ -275,7 +301,7 @@ impl Shapes<'_> {
         };
         let row = 6 * spec.hidden_size + 2 * spec.query_width() + 2 * spec.kv_width() + 3 * mlp;
         let pages = rows.next_multiple_of(PAGE_POSITIONS as u64) * 2 * spec.kv_width() as u64 * 4;
-        let chunks: u64 = self.points().iter().map(|&point| self.width(point)).sum::<u64>() * CHUNK_TOKENS as u64 * 4;
+        let chunks: u64 = points.iter().map(|&point| self.width(point)).sum::<u64>() * CHUNK_TOKENS as u64 * 4;
         let widened = CHUNK_TOKENS as u64 * widest(|linear| linear.columns) * 8;
         rows * row as u64 * 4 + pages + chunks + widened + 128 * 4 * (widest(|l| l.columns) + widest(|l| l.rows))
     }
@@ -311,7 +337,7 @@ impl Shapes<'_> {
         let largest = self.points().iter().map(|&point| readers(point)).max().unwrap_or(0);
         let length = self.recipe.calibration.as_ref().map_or(0, |calibration| calibration.length);
         let sample = SAMPLE_TOKENS.max(length) as u64 * self.spec.hidden_size as u64 * 4 * 4;
-        5 * 4 * largest + sample + self.forward()
+        5 * 4 * largest + sample + self.forward(&self.points())
     }
 }
 

@@ -52,12 +52,12 @@ pub struct PlannedLinear {
 }
 
 impl Plan {
-    /// Plans `recipe` from the headers of `checkpoint`.
+    /// Plans `recipe` from the headers of `checkpoint`, for `tokens` of calibration.
     ///
     /// # Errors
     /// `ERR_CHECKPOINT_TENSOR_MISSING` for a Linear without weights, `ERR_QUANTIZATION_UNSUPPORTED` for a checkpoint
     /// that is compressed already, `ERR_MEMORY_EXCEEDED` for a job that does not fit into its memory.
-    pub fn new(recipe: &Recipe, checkpoint: &Checkpoint, spec: &DecoderSpec) -> Result<Self> {
+    pub fn new(recipe: &Recipe, checkpoint: &Checkpoint, spec: &DecoderSpec, tokens: usize) -> Result<Self> {
         let stated = checkpoint.quantization().map(|quantization| format!("{} bits", quantization.bits));
         if let Some(form) = stated.or_else(|| checkpoint.block_type().map(|main| main.name.to_owned())) {
             return Err(Error::new(
@@ -102,8 +102,8 @@ impl Plan {
             bits_per_weight: stored_bits as f64 / quantized_weights as f64,
             bytes,
             source_bytes,
-            memory: MemoryPlan::new(recipe, checkpoint, spec)?,
-            disk: DiskPlan::new(recipe, checkpoint, spec, bytes, factor_bytes)?,
+            memory: MemoryPlan::new(recipe, checkpoint, spec, tokens)?,
+            disk: DiskPlan::new(recipe, checkpoint, spec, (bytes, factor_bytes), tokens)?,
             linears,
         })
     }

@@ -7,6 +7,7 @@ use kintsugi_runtime::{Error, ErrorCode, Result};
 use kintsugi_weights::{ElementType, GroupSize};
 use serde::Serialize;
 
+use crate::calibration_source::most_tokens;
 use crate::output_format::AUTO;
 use crate::{CalibrationKind, LinearOverride};
 
@@ -182,6 +183,14 @@ impl Recipe {
     /// The calibration, if it runs forward passes.
     pub(crate) fn passes(&self) -> Option<&CalibrationRecipe> {
         self.calibration.as_ref().filter(|_| !self.uses_statistics())
+    }
+
+    /// Most tokens that calibration runs over: what is asked for, or what the file can hold; at least one sequence.
+    pub(crate) fn most_calibration_tokens(&self) -> usize {
+        self.passes().map_or(0, |calibration| {
+            let length = calibration.length.max(1);
+            calibration.sequences.min(most_tokens(calibration) / length).max(1).saturating_mul(length)
+        })
     }
 
     /// The method that turns each Linear into codes.

@@ -226,7 +226,7 @@ mod tests {
     use kintsugi_checkpoint::Checkpoint;
     use kintsugi_compress::BlockLoss;
     use kintsugi_kernels::Kernels;
-    use kintsugi_model::{CpuBackend, Precision, read_tokenizer};
+    use kintsugi_model::{CpuBackend, Precision};
     use kintsugi_runtime::CpuLevel;
 
     use super::*;
@@ -268,7 +268,7 @@ mod tests {
             subset: false,
             activations: ActivationPlace::Auto,
         };
-        let text = CalibrationTokens::read(&recipe, &read_tokenizer(&checkpoint, &spec).unwrap(), &spec).unwrap();
+        let text = CalibrationTokens::read(&recipe, &checkpoint, &spec).unwrap();
         let backend = CpuBackend::with(Kernels::new(CpuLevel::best()).unwrap(), Precision::F32, ThreadPool::global());
         let mut stream = CalibrationStream::new(&checkpoint, &spec, &text, None).unwrap();
         let original = BlockWeights::read(&checkpoint, &spec, 0).unwrap();

@@ -67,9 +67,9 @@ fn with_file(recipe: &Recipe, file: PathBuf) -> Recipe {
 #[test]
 fn the_same_tokens_in_any_form_give_the_same_bytes() {
     let (root, recipe) = scene();
-    let (_, spec, tokenizer) = tools(&recipe.source);
+    let (checkpoint, spec, _) = tools(&recipe.source);
     let expected = outcome(&recipe);
-    let tokens = CalibrationTokens::read(recipe.calibration.as_ref().unwrap(), &tokenizer, &spec).unwrap();
+    let tokens = CalibrationTokens::read(recipe.calibration.as_ref().unwrap(), &checkpoint, &spec).unwrap();
     let sequences: Vec<&[u32]> = tokens.tokens().chunks(LENGTH).collect();
     let write = |name: &str, content: Vec<u8>| {
         let path = root.path().join(name);
@@ -99,6 +99,21 @@ fn the_same_tokens_in_any_form_give_the_same_bytes() {
         let header = serde_json::json!({ "input_ids": entry }).to_string();
         files.push(write(name, [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &bytes].concat()));
     }
+    // Ids need no tokenizer.
+    let source = root.path().join("source");
+    fs::create_dir(&source).unwrap();
+    for name in ["config.json", "model.safetensors"] {
+        fs::copy(recipe.source.join(name), source.join(name)).unwrap();
+    }
+    let mute = with_file(&Recipe { source, ..recipe.clone() }, files[0].clone());
+    assert!(outcome(&mute) == expected);
+    let statistics = root.path().join("statistics.safetensors");
+    run(&Recipe { save_statistics: Some(statistics.clone()), ..mute.clone() });
+    fs::remove_dir_all(&mute.out).unwrap();
+    assert!(outcome(&with_file(&mute, statistics)) == expected);
+    run(&Recipe { method: "rtn".into(), calibration: None, eora: None, ..mute.clone() });
+    fs::remove_dir_all(&mute.out).unwrap();
+    assert_eq!(refusal(&Recipe { source: mute.source, ..recipe.clone() }).code, ErrorCode::TokenizerInvalid);
     for file in files {
         let recipe = with_file(&recipe, file);
         assert_eq!(recipe.calibration.as_ref().unwrap().kind, CalibrationKind::Tokens);
@@ -109,7 +124,7 @@ fn the_same_tokens_in_any_form_give_the_same_bytes() {
 #[test]
 fn records_are_tokenized_apart_and_joined() {
     let (root, recipe) = scene();
-    let (_, spec, tokenizer) = tools(&recipe.source);
+    let (checkpoint, spec, tokenizer) = tools(&recipe.source);
     let texts = ["Once upon a time", " there was a cat.", "The end."];
     let path = root.path().join("records.jsonl");
     let lines: Vec<String> =
@@ -120,7 +135,7 @@ fn records_are_tokenized_apart_and_joined() {
     assert_eq!(calibration.kind, CalibrationKind::Jsonl);
     (calibration.field, calibration.length, calibration.sequences) = ("story".to_owned(), 2, 100);
     let expected: Vec<u32> = texts.iter().flat_map(|text| tokenizer.encode(text, false).unwrap()).collect();
-    let read = |calibration: &CalibrationRecipe| CalibrationTokens::read(calibration, &tokenizer, &spec);
+    let read = |calibration: &CalibrationRecipe| CalibrationTokens::read(calibration, &checkpoint, &spec);
     assert_eq!(read(calibration).unwrap().tokens(), &expected[..expected.len() / 2 * 2]);
 
     // A seed shuffles the same tokens.
@@ -133,7 +148,7 @@ fn records_are_tokenized_apart_and_joined() {
 #[test]
 fn what_a_calibration_file_cannot_mean_is_named_with_its_place() {
     let (root, recipe) = scene();
-    let cases: [(&str, &str, ErrorCode, &str); 12] = [
+    let cases: [(&str, &str, ErrorCode, &str); 14] = [
         ("broken.jsonl", "{\"text\": \"a\"}\n\n{\"text\": \"b\"\n", ErrorCode::TextUnreadable, "line 3 is not JSON"),
         (
             "field.jsonl",
@@ -147,6 +162,8 @@ fn what_a_calibration_file_cannot_mean_is_named_with_its_place() {
         ("minus.json", "[[1, -2]]", ErrorCode::TextUnreadable, "-2"),
         ("fraction.jsonl", "[1, 2]\n[1.5]", ErrorCode::TextUnreadable, "line 2 has 1.5"),
         ("words.json", "[\"a\"]", ErrorCode::TextUnreadable, "\"a\""),
+        ("mixed.json", "[[1,2],3,{\"a\":1}]", ErrorCode::TextUnreadable, "the file has 3 beside arrays"),
+        ("mixed.jsonl", "[1]\n[[1,2],{\"a\":1}]", ErrorCode::TextUnreadable, "line 2 has {\"a\":1} beside arrays"),
         ("object.json", "{}", ErrorCode::TextUnreadable, "not an array of token ids"),
         ("broken.json", "[[1, 2],\n [3", ErrorCode::TextUnreadable, "line 2 is not JSON"),
         ("few.json", "[[1, 2]]", ErrorCode::TextTooShort, "2 tokens"),
@@ -162,6 +179,18 @@ fn what_a_calibration_file_cannot_mean_is_named_with_its_place() {
     }
     let missing = CalibrationKind::of(&root.path().join("missing.jsonl")).unwrap_err();
     assert_eq!(missing.code, ErrorCode::TextUnreadable);
+    let folder = root.path().join("folder.jsonl");
+    fs::create_dir(&folder).unwrap();
+    assert_eq!(CalibrationKind::of(&folder).unwrap_err().code, ErrorCode::TextUnreadable);
+    let mut in_folder = recipe.clone();
+    in_folder.calibration.as_mut().unwrap().file = folder;
+    assert_eq!(refusal(&in_folder).code, ErrorCode::TextUnreadable);
+    #[cfg(unix)]
+    {
+        let pipe = root.path().join("pipe.jsonl");
+        assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+        assert_eq!(CalibrationKind::of(&pipe).unwrap_err().code, ErrorCode::TextUnreadable);
+    }
     let damaged = root.path().join("damaged.safetensors");
     fs::write(&damaged, b"no header").unwrap();
     assert_eq!(CalibrationKind::of(&damaged).unwrap_err().code, ErrorCode::CheckpointCorrupt);
@@ -169,7 +198,12 @@ fn what_a_calibration_file_cannot_mean_is_named_with_its_place() {
 
 #[test]
 fn neither_the_place_of_the_activations_nor_the_memory_changes_a_bit() {
-    let (_root, recipe) = scene();
+    let (root, mut recipe) = scene();
+    // A text so short that reading it is not what needs most.
+    let text = fs::read(&recipe.calibration.as_ref().unwrap().file).unwrap();
+    let short = root.path().join("short.txt");
+    fs::write(&short, &text[..4096]).unwrap();
+    recipe = with_file(&recipe, short);
     let expected = outcome(&recipe);
     let in_place = |activations| {
         let mut recipe = recipe.clone();
@@ -201,6 +235,23 @@ fn neither_the_place_of_the_activations_nor_the_memory_changes_a_bit() {
     assert!(memory.peak_bytes <= enough && memory.budget_bytes == enough);
     assert!(outcome(&tight) == expected);
     assert_eq!(refusal(&Recipe { memory: Some(least), ..recipe }).code, ErrorCode::MemoryExceeded);
+}
+
+#[test]
+fn what_a_file_cannot_hold_is_not_planned_for() {
+    let (root, recipe) = scene();
+    let ids = root.path().join("ids.jsonl");
+    fs::write(&ids, format!("{}\n", serde_json::json!(vec![1234; 3 * LENGTH])).repeat(2)).unwrap();
+    let mut recipe = with_file(&recipe, ids);
+    recipe.calibration.as_mut().unwrap().sequences = usize::MAX;
+    let planned = plan(&recipe).unwrap();
+    assert!(planned.memory.parts.activations <= 16 * LENGTH as u64 * 2 * 128, "{:?}", planned.memory);
+    assert_eq!(planned.memory.parts.text, 0, "lines are read one at a time");
+    assert_eq!(run(&recipe).summary.calibration_tokens, 6 * LENGTH as u64);
+
+    let text = plan(&scene().1).unwrap();
+    assert_eq!(text.memory.parts.text, 128 * fs::metadata(assets("text/calibration-wikipedia.txt")).unwrap().len());
+    assert!(text.memory.peak_bytes >= text.memory.parts.base + text.memory.parts.text);
 }
 
 #[test]
@@ -238,13 +289,59 @@ fn saved_statistics_give_the_bytes_of_the_job_that_saved_them() {
     broken[end - 2000..end - 1000].fill(0xff);
     fs::write(&file, &broken).unwrap();
     assert_eq!(refusal(&again).code, ErrorCode::CheckpointNotFinite);
+    for tokens in [0i64, -1] {
+        let mut none = saved.clone();
+        none[end - 8..].copy_from_slice(&tokens.to_le_bytes());
+        fs::write(&file, &none).unwrap();
+        let error = refusal(&again);
+        assert_eq!(error.code, ErrorCode::CheckpointCorrupt, "{error}");
+        assert!(error.message.contains(&format!("of {tokens} tokens")), "{error}");
+    }
     fs::write(&file, saved).unwrap();
     run(&again);
 }
 
+#[test]
+fn statistics_of_a_relative_with_the_same_norms_are_refused() {
+    let (root, mut recipe) = scene();
+    let file = root.path().join("statistics.safetensors");
+    recipe.save_statistics = Some(file.clone());
+    run(&recipe);
+    fs::remove_dir_all(&recipe.out).unwrap();
+    recipe.save_statistics = None;
+    let source = root.path().join("source");
+    fs::create_dir(&source).unwrap();
+    for entry in fs::read_dir(&recipe.source).unwrap() {
+        let entry = entry.unwrap();
+        fs::copy(entry.path(), source.join(entry.file_name())).unwrap();
+    }
+    let again = with_file(&Recipe { source: source.clone(), ..recipe }, file);
+    run(&again);
+    fs::remove_dir_all(&again.out).unwrap();
+
+    let (_, spec, _) = tools(&source);
+    let last = spec.layers - 1;
+    let names = spec.linears.iter().map(|linear| spec.linear_name(last, linear));
+    let weights = fs::read(source.join("model.safetensors")).unwrap();
+    let length = u64::from_le_bytes(weights[..8].try_into().unwrap()) as usize;
+    let header: serde_json::Value = serde_json::from_slice(&weights[8..8 + length]).unwrap();
+    let outside = [spec.name(spec.family.embedding), spec.family.head].map(str::to_owned);
+    let stored: Vec<String> =
+        names.chain(outside).filter(|name| header.get(format!("{name}.weight")).is_some()).collect();
+    assert!(stored.len() > spec.linears.len());
+    for name in stored {
+        let offset = header[format!("{name}.weight")]["data_offsets"][0].as_u64().unwrap() as usize;
+        let mut changed = weights.clone();
+        // The lowest bit of a weight.
+        changed[8 + length + offset] ^= 1;
+        fs::write(source.join("model.safetensors"), changed).unwrap();
+        assert_eq!(refusal(&again).code, ErrorCode::StatisticsMismatch, "{name}");
+    }
+}
+
 /// Second moments at the input of the first block and of its MLP.
 fn moments(source: &Path, file: &Path) -> Vec<Calibration> {
-    let (checkpoint, spec, tokenizer) = tools(source);
+    let (checkpoint, spec, _) = tools(source);
     let calibration = CalibrationRecipe {
         file: file.to_path_buf(),
         kind: CalibrationKind::Tokens,
@@ -255,7 +352,7 @@ fn moments(source: &Path, file: &Path) -> Vec<Calibration> {
         subset: false,
         activations: ActivationPlace::Auto,
     };
-    let tokens = CalibrationTokens::read(&calibration, &tokenizer, &spec).unwrap();
+    let tokens = CalibrationTokens::read(&calibration, &checkpoint, &spec).unwrap();
     let mut stream = CalibrationStream::<CpuBackend>::new(&checkpoint, &spec, &tokens, None).unwrap();
     let weights = BlockWeights::read(&checkpoint, &spec, 0).unwrap();
     let block = Block::prepare(&backend(), &spec, 0, &weights).unwrap();
@@ -268,10 +365,10 @@ fn moments(source: &Path, file: &Path) -> Vec<Calibration> {
 #[test]
 fn the_order_of_the_samples_hardly_changes_the_second_moments() {
     let (root, recipe) = scene();
-    let (_, spec, tokenizer) = tools(&recipe.source);
+    let (checkpoint, spec, _) = tools(&recipe.source);
     let mut calibration = recipe.calibration.clone().unwrap();
     calibration.sequences = 40;
-    let tokens = CalibrationTokens::read(&calibration, &tokenizer, &spec).unwrap();
+    let tokens = CalibrationTokens::read(&calibration, &checkpoint, &spec).unwrap();
     let mut sequences: Vec<&[u32]> = tokens.tokens().chunks(LENGTH).collect();
     let file = root.path().join("ids.json");
     fs::write(&file, serde_json::to_vec(&sequences).unwrap()).unwrap();

@@ -243,10 +243,35 @@ fn a_job_goes_on_with_other_memory_and_other_places() {
     fs::remove_dir_all(&recipe.out).unwrap();
     interrupt_after(&recipe, 2).unwrap_err();
     fs::remove_file(root.path().join("statistics.safetensors.partial")).unwrap();
-    let error = compress(&recipe, &backend(), &CancelToken::new(), &Progress::new()).unwrap_err();
-    assert_eq!(error.code, ErrorCode::ResumeMismatch, "{error}");
-    assert!(error.message.contains("statistics"), "{error}");
-    assert!(partial(&recipe).join("ledger.jsonl").is_file(), "the rest may still be of use");
+    for attempt in 0..2 {
+        let error = compress(&recipe, &backend(), &CancelToken::new(), &Progress::new()).unwrap_err();
+        assert_eq!(error.code, ErrorCode::ResumeMismatch, "{attempt}: {error}");
+        assert!(error.message.contains("statistics"), "{error}");
+        assert!(partial(&recipe).join("ledger.jsonl").is_file(), "the rest may still be of use");
+        assert!(!root.path().join("statistics.safetensors.partial").exists());
+    }
+}
+
+#[test]
+fn two_jobs_do_not_save_statistics_in_one_file() {
+    let (root, mut recipe) = scene();
+    let statistics = root.path().join("statistics.safetensors");
+    recipe.save_statistics = Some(statistics.clone());
+    interrupt_after(&recipe, 2).unwrap_err();
+    let being_written = root.path().join("statistics.safetensors.partial");
+    let before = fs::read(&being_written).unwrap();
+    let other = fs::File::open(&being_written).unwrap();
+    other.lock().unwrap();
+    let elsewhere = Recipe { out: root.path().join("elsewhere"), ..recipe.clone() };
+    for recipe in [&recipe, &elsewhere] {
+        let error = compress(recipe, &backend(), &CancelToken::new(), &Progress::new()).unwrap_err();
+        assert_eq!(error.code, ErrorCode::OutputBusy, "{error}");
+        assert!(error.subject.contains("statistics.safetensors"), "{error}");
+        assert!(fs::read(&being_written).unwrap() == before, "what the other job has written is there");
+    }
+    drop(other);
+    finish(&recipe);
+    assert!(statistics.is_file() && !being_written.exists());
 }
 
 /// A disk of its own, where the system lets this process have one.

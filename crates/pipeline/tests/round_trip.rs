@@ -23,9 +23,9 @@ fn compress_in_memory(recipe: &Recipe) -> Model<CpuBackend> {
     let spec = DecoderSpec::from_config(checkpoint.config()).unwrap();
     let tokenizer = read_tokenizer(&checkpoint, &spec).unwrap();
     let outside = ModelWeights::read(&checkpoint, &spec).unwrap();
-    let text = CalibrationTokens::read(recipe.calibration.as_ref().unwrap(), &tokenizer, &spec).unwrap();
+    let text = CalibrationTokens::read(recipe.calibration.as_ref().unwrap(), &checkpoint, &spec).unwrap();
     let stream = CalibrationStream::new(&checkpoint, &spec, &text, None).unwrap();
-    let memory = MemoryPlan::new(recipe, &checkpoint, &spec).unwrap();
+    let memory = MemoryPlan::new(recipe, &checkpoint, &spec, text.tokens().len()).unwrap();
     let mut compressor =
         BlockCompressor::new(recipe, &spec, &backend, CalibrationInput::Stream(stream), &memory).unwrap();
     let mut model = Model::without_blocks(spec.clone(), backend, tokenizer, &outside).unwrap();

@@ -1,4 +1,4 @@
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -27,6 +27,22 @@ impl ScratchFile {
     /// `ERR_OUTPUT_UNWRITABLE`.
     pub fn open(path: &Path) -> Result<Self> {
         Self::with(path, File::options().read(true).write(true))
+    }
+
+    /// A file that this job alone writes, with what an earlier run left in it or empty. The lock goes with the file.
+    ///
+    /// # Errors
+    /// `ERR_OUTPUT_BUSY` while another job has it, `ERR_OUTPUT_UNWRITABLE`.
+    pub fn exclusive(path: &Path) -> Result<Self> {
+        let mut options = File::options();
+        let file = Self::with(path, options.read(true).write(true).create(true).truncate(false))?;
+        match file.file.try_lock() {
+            Ok(()) => Ok(file),
+            Err(TryLockError::WouldBlock) => Err(Error::new(ErrorCode::OutputBusy, "another job is writing this file")
+                .subject(path.display())
+                .hint("Wait for it, or choose another file")),
+            Err(TryLockError::Error(error)) => Err(unwritable(path, &error)),
+        }
     }
 
     fn with(path: &Path, options: &OpenOptions) -> Result<Self> {
