@@ -286,6 +286,13 @@ impl<'a> Merging<'a> {
             (true, rule) => rule.filter(|_| !method.keeps_rank()),
             (false, rule) => Some(rule.unwrap_or(RankRule::Fixed(largest))),
         };
+        // An energy target is no rank: vLLM limits it as `rank` would.
+        let rank = match rank {
+            Some(RankRule::Energy { share, most }) if recipe.padding == RankPadding::Vllm => {
+                Some(RankRule::Energy { share, most: most.min(VLLM_RANKS[VLLM_RANKS.len() - 1]) })
+            }
+            rank => rank,
+        };
         let options = MergeOptions { factor_type, rank, ..recipe.options.clone() };
         let (mut planned, mut kinds, mut memory, mut source_bytes) = (Vec::new(), Vec::new(), 0, 0);
         for (name, sources) in modules {

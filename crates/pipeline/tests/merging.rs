@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use kintsugi_checkpoint::{AdapterFolder, ModuleKind};
+use kintsugi_checkpoint::{AdapterDescription, AdapterFolder, AdapterWriter, MergedModule, ModuleKind};
 use kintsugi_merge::{Coordinates, Gauge, METHODS, MergeOptions, RankRule, SignElection};
 use kintsugi_pipeline::{MergeRecipe, MergeReport, RankPadding, merge_adapters, plan_merge};
 use kintsugi_runtime::{CancelToken, Error, ErrorCode, Progress, ThreadPool};
@@ -185,6 +185,41 @@ fn an_energy_target_decides_the_rank_of_each_module() {
     let written = AdapterFolder::open(&recipe.out).unwrap();
     assert_eq!(written.modules().iter().map(|module| module.rank).collect::<Vec<_>>(), ranks);
     assert_eq!(fs::read_dir(out.path()).unwrap().count(), 1);
+}
+
+/// An adapter of one square module.
+fn write_adapter(folder: &Path, base: Option<&str>, fan_in_fan_out: bool, size: usize, rank: usize) {
+    let description = AdapterDescription {
+        base_model: base.map(str::to_string),
+        task_type: None,
+        fan_in_fan_out,
+        targets_by_suffix: true,
+        element_type: ElementType::F32,
+    };
+    let (name, kind) = ("model.layers.0.mlp.up_proj".to_string(), ModuleKind::Linear);
+    let module = MergedModule { name, kind, out_features: size, in_features: size, rank };
+    let mut random = Random::new(size as u64);
+    let mut values = || (0..size * rank).map(|_| random.normal() as f32).collect::<Vec<_>>();
+    let factors = LowRank::new(size, size, rank, values(), values(), ElementType::F32);
+    let mut writer = AdapterWriter::create(folder, description, vec![module]).unwrap();
+    writer.write(Some(&factors)).unwrap();
+    writer.finish().unwrap();
+}
+
+#[test]
+fn an_energy_target_is_not_a_rank_that_vllm_must_serve() {
+    let out = tempfile::tempdir().unwrap();
+    let folders = ["left", "right"].map(|name| out.path().join(name));
+    folders.iter().for_each(|folder| write_adapter(folder, None, false, 520, 3));
+    let mut recipe = recipe(&folders, &[1.0, 0.5], "magnitude-prune", &out.path().join("out"));
+    recipe.options.rank = Some(RankRule::Energy { share: 0.5, most: 1 << 16 });
+    recipe.options.density = 0.9;
+    recipe.padding = RankPadding::Vllm;
+    assert_eq!(plan_merge(&recipe).unwrap().modules[0].rank, 512);
+    assert_eq!(run(&recipe).unwrap().summary.rank, 8);
+    recipe.out = out.path().join("fixed");
+    recipe.options.rank = Some(RankRule::Fixed(515));
+    assert_eq!(refused(&recipe, ErrorCode::OptionInvalid).subject, "padding");
 }
 
 #[test]
