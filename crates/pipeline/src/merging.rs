@@ -3,6 +3,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use kintsugi_checkpoint::{AdapterDescription, AdapterFolder, AdapterModule, AdapterWriter, MergedModule, ModuleKind};
+use kintsugi_linalg::LeadingDirections;
 use kintsugi_merge::{
     Coordinates, LinearMergeReport, LinearSources, MergeMethod, MergeOptions, MergeSource, MergedLinear, RankRule,
     merge_linear, merge_method,
@@ -306,7 +307,7 @@ impl<'a> Merging<'a> {
                 method.rank_of(&ranks, out_features.min(in_features))
             };
             let rank = of_method.min(asked);
-            memory = memory.max(working_bytes(method, &ranks, out_features, in_features));
+            memory = memory.max(working_bytes(method, &ranks, out_features, in_features, rank));
             for (_, module) in &sources {
                 let values = module.rank * (out_features + in_features);
                 source_bytes += (values * module.element_type.bits() / 8) as u64;
@@ -562,14 +563,21 @@ fn union(folders: &[AdapterFolder]) -> Result<BTreeMap<&str, Vec<(usize, &Adapte
 }
 
 /// An estimate of what merging one module needs.
-fn working_bytes(method: &dyn MergeMethod, ranks: &[usize], out_features: usize, in_features: usize) -> u64 {
-    let units: usize = ranks.iter().sum();
-    let sides = units * (out_features + in_features);
-    let core = units.min(out_features.max(in_features)).pow(2);
+fn working_bytes(
+    method: &dyn MergeMethod,
+    ranks: &[usize],
+    out_features: usize,
+    in_features: usize,
+    rank: usize,
+) -> u64 {
+    let units = ranks.iter().sum::<usize>() as u64;
+    let sides = units * (out_features + in_features) as u64;
     // Factors as read and as units in f32, the result in f64; Gram matrices, Cholesky factors, core, eigenvectors.
-    let mut bytes = 16 * sides + 8 * 8 * core;
+    let mut bytes = 16 * sides + 8 * 8 * units * units;
     if method.options().contains(&"density") {
-        bytes += 4 * out_features * in_features;
+        let (rows, columns) = (out_features.min(in_features), out_features.max(in_features));
+        let dense = (rows as u64).saturating_mul(4 * columns as u64);
+        bytes = bytes.saturating_add(dense).saturating_add(LeadingDirections::working_bytes(rows, columns, rank));
     }
-    bytes as u64
+    bytes
 }
