@@ -8,7 +8,9 @@ use kintsugi_merge::{
     Coordinates, LinearMergeReport, LinearSources, MergeMethod, MergeOptions, MergeSource, MergedLinear, RankRule,
     merge_linear, merge_method,
 };
-use kintsugi_runtime::{CancelToken, Error, ErrorCode, Progress, Result, ThreadPool, peak_memory_bytes, replace_file};
+use kintsugi_runtime::{
+    CancelToken, Error, ErrorCode, Progress, Result, StagedFolder, ThreadPool, peak_memory_bytes, replace_file,
+};
 use kintsugi_weights::{ElementType, LowRank};
 use serde::{Deserialize, Serialize};
 
@@ -275,6 +277,8 @@ impl<'a> Merging<'a> {
         let method = merge_method(&recipe.method)?;
         recipe.options.validate()?;
         check_weights(recipe)?;
+        // Looks whether the output may be written, and leaves what an earlier run kept there alone.
+        StagedFolder::reopen(&recipe.out)?;
         let folders: Vec<AdapterFolder> =
             recipe.adapters.iter().map(|path| AdapterFolder::open(path)).collect::<Result<_>>()?;
         let base_model = common_base(recipe, &folders)?;

@@ -223,6 +223,22 @@ fn an_energy_target_is_not_a_rank_that_vllm_must_serve() {
 }
 
 #[test]
+fn an_output_that_may_not_be_written_is_refused_first() {
+    let folders = [vectors().join("first"), vectors().join("second")];
+    let out = tempfile::tempdir().unwrap();
+    fs::write(out.path().join("file"), "x").unwrap();
+    let mut recipe = recipe(&folders, &[1.0, 1.0], "svd", out.path());
+    recipe.options.rank = Some(RankRule::Energy { share: 0.9, most: 16 });
+    assert_eq!(plan_merge(&recipe).unwrap_err().code, ErrorCode::OutputNotEmpty);
+    let progress = Progress::new();
+    let error = merge_adapters(&recipe, &ThreadPool::with_threads(1), &CancelToken::new(), &progress).unwrap_err();
+    assert_eq!(error.code, ErrorCode::OutputNotEmpty);
+    assert_eq!(progress.snapshot().done, 0);
+    recipe.out = out.path().join("file");
+    refused(&recipe, ErrorCode::OutputUnwritable);
+}
+
+#[test]
 fn the_report_is_about_what_is_in_the_file() {
     let folders = [assets().join("shakespeare"), assets().join("python")];
     let out = tempfile::tempdir().unwrap();
