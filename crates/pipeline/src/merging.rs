@@ -517,21 +517,22 @@ fn check_weights(recipe: &MergeRecipe) -> Result<()> {
 
 /// The base model that all adapters name; those that name none fit any.
 fn common_base(recipe: &MergeRecipe, folders: &[AdapterFolder]) -> Result<Option<String>> {
-    let mut named = folders.iter().filter_map(|folder| Some((folder, folder.base_model()?)));
-    let Some((_, base)) = named.next() else { return Ok(None) };
     let invalid = |folder: &AdapterFolder, message: String, hint: &str| {
         Error::new(ErrorCode::AdapterInvalid, message).subject(folder.path().display()).hint(hint)
     };
-    if let Some((folder, other)) = named.find(|(_, other)| *other != base)
-        && !recipe.allow_different_bases
-    {
-        let message = format!("the adapter belongs to '{other}', another to '{base}'");
-        return Err(invalid(folder, message, "Allow different bases if they are copies of one model"));
-    }
     let first = folders[0].fan_in_fan_out();
     if let Some(folder) = folders.iter().find(|folder| folder.fan_in_fan_out() != first) {
         let message = "'fan_in_fan_out' is not what another adapter says".to_string();
         return Err(invalid(folder, message, "Merge adapters that were trained on the same base model"));
+    }
+    let named = || folders.iter().filter_map(|folder| Some((folder, folder.base_model()?)));
+    // Where they may differ, one name that does not depend on the order of the adapters.
+    let Some(base) = named().map(|(_, base)| base).min() else { return Ok(None) };
+    if let Some((folder, other)) = named().find(|(_, other)| *other != base)
+        && !recipe.allow_different_bases
+    {
+        let message = format!("the adapter belongs to '{other}', another to '{base}'");
+        return Err(invalid(folder, message, "Allow different bases if they are copies of one model"));
     }
     Ok(Some(base.to_string()))
 }

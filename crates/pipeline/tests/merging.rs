@@ -338,6 +338,29 @@ fn what_cannot_be_merged_is_refused_by_name_and_nothing_is_written() {
 }
 
 #[test]
+fn bases_are_compared_whether_they_are_named_or_not() {
+    let out = tempfile::tempdir().unwrap();
+    let made = |name: &str, base: Option<&str>, turned: bool| {
+        let folder = out.path().join(name);
+        write_adapter(&folder, base, turned, 4, 1);
+        folder
+    };
+    let (plain, turned) = (made("plain", None, false), made("turned", None, true));
+    let mixed = recipe(&[plain, turned], &[1.0, 1.0], "svd", &out.path().join("mixed"));
+    assert!(refused(&mixed, ErrorCode::AdapterInvalid).message.contains("fan_in_fan_out"));
+    let (b, a) = (made("b", Some("model-b"), false), made("a", Some("model-a"), false));
+    let configs = [[&a, &b], [&b, &a]].map(|[first, second]| {
+        let path = out.path().join(first.file_name().unwrap()).join("merged");
+        let mut allowed = recipe(&[first.clone(), second.clone()], &[1.0, 1.0], "svd", &path);
+        refused(&allowed, ErrorCode::AdapterInvalid);
+        allowed.allow_different_bases = true;
+        assert_eq!(run(&allowed).unwrap().recipe.adapters[0], *first);
+        fs::read_to_string(path.join("adapter_config.json")).unwrap()
+    });
+    assert!(configs[0] == configs[1] && configs[0].contains("model-a"), "{configs:?}");
+}
+
+#[test]
 fn damaged_folders_are_refused_and_nothing_is_written() {
     let mut random = Random::new(99);
     let out = tempfile::tempdir().unwrap();
