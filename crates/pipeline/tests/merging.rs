@@ -233,7 +233,7 @@ fn an_output_that_may_not_be_written_is_refused_first() {
     let progress = Progress::new();
     let error = merge_adapters(&recipe, &ThreadPool::with_threads(1), &CancelToken::new(), &progress).unwrap_err();
     assert_eq!(error.code, ErrorCode::OutputNotEmpty);
-    assert_eq!(progress.snapshot().done, 0);
+    assert_eq!(progress.snapshot().total, 0);
     recipe.out = out.path().join("file");
     refused(&recipe, ErrorCode::OutputUnwritable);
 }
