@@ -7,6 +7,7 @@ use kintsugi_checkpoint::{AdapterFolder, Checkpoint};
 use kintsugi_pipeline::{FoldRecipe, FoldReport, fold_adapter};
 use kintsugi_runtime::{CancelToken, Error, ErrorCode, Progress, ThreadPool};
 use kintsugi_weights::ElementType;
+use serde_json::Value;
 
 fn assets(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../assets").join(name)
@@ -85,4 +86,46 @@ fn what_cannot_be_folded_is_refused_and_nothing_is_written() {
     refused(&llama, &shakespeare, f64::NAN, ErrorCode::OptionInvalid);
     refused(&llama, &shakespeare, 1e300, ErrorCode::ValueNotFinite);
     refused(&llama, &out.path().join("missing"), 1.0, ErrorCode::AdapterInvalid);
+}
+
+/// A copy of a checkpoint of one file, with some bytes of it changed.
+fn copy_with(source: &Path, folder: &Path, change: impl FnOnce(&mut Vec<u8>)) {
+    fs::create_dir(folder).unwrap();
+    for entry in fs::read_dir(source).unwrap() {
+        let path = entry.unwrap().path();
+        fs::copy(&path, folder.join(path.file_name().unwrap())).unwrap();
+    }
+    let file = folder.join("model.safetensors");
+    let mut bytes = fs::read(&file).unwrap();
+    change(&mut bytes);
+    fs::write(file, bytes).unwrap();
+}
+
+/// Where the values of a tensor begin in a safetensors file.
+fn start_of(file: &[u8], tensor: &str) -> usize {
+    let length = u64::from_le_bytes(file[..8].try_into().unwrap()) as usize;
+    let header: Value = serde_json::from_slice(&file[8..8 + length]).unwrap();
+    8 + length + header[tensor]["data_offsets"][0].as_u64().unwrap() as usize
+}
+
+#[test]
+fn values_that_the_written_type_cannot_hold_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = tempfile::tempdir().unwrap();
+    let shakespeare = assets("adapters/shakespeare");
+    // A weight that the adapter changes, and one that is only narrowed.
+    for (case, tensor) in ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"].into_iter().enumerate() {
+        let base = folder.path().join(case.to_string());
+        copy_with(&assets("llama-7m"), &base, |file| {
+            let at = start_of(file, tensor);
+            file[at..at + 2].copy_from_slice(&half::bf16::from_f32(7e4).to_le_bytes());
+        });
+        let path = out.path().join("out");
+        let error = fold(&base, &shakespeare, &path, 1.0, Some(ElementType::F16)).unwrap_err();
+        assert_eq!((error.code, error.subject.as_str()), (ErrorCode::ValueNotFinite, tensor), "{error}");
+        assert!(error.message.contains("f16"), "{error}");
+        assert_eq!(fs::read_dir(out.path()).unwrap().count(), 0);
+        fold(&base, &shakespeare, &path, 1.0, None).unwrap();
+        fs::remove_dir_all(&path).unwrap();
+    }
 }
