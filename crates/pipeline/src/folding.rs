@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use kintsugi_checkpoint::{AdapterFolder, AdapterModule, Checkpoint, CheckpointWriter, ModuleKind};
 use kintsugi_linalg::{MatrixView, product};
+use kintsugi_model::DecoderSpec;
 use kintsugi_runtime::{CancelToken, Error, ErrorCode, Progress, Result, ThreadPool, peak_memory_bytes};
 use kintsugi_weights::{ElementType, LowRank};
 use serde::Serialize;
@@ -108,6 +109,18 @@ pub fn fold_adapter(
     })
 }
 
+/// The head of a checkpoint whose embedding is the head as well.
+fn tied_head(checkpoint: &Checkpoint) -> Option<&'static str> {
+    match DecoderSpec::of(checkpoint) {
+        Ok(spec) => spec.tied_head.then_some(spec.family.head),
+        // Of other models it is not known how they are tied where the config is silent.
+        Err(_) => {
+            let flag = checkpoint.config().get("tie_word_embeddings").and_then(serde_json::Value::as_bool);
+            flag.unwrap_or(!checkpoint.has_linear("lm_head")).then_some("lm_head")
+        }
+    }
+}
+
 /// The modules of the adapter by the tensors that they change.
 fn targets<'a>(checkpoint: &Checkpoint, adapter: &'a AdapterFolder) -> Result<BTreeMap<String, &'a AdapterModule>> {
     let invalid = |message: &str, module: &AdapterModule| {
@@ -115,6 +128,7 @@ fn targets<'a>(checkpoint: &Checkpoint, adapter: &'a AdapterFolder) -> Result<BT
             .subject(&module.name)
             .hint("Use an adapter that was made for this base model")
     };
+    let tied = tied_head(checkpoint);
     let mut targets = BTreeMap::new();
     for module in adapter.modules() {
         // Some checkpoints are of the model without the head around it, whose paths lack the first part.
@@ -131,10 +145,13 @@ fn targets<'a>(checkpoint: &Checkpoint, adapter: &'a AdapterFolder) -> Result<BT
         if checkpoint.tensor(&name).is_some_and(|tensor| tensor.shape != shape) {
             return Err(invalid(&format!("the adapter changes a weight of shape {shape:?}, it has another"), module));
         }
-        let tied = checkpoint.config().get("tie_word_embeddings") == Some(&serde_json::Value::Bool(true));
-        if module.kind == ModuleKind::Embedding && tied {
-            return Err(invalid("the embedding is the output head as well, which the adapter does not change", module)
-                .hint("Keep the adapter beside the model"));
+        // Whichever of the two the adapter changes, the other is the same tensor.
+        if tied.is_some_and(|head| module.kind == ModuleKind::Embedding || name == format!("{head}.weight")) {
+            return Err(invalid(
+                "embedding and output head are one weight, and the adapter changes one of them",
+                module,
+            )
+            .hint("Keep the adapter beside the model"));
         }
         targets.insert(name, module);
     }

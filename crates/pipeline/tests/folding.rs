@@ -3,10 +3,10 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use kintsugi_checkpoint::{AdapterFolder, Checkpoint};
+use kintsugi_checkpoint::{AdapterDescription, AdapterFolder, AdapterWriter, Checkpoint, MergedModule, ModuleKind};
 use kintsugi_pipeline::{FoldRecipe, FoldReport, fold_adapter};
 use kintsugi_runtime::{CancelToken, Error, ErrorCode, Progress, ThreadPool};
-use kintsugi_weights::ElementType;
+use kintsugi_weights::{ElementType, LowRank};
 use serde_json::Value;
 
 fn assets(name: &str) -> PathBuf {
@@ -127,5 +127,47 @@ fn values_that_the_written_type_cannot_hold_are_refused() {
         assert_eq!(fs::read_dir(out.path()).unwrap().count(), 0);
         fold(&base, &shakespeare, &path, 1.0, None).unwrap();
         fs::remove_dir_all(&path).unwrap();
+    }
+}
+
+#[test]
+fn an_embedding_that_is_the_head_is_refused_though_the_config_is_silent() {
+    let folder = tempfile::tempdir().unwrap();
+    let adapter = folder.path().join("adapter");
+    let description = AdapterDescription {
+        base_model: None,
+        task_type: None,
+        fan_in_fan_out: true,
+        targets_by_suffix: true,
+        element_type: ElementType::F32,
+    };
+    let (name, kind) = ("transformer.wte".to_string(), ModuleKind::Embedding);
+    let module = MergedModule { name, kind, out_features: 32, in_features: 64, rank: 1 };
+    let mut writer = AdapterWriter::create(&adapter, description, vec![module]).unwrap();
+    let factors = LowRank::new(32, 64, 1, vec![0.1; 32], vec![0.1; 64], ElementType::F32);
+    writer.write(Some(&factors)).unwrap();
+    writer.finish().unwrap();
+
+    let cases =
+        [("gpt2", None, true), ("gpt2", Some(false), false), ("other", None, true), ("other", Some(false), false)];
+    for (case, (family, flag, tied)) in cases.into_iter().enumerate() {
+        let base = folder.path().join(case.to_string());
+        copy_with(&vectors("families/gpt2"), &base, |_| {});
+        let mut config: Value = serde_json::from_slice(&fs::read(base.join("config.json")).unwrap()).unwrap();
+        config["model_type"] = family.into();
+        config.as_object_mut().unwrap().remove("tie_word_embeddings");
+        if let Some(flag) = flag {
+            config["tie_word_embeddings"] = flag.into();
+        }
+        fs::write(base.join("config.json"), config.to_string()).unwrap();
+        let found = fold(&base, &adapter, &folder.path().join("out"), 1.0, None);
+        if tied {
+            let error = found.unwrap_err();
+            assert_eq!((error.code, error.subject.as_str()), (ErrorCode::AdapterInvalid, "transformer.wte"), "{error}");
+            assert!(error.message.contains("head"), "{error}");
+        } else {
+            assert_eq!(found.unwrap().modules, 1, "{case}");
+            fs::remove_dir_all(folder.path().join("out")).unwrap();
+        }
     }
 }
