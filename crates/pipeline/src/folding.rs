@@ -67,6 +67,12 @@ pub fn fold_adapter(
             .subject(recipe.checkpoint.display())
             .hint("Fold into the unquantized checkpoint and compress the result"));
     }
+    // True of GGUF files, and of them alone.
+    if checkpoint.rows_are_outputs() {
+        return Err(Error::new(ErrorCode::QuantizationUnsupported, "an update cannot be added to a GGUF file")
+            .subject(recipe.checkpoint.display())
+            .hint("Make a folder of it first: kintsugi convert FILE.gguf -o FOLDER --format bf16"));
+    }
     let adapter = AdapterFolder::open(&recipe.adapter)?;
     let targets = targets(&checkpoint, &adapter)?;
     let names: Vec<String> = checkpoint.tensors().map(|tensor| tensor.name.clone()).collect();

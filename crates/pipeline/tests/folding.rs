@@ -83,6 +83,11 @@ fn what_cannot_be_folded_is_refused_and_nothing_is_written() {
     refused(&llama, &vectors("merge/first"), 1.0, ErrorCode::AdapterInvalid);
     refused(&llama, &vectors("merge/embedding"), 1.0, ErrorCode::AdapterInvalid);
     refused(&vectors("formats/awq"), &shakespeare, 1.0, ErrorCode::QuantizationUnsupported);
+    for gguf in fs::read_dir(vectors("gguf")).unwrap().map(|entry| entry.unwrap().path()) {
+        if gguf.extension().is_some_and(|extension| extension == "gguf") {
+            refused(&gguf, &shakespeare, 1.0, ErrorCode::QuantizationUnsupported);
+        }
+    }
     refused(&llama, &shakespeare, f64::NAN, ErrorCode::OptionInvalid);
     refused(&llama, &shakespeare, 1e300, ErrorCode::ValueNotFinite);
     refused(&llama, &out.path().join("missing"), 1.0, ErrorCode::AdapterInvalid);
