@@ -2,6 +2,7 @@ use kintsugi_runtime::{Result, ThreadPool};
 
 use crate::{
     MatrixView, SplitMix64, SymmetricEigen, ThinQr, combine_rows, product, row_gram, row_products, symmetric_product,
+    transposed,
 };
 
 /// Rows up to which a matrix of f32 is decomposed completely.
@@ -163,10 +164,6 @@ impl<'a> LeadingDirections<'a> {
         };
         BalancedFactors { rank: kept.len(), left: take(&left, self.rows), right: take(&right, self.columns) }
     }
-}
-
-fn transposed(values: &[f64], rows: usize, columns: usize) -> Vec<f64> {
-    (0..columns).flat_map(|j| (0..rows).map(move |i| values[i * columns + j])).collect()
 }
 
 #[cfg(test)]
