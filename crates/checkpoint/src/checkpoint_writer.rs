@@ -299,7 +299,7 @@ impl CheckpointWriter {
     ///
     /// # Errors
     /// `ERR_CHECKPOINT_TENSOR_MISSING`, `ERR_CHECKPOINT_DTYPE` for a tensor that is not of floats,
-    /// `ERR_OUTPUT_UNWRITABLE`, and what `change` reports; `ERR_INTERNAL` when the tensor was written before.
+    /// `ERR_VALUE_NOT_FINITE` when a value is NaN or infinite as it would be written, `ERR_OUTPUT_UNWRITABLE`, and what `change` reports; `ERR_INTERNAL` when the tensor was written before.
     pub fn transform(
         &mut self,
         tensor: &str,
@@ -327,7 +327,18 @@ impl CheckpointWriter {
             file.read_part(stored, (start * width) as u64, &mut raw)?;
             let mut part = floats_of(&raw, from);
             change(start / row, &mut part)?;
-            self.append(&float_bytes(&part, to))?;
+            let written = float_bytes(&part, to);
+            // Rounding to a narrower type makes infinities of its own.
+            if !floats_of(&written, to).iter().all(|value| value.is_finite()) {
+                let message = match part.iter().all(|value| value.is_finite()) {
+                    true => format!("the tensor has values that {} cannot hold", to.name()),
+                    false => "the tensor has values that are NaN or infinite".to_string(),
+                };
+                return Err(Error::new(ErrorCode::ValueNotFinite, message)
+                    .subject(tensor)
+                    .hint("Write it as bf16 or f32, or check where the values come from"));
+            }
+            self.append(&written)?;
         }
         Ok(bytes)
     }

@@ -8,8 +8,9 @@ use kintsugi_weights::{DenseMatrix, DenseValues, ElementType};
 use crate::positional_file::PositionalFile;
 use crate::torch_pickle::{TorchTensor, read_state_dict};
 
-/// Largest `data.pkl` that is read; it holds names and shapes only.
-const PICKLE_LIMIT: u64 = 64 << 20;
+/// Largest `data.pkl` that is read; it holds names and shapes only, some 250 bytes per tensor. A byte may become tens of
+/// bytes of values.
+const PICKLE_LIMIT: u64 = 8 << 20;
 /// Largest central directory that is read.
 const DIRECTORY_LIMIT: u64 = 64 << 20;
 /// The end record and the longest comment behind it.

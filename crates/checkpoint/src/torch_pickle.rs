@@ -1,17 +1,21 @@
 use std::collections::{BTreeMap, HashMap};
-use std::rc::Rc;
+use std::sync::Arc;
 
 use kintsugi_weights::ElementType;
 
 /// Deepest nesting of values; a state dict of tensors needs five.
 const DEPTH: u8 = 16;
+/// Most dimensions of a tensor; factors have two. Shape and strides are copied at each use of a remembered tuple.
+const DIMENSIONS: usize = 8;
+/// Most values on the stack; pickle fills dictionaries in batches of a thousand.
+const STACK: usize = 1 << 16;
 
 /// Where the pickle of `torch.save` says that a tensor lies.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct TorchTensor {
     pub(crate) element_type: ElementType,
     /// Name of the storage.
-    pub(crate) storage: String,
+    pub(crate) storage: Arc<str>,
     /// First element in the storage.
     pub(crate) offset: usize,
     pub(crate) shape: Vec<usize>,
@@ -28,11 +32,14 @@ pub(crate) fn read_state_dict(pickle: &[u8]) -> Result<BTreeMap<String, TorchTen
     let mut machine = Machine { input: pickle, ..Machine::default() };
     let root = machine.run()?;
     let Value::Dict(root) = root else { return Err("it is not a dictionary of tensors".into()) };
+    let entries = std::mem::take(&mut machine.dicts[root]);
+    // Tensors that only the memo shares are moved.
+    drop(machine);
     let mut tensors = BTreeMap::new();
-    for (key, value) in std::mem::take(&mut machine.dicts[root]) {
+    for (key, value) in entries {
         match (key, value) {
             (Value::Text(name), Value::Tensor(tensor)) => {
-                if tensors.insert(name.to_string(), (*tensor).clone()).is_some() {
+                if tensors.insert(name.to_string(), Arc::unwrap_or_clone(tensor)).is_some() {
                     return Err(format!("the tensor '{name}' stands there twice"));
                 }
             }
@@ -49,15 +56,15 @@ enum Value {
     None,
     Flag,
     Number(i64),
-    Text(Rc<str>),
-    Tuple(Rc<[Value]>, u8),
+    Text(Arc<str>),
+    Tuple(Arc<[Value]>, u8),
     /// Content that no tensor needs.
     List,
     /// Index into the dictionaries of the machine.
     Dict(usize),
     Name(Name),
-    Storage(Rc<str>, ElementType),
-    Tensor(Rc<TorchTensor>),
+    Storage(Arc<str>, ElementType),
+    Tensor(Arc<TorchTensor>),
 }
 
 /// The names that a state dict of tensors refers to.
@@ -80,6 +87,9 @@ struct Machine<'a> {
 impl Machine<'_> {
     fn run(&mut self) -> Result<Value, String> {
         loop {
+            if self.stack.len() > STACK {
+                return Err("it puts too many values beside each other".into());
+            }
             let instruction = self.bytes(1)?[0];
             match instruction {
                 0x80 => drop(self.bytes(1)?), // PROTO
@@ -87,7 +97,7 @@ impl Machine<'_> {
                 b'(' => self.stack.push(Value::Mark),
                 b'}' => self.new_dict(),
                 b']' => self.stack.push(Value::List),
-                b')' => self.stack.push(Value::Tuple(Rc::new([]), 1)),
+                b')' => self.stack.push(Value::Tuple(Arc::new([]), 1)),
                 b'N' => self.stack.push(Value::None),
                 0x88 | 0x89 => self.stack.push(Value::Flag),
                 b'K' => {
@@ -274,7 +284,7 @@ impl Machine<'_> {
                 Value::Text(name),
                 Value::Text(_),
                 Value::Number(_),
-            ] if &**kind == "storage" => Value::Storage(Rc::clone(name), *element_type),
+            ] if &**kind == "storage" => Value::Storage(Arc::clone(name), *element_type),
             _ => return Err("a storage is described wrongly".into()),
         };
         self.stack.push(storage);
@@ -291,7 +301,7 @@ impl Machine<'_> {
                 Ok(())
             }
             (Name::RebuildParameter, [Value::Tensor(tensor), ..]) => {
-                self.stack.push(Value::Tensor(Rc::clone(tensor)));
+                self.stack.push(Value::Tensor(Arc::clone(tensor)));
                 Ok(())
             }
             (
@@ -306,7 +316,7 @@ impl Machine<'_> {
             ) => {
                 let tensor = TorchTensor {
                     element_type: *element_type,
-                    storage: storage.to_string(),
+                    storage: Arc::clone(storage),
                     offset: size(*offset)?,
                     shape: sizes(shape)?,
                     strides: sizes(strides)?,
@@ -314,7 +324,7 @@ impl Machine<'_> {
                 if tensor.shape.len() != tensor.strides.len() {
                     return Err("a tensor has a wrong number of strides".into());
                 }
-                self.stack.push(Value::Tensor(Rc::new(tensor)));
+                self.stack.push(Value::Tensor(Arc::new(tensor)));
                 Ok(())
             }
             _ => Err("a tensor is described wrongly".into()),
@@ -327,6 +337,9 @@ fn size(value: i64) -> Result<usize, String> {
 }
 
 fn sizes(values: &[Value]) -> Result<Vec<usize>, String> {
+    if values.len() > DIMENSIONS {
+        return Err(format!("a tensor has {} dimensions, at most {DIMENSIONS} are read", values.len()));
+    }
     values
         .iter()
         .map(|value| if let Value::Number(value) = value { size(*value) } else { Err("a size is no number".into()) })
@@ -390,5 +403,28 @@ mod tests {
         let mut deep = vec![b')'];
         deep.extend([0x85; 100_000]);
         assert!(read_state_dict(&deep).unwrap_err().contains("deep"));
+    }
+
+    #[test]
+    fn what_is_remembered_does_not_multiply() {
+        // The arguments of a tensor with as many sizes as bytes allow, called again and again.
+        let arguments = |dimensions: usize| {
+            let mut pickle = b"ctorch._utils\n_rebuild_tensor_v2\nq\x00((X\x07\x00\x00\x00storage".to_vec();
+            pickle.extend(b"ctorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x06tQK\x00(");
+            pickle.extend(b"K\x01".repeat(dimensions));
+            pickle.extend(b"tq\x02h\x02tq\x01");
+            pickle
+        };
+        let mut many = arguments(DIMENSIONS + 1);
+        many.extend(b"h\x00h\x01R");
+        assert!(read_state_dict(&many).unwrap_err().contains("9 dimensions"));
+        let mut called = arguments(DIMENSIONS);
+        called.extend(b"h\x00h\x01Ra".repeat(10_000));
+        called.extend(b"}.");
+        assert!(read_state_dict(&called).unwrap().is_empty());
+
+        for instruction in [b"(", b"}", b")", b"N"] {
+            assert!(read_state_dict(&instruction.repeat(STACK + 2)).unwrap_err().contains("too many"));
+        }
     }
 }

@@ -2,6 +2,7 @@ use kintsugi_runtime::{Result, ThreadPool};
 
 use crate::{
     MatrixView, SplitMix64, SymmetricEigen, ThinQr, combine_rows, product, row_gram, row_products, symmetric_product,
+    transposed,
 };
 
 /// Rows up to which a matrix of f32 is decomposed completely.
@@ -64,8 +65,9 @@ impl<'a> LeadingDirections<'a> {
         Self::from_gram(Elements::F64(a), &gram, rows, columns)
     }
 
-    /// At least the first `rank` directions of a row-major matrix of f32, in f64: all of them up to 1024 rows, else by
-    /// subspace iteration (Halko, Martinsson and Tropp 2011) until no pass finds more energy.
+    /// At least the first `rank` directions of a row-major matrix of f32, in f64: all of them up to 1024 rows and
+    /// where `rank` is close to the rows, else by subspace iteration (Halko, Martinsson and Tropp 2011) until no pass
+    /// finds more energy.
     ///
     /// # Errors
     /// `ERR_SOLVER_FAILED` when the matrix is not finite.
@@ -74,11 +76,10 @@ impl<'a> LeadingDirections<'a> {
     /// When the number of values does not fit or there are more rows than columns.
     pub fn of_f32(a: &'a [f32], rows: usize, columns: usize, rank: usize, pool: &ThreadPool) -> Result<Self> {
         assert!(rows <= columns, "a tall matrix is turned by its caller");
-        if rows <= COMPLETE {
+        let carried = Self::carried(rows, rank);
+        if carried == rows {
             return Self::from_gram(Elements::F32(a), &row_gram(a, rows, columns, pool), rows, columns);
         }
-        let rank = rank.min(rows);
-        let carried = (rank + EXTRA.max(rank / 4)).min(rows);
         let mut random = SplitMix64::new(0x6b69_6e74);
         let start: Vec<f32> = (0..carried * columns).map(|_| (random.uniform() - 0.5) as f32).collect();
         let mut sketch = row_products(a, rows, &start, carried, columns, pool);
@@ -102,6 +103,23 @@ impl<'a> LeadingDirections<'a> {
             sketch = row_products(a, rows, &projected, carried, columns, pool);
         }
         unreachable!("the last pass returns")
+    }
+
+    /// Bytes that [`LeadingDirections::of_f32`] takes beside the matrix.
+    pub fn working_bytes(rows: usize, columns: usize, rank: usize) -> u64 {
+        let carried = Self::carried(rows, rank);
+        let (rows, columns, kept) = (rows as u64, columns as u64, carried as u64);
+        if carried as u64 == rows {
+            // Gram matrix, what the eigensolver makes of it, eigenvectors.
+            return rows.saturating_mul(8 * 3 * rows);
+        }
+        // Sketch, basis, directions; what they project in f64 and in f32.
+        kept.saturating_mul(8 * 4 * rows + 12 * columns)
+    }
+
+    /// Directions that are carried to have `rank` of them: all rows where the matrix is decomposed completely.
+    fn carried(rows: usize, rank: usize) -> usize {
+        if rows <= COMPLETE { rows } else { rank.saturating_add(EXTRA.max(rank / 4)).min(rows) }
     }
 
     fn from_gram(elements: Elements<'a>, gram: &[f64], rows: usize, columns: usize) -> Result<Self> {
@@ -146,10 +164,6 @@ impl<'a> LeadingDirections<'a> {
         };
         BalancedFactors { rank: kept.len(), left: take(&left, self.rows), right: take(&right, self.columns) }
     }
-}
-
-fn transposed(values: &[f64], rows: usize, columns: usize) -> Vec<f64> {
-    (0..columns).flat_map(|j| (0..rows).map(move |i| values[i * columns + j])).collect()
 }
 
 #[cfg(test)]
@@ -220,6 +234,20 @@ mod tests {
         let bound = (complete.energy - complete.values[..rank].iter().map(|v| v * v).sum::<f64>()).sqrt();
         let found = error(&a, rows, columns, &iterated.balanced(rank, &pool));
         assert!(found <= bound * (1.0 + 1e-6), "{found} {bound}");
+    }
+
+    #[test]
+    fn a_large_matrix_of_which_all_is_asked_is_decomposed_completely() {
+        let pool = ThreadPool::with_threads(2);
+        let (rows, columns) = (COMPLETE + 1, COMPLETE + 2);
+        let a: Vec<f32> = matrix(rows, columns, 8, 0.001).iter().map(|&value| value as f32).collect();
+        let gram = row_gram(&a, rows, columns, &pool);
+        let complete = LeadingDirections::from_gram(Elements::F32(&a), &gram, rows, columns).unwrap();
+        let found = LeadingDirections::of_f32(&a, rows, columns, 1 << 16, &pool).unwrap();
+        assert_eq!(found.values, complete.values);
+        let bytes = |rank| LeadingDirections::working_bytes(rows, columns, rank);
+        assert!(bytes(8) < bytes(64) && bytes(1 << 16) == 24 * (rows * rows) as u64);
+        assert_eq!(LeadingDirections::working_bytes(usize::MAX, 1, usize::MAX), u64::MAX);
     }
 
     #[test]

@@ -1,11 +1,10 @@
 use std::ops::Range;
 
-use kintsugi_linalg::{LeadingDirections, MatrixView, MatrixViewMut, SplitMix64, add_product};
+use kintsugi_linalg::{LeadingDirections, MatrixView, MatrixViewMut, SplitMix64, add_product, transposed};
 use kintsugi_runtime::{Error, ErrorCode, Result, ThreadPool};
 
-use crate::side_basis::{SideBasis, transposed};
+use crate::side_basis::SideBasis;
 use crate::spectrum::{along, congruence, principal_axes};
-use crate::unit_stack::transposed as transposed_f32;
 use crate::{Coordinates, FactorUpdate, LinearSources, MergeMethod, MergeOptions, RankRule, SignElection, Solution};
 
 /// Rows of a matrix that one task merges.
@@ -178,7 +177,7 @@ impl Rule {
         let b = merged(|factors| factors.b(), out_features, rank, false);
         let a = merged(|factors| factors.a(), rank, in_features, true);
         let wide = |values: Vec<f32>| values.into_iter().map(f64::from).collect();
-        Ok(FactorUpdate { out_features, in_features, b: wide(transposed_f32(&b, out_features, rank)), a: wide(a) })
+        Ok(FactorUpdate { out_features, in_features, b: wide(transposed(&b, out_features, rank)), a: wide(a) })
     }
 
     /// A merged matrix in the coordinates, cut to the rank.
@@ -204,7 +203,7 @@ impl Rule {
                 let (left, right) = (part(&frame.left, p), part(&frame.right, q));
                 let units = range.len();
                 let (left, right) = if turned { (right, left) } else { (left, right) };
-                let left: Vec<f32> = transposed_f32(&left, units, rows).iter().map(|value| value * scaling).collect();
+                let left: Vec<f32> = transposed(&left, units, rows).iter().map(|value| value * scaling).collect();
                 Elements {
                     fill: Box::new(move |range: Range<usize>, out: &mut [f32]| {
                         out.fill(0.0);

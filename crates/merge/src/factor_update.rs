@@ -1,6 +1,5 @@
+use kintsugi_linalg::transposed;
 use kintsugi_weights::{ElementType, LowRank};
-
-use crate::unit_stack::transposed;
 
 /// An update `Σ bⱼ aⱼᵀ` in f64, term by term.
 #[derive(Clone, Debug, PartialEq)]

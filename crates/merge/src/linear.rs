@@ -1,6 +1,6 @@
+use kintsugi_linalg::transposed;
 use kintsugi_runtime::{Result, ThreadPool};
 
-use crate::unit_stack::transposed;
 use crate::{FactorUpdate, LinearSources, MergeMethod, MergeOptions, Solution};
 
 /// Weighted sums of the A and of the B, each for itself (`linear` of peft): a rough approximation of the sum of the

@@ -3,7 +3,7 @@ use kintsugi_runtime::{Error, ErrorCode, Result, ThreadPool};
 use kintsugi_weights::LowRank;
 
 use crate::merge_report::MergeProducts;
-use crate::{LinearMergeReport, LinearSources, MergeMethod, MergeOptions, ScaleRule, Solution, Svd};
+use crate::{LinearMergeReport, LinearSources, MergeMethod, MergeOptions, RankRule, ScaleRule, Solution, Svd};
 
 /// The merged factors of one Linear.
 #[derive(Clone, Debug)]
@@ -34,7 +34,13 @@ pub fn merge_linear(
     pool: &ThreadPool,
 ) -> Result<MergedLinear> {
     options.validate()?;
-    let method = if linear.alone() && !method.merges_one() { &Svd } else { method };
+    let cut = match options.rank {
+        Some(RankRule::Fixed(rank)) => rank < linear.largest_rank(),
+        Some(RankRule::Energy { .. }) => true,
+        None => false,
+    };
+    let by_svd = linear.alone() && (!method.merges_one() || (cut && method.keeps_rank()));
+    let method = if by_svd { &Svd } else { method };
     let (factors, cluster_sizes, scales, scale) = match method.factors(linear, options.factor_type) {
         Some(factors) => (factors, Vec::new(), Vec::new(), 1.0),
         None => solve(method, linear, options, pool)?,

@@ -1,9 +1,8 @@
-use kintsugi_linalg::{MatrixView, SymmetricEigen, product, row_gram, row_products};
+use kintsugi_linalg::{MatrixView, SymmetricEigen, product, row_gram, row_products, transposed};
 use kintsugi_runtime::{Result, ThreadPool};
 use kintsugi_weights::LowRank;
 use serde::{Deserialize, Serialize};
 
-use crate::unit_stack::transposed;
 use crate::{LinearSources, UnitStack};
 
 /// Eigenvalues below this share of the largest belong to no direction.

@@ -29,22 +29,25 @@ pub fn metric_weights(metrics: &[f64], lower_is_better: bool, formula: MetricFor
         return invalid("metrics must be finite numbers, one for each adapter", "Give for example the losses");
     }
     let sign = if lower_is_better { -1.0 } else { 1.0 };
+    let below_best = |goodness: &dyn Fn(f64) -> f64| -> Vec<f64> {
+        let best = metrics.iter().fold(f64::NEG_INFINITY, |best, &metric| best.max(goodness(metric)));
+        metrics.iter().map(|&metric| goodness(metric) - best).collect()
+    };
+    // Logarithms of the weights relative to the best one: none is above 0, and one is 0 however steep the formula is.
     let logarithms: Vec<f64> = match formula {
         MetricFormula::Softmax { temperature } if temperature > 0.0 && temperature.is_finite() => {
-            let best = metrics.iter().fold(f64::NEG_INFINITY, |best, metric| best.max(sign * metric));
-            metrics.iter().map(|metric| (sign * metric - best) / temperature).collect()
+            below_best(&|metric| sign * metric).into_iter().map(|below| below / temperature).collect()
         }
         MetricFormula::Softmax { .. } => return invalid("the temperature must be above 0", "Give for example 1"),
         MetricFormula::Proportional { power } if power >= 0.0 && power.is_finite() => {
             if !metrics.iter().all(|&metric| metric > 0.0) {
                 return invalid("proportional weights need metrics above 0", "Use softmax for metrics of any sign");
             }
-            metrics.iter().map(|metric| sign * power * metric.ln()).collect()
+            below_best(&|metric| sign * metric.ln()).into_iter().map(|below| power * below).collect()
         }
         MetricFormula::Proportional { .. } => return invalid("the power must not be negative", "Give for example 1"),
     };
-    let largest = logarithms.iter().fold(f64::NEG_INFINITY, |most, &value| most.max(value));
-    let shares: Vec<f64> = logarithms.iter().map(|value| (value - largest).exp()).collect();
+    let shares: Vec<f64> = logarithms.iter().map(|value| value.exp()).collect();
     let total: f64 = shares.iter().sum();
     Ok(shares.iter().map(|share| share / total).collect())
 }
@@ -64,6 +67,8 @@ mod tests {
         assert_eq!(metric_weights(&[1.0, 3.0], false, proportional(1.0)).unwrap(), [0.25, 0.75]);
         assert_eq!(metric_weights(&[1.0, 3.0], true, proportional(1.0)).unwrap(), [0.75, 0.25]);
         assert_eq!(metric_weights(&[5.0, 1e300], true, proportional(0.0)).unwrap(), [0.5, 0.5]);
+        assert_eq!(metric_weights(&[2.0, 3.0, 3.0], false, proportional(1e308)).unwrap(), [0.0, 0.5, 0.5]);
+        assert_eq!(metric_weights(&[1e-300, 1e300], true, proportional(f64::MAX)).unwrap(), [1.0, 0.0]);
         let extreme = metric_weights(&[1e308, -1e308], false, softmax(1e-3)).unwrap();
         assert_eq!(extreme, [1.0, 0.0]);
     }

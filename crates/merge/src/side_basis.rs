@@ -1,4 +1,4 @@
-use kintsugi_linalg::{MatrixView, ThinQr, UpperCholesky, combine_rows, product, solve_transposed_upper};
+use kintsugi_linalg::{MatrixView, ThinQr, UpperCholesky, combine_rows, product, solve_transposed_upper, transposed};
 use kintsugi_runtime::{Result, ThreadPool};
 
 /// Least square of a pivot, relative to the square of its row, up to which the Gram matrix is trusted: the rows then
@@ -76,19 +76,4 @@ impl<'a> SideBasis<'a> {
             }
         }
     }
-}
-
-pub(crate) fn transposed(values: &[f64], rows: usize, columns: usize) -> Vec<f64> {
-    const BLOCK: usize = 32;
-    let mut out = vec![0.0; values.len()];
-    for top in (0..rows).step_by(BLOCK) {
-        for left in (0..columns).step_by(BLOCK) {
-            for row in top..rows.min(top + BLOCK) {
-                for column in left..columns.min(left + BLOCK) {
-                    out[column * rows + row] = values[row * columns + column];
-                }
-            }
-        }
-    }
-    out
 }

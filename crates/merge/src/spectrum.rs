@@ -1,7 +1,9 @@
-use kintsugi_linalg::{BalancedFactors, LeadingDirections, MatrixView, SymmetricEigen, product, symmetric_product};
+use kintsugi_linalg::{
+    BalancedFactors, LeadingDirections, MatrixView, SymmetricEigen, product, symmetric_product, transposed,
+};
 use kintsugi_runtime::{Result, ThreadPool};
 
-use crate::side_basis::{SideBasis, transposed};
+use crate::side_basis::SideBasis;
 use crate::{FactorUpdate, UnitStack};
 
 /// A sum of units in orthonormal coordinates of both sides: `T = Q_B M Q_Aᵀ`, where the core M is no larger than the

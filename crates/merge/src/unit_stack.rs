@@ -1,7 +1,7 @@
 use std::ops::Range;
 use std::sync::OnceLock;
 
-use kintsugi_linalg::{LeadingDirections, row_gram};
+use kintsugi_linalg::{LeadingDirections, row_gram, transposed};
 use kintsugi_runtime::{Result, ThreadPool};
 
 use crate::spectrum::Spectrum;
@@ -153,20 +153,4 @@ impl UnitStack {
         }
         Ok(stack)
     }
-}
-
-/// Rows as columns, in blocks that stay in the cache.
-pub(crate) fn transposed(values: &[f32], rows: usize, columns: usize) -> Vec<f32> {
-    const BLOCK: usize = 32;
-    let mut out = vec![0.0; values.len()];
-    for top in (0..rows).step_by(BLOCK) {
-        for left in (0..columns).step_by(BLOCK) {
-            for row in top..rows.min(top + BLOCK) {
-                for column in left..columns.min(left + BLOCK) {
-                    out[column * rows + row] = values[row * columns + column];
-                }
-            }
-        }
-    }
-    out
 }

@@ -261,6 +261,23 @@ fn the_report_says_what_dense_matrices_say() {
     }
 }
 
+#[test]
+fn a_single_adapter_is_cut_to_the_rank() {
+    let single = [Adapter::new(OUT, IN, 6, 2.0, 0.5, 1)];
+    let energy = MergeOptions { rank: Some(RankRule::Energy { share: 0.5, most: 6 }), ..Default::default() };
+    let svd = merge_method("svd").unwrap();
+    for method in METHODS.iter().filter(|method| !method.name().starts_with("lego")) {
+        for options in [rank(2), rank(6), energy.clone(), MergeOptions::default()] {
+            let found = merged(&single, *method, &options).factors.unwrap();
+            let expected = merged(&single, svd, &options).factors.unwrap();
+            let name = method.name();
+            assert_eq!(found.rank(), expected.rank(), "{name} {:?}", options.rank);
+            assert!(relative(&update_of(&found), &update_of(&expected)) <= 1e-6, "{name} {:?}", options.rank);
+        }
+    }
+    assert!(merged(&single, svd, &energy).factors.unwrap().rank() < 6);
+}
+
 fn failure(adapters: &[Adapter], name: &str, options: &MergeOptions) -> (ErrorCode, String) {
     let pool = ThreadPool::with_threads(1);
     let sources: Vec<MergeSource<'_>> = adapters.iter().map(Adapter::source).collect();

@@ -6,7 +6,7 @@ use kintsugi_runtime::{Error, ErrorCode, Result};
 use kintsugi_weights::{ElementType, LowRank};
 
 /// Factors on the disk, for as long as the ranks of the file that they belong into are not known. The file lies beside
-/// the output and is removed with this.
+/// the output, under a name that no other merge has, and is removed with this.
 #[derive(Debug)]
 pub(crate) struct FactorSpill {
     path: PathBuf,
@@ -18,17 +18,23 @@ pub(crate) struct FactorSpill {
 
 impl FactorSpill {
     pub(crate) fn create(out: &Path) -> Result<Self> {
-        let mut name = out.file_name().unwrap_or_default().to_os_string();
-        name.push(".factors.partial");
-        let path = out.with_file_name(name);
-        let open = || {
-            if let Some(parent) = path.parent() {
-                fs::create_dir_all(parent)?;
+        if let Some(parent) = out.parent() {
+            fs::create_dir_all(parent).map_err(|error| unwritable(parent, &error))?;
+        }
+        let mut number = 0;
+        loop {
+            let mut name = out.file_name().unwrap_or_default().to_os_string();
+            name.push(format!(".factors-{}-{number}.partial", std::process::id()));
+            let path = out.with_file_name(name);
+            match File::options().read(true).write(true).create_new(true).open(&path) {
+                Ok(file) => {
+                    return Ok(FactorSpill { path, output: BufWriter::new(file), modules: Vec::new(), end: 0 });
+                }
+                // Another merge of this process, or what a killed one left.
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => number += 1,
+                Err(error) => return Err(unwritable(&path, &error)),
             }
-            File::options().read(true).write(true).create(true).truncate(true).open(&path)
-        };
-        let file = open().map_err(|error| unwritable(&path, &error))?;
-        Ok(FactorSpill { path, output: BufWriter::new(file), modules: Vec::new(), end: 0 })
+        }
     }
 
     /// Appends the factors of the next module.
@@ -79,4 +85,27 @@ impl Drop for FactorSpill {
 
 fn unwritable(path: &Path, error: &io::Error) -> Error {
     Error::io(ErrorCode::OutputUnwritable, path, error).hint("Check that the folder exists, is writable and has space")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn two_merges_into_one_folder_do_not_share_a_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let out = folder.path().join("new").join("out");
+        let factors = |value: f32| LowRank::new(2, 3, 1, vec![value; 2], vec![value; 3], ElementType::F32);
+        let mut spills = [1.0, 2.0].map(|value| (value, FactorSpill::create(&out).unwrap()));
+        for (value, spill) in &mut spills {
+            spill.push(None).unwrap();
+            spill.push(Some(&factors(*value))).unwrap();
+        }
+        for (value, spill) in &mut spills {
+            assert!(spill.read(0, 2, 3, ElementType::F32).unwrap().is_none());
+            assert_eq!(spill.read(1, 2, 3, ElementType::F32).unwrap().unwrap().a(), [*value; 3]);
+        }
+        drop(spills);
+        assert_eq!(fs::read_dir(out.parent().unwrap()).unwrap().count(), 0);
+    }
 }

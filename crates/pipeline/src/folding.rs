@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use kintsugi_checkpoint::{AdapterFolder, AdapterModule, Checkpoint, CheckpointWriter, ModuleKind};
 use kintsugi_linalg::{MatrixView, product};
+use kintsugi_model::DecoderSpec;
 use kintsugi_runtime::{CancelToken, Error, ErrorCode, Progress, Result, ThreadPool, peak_memory_bytes};
 use kintsugi_weights::{ElementType, LowRank};
 use serde::Serialize;
@@ -46,7 +47,8 @@ pub struct FoldReport {
 ///
 /// # Errors
 /// `ERR_ADAPTER_INVALID` when the adapter does not belong to the checkpoint, `ERR_QUANTIZATION_UNSUPPORTED` for a
-/// quantized checkpoint, `ERR_OPTION_INVALID`, `ERR_OUTPUT_NOT_EMPTY`, `ERR_OUTPUT_UNWRITABLE`, `ERR_CANCELLED`.
+/// quantized checkpoint, `ERR_VALUE_NOT_FINITE` when the type of a weight cannot hold a sum, `ERR_OPTION_INVALID`,
+/// `ERR_OUTPUT_NOT_EMPTY`, `ERR_OUTPUT_UNWRITABLE`, `ERR_CANCELLED`.
 pub fn fold_adapter(
     recipe: &FoldRecipe,
     pool: &ThreadPool,
@@ -65,6 +67,12 @@ pub fn fold_adapter(
             .subject(recipe.checkpoint.display())
             .hint("Fold into the unquantized checkpoint and compress the result"));
     }
+    // True of GGUF files, and of them alone.
+    if checkpoint.rows_are_outputs() {
+        return Err(Error::new(ErrorCode::QuantizationUnsupported, "an update cannot be added to a GGUF file")
+            .subject(recipe.checkpoint.display())
+            .hint("Make a folder of it first: kintsugi convert FILE.gguf -o FOLDER --format bf16"));
+    }
     let adapter = AdapterFolder::open(&recipe.adapter)?;
     let targets = targets(&checkpoint, &adapter)?;
     let names: Vec<String> = checkpoint.tensors().map(|tensor| tensor.name.clone()).collect();
@@ -82,7 +90,7 @@ pub fn fold_adapter(
                 writer.transform(name, recipe.element_type, |first, band| {
                     cancel.check()?;
                     update.add(first, band, pool);
-                    finite(name, band)
+                    Ok(())
                 })?;
             }
             None if floats && recipe.element_type.is_some() => {
@@ -107,6 +115,18 @@ pub fn fold_adapter(
     })
 }
 
+/// The head of a checkpoint whose embedding is the head as well.
+fn tied_head(checkpoint: &Checkpoint) -> Option<&'static str> {
+    match DecoderSpec::of(checkpoint) {
+        Ok(spec) => spec.tied_head.then_some(spec.family.head),
+        // Of other models it is not known how they are tied where the config is silent.
+        Err(_) => {
+            let flag = checkpoint.config().get("tie_word_embeddings").and_then(serde_json::Value::as_bool);
+            flag.unwrap_or(!checkpoint.has_linear("lm_head")).then_some("lm_head")
+        }
+    }
+}
+
 /// The modules of the adapter by the tensors that they change.
 fn targets<'a>(checkpoint: &Checkpoint, adapter: &'a AdapterFolder) -> Result<BTreeMap<String, &'a AdapterModule>> {
     let invalid = |message: &str, module: &AdapterModule| {
@@ -114,6 +134,7 @@ fn targets<'a>(checkpoint: &Checkpoint, adapter: &'a AdapterFolder) -> Result<BT
             .subject(&module.name)
             .hint("Use an adapter that was made for this base model")
     };
+    let tied = tied_head(checkpoint);
     let mut targets = BTreeMap::new();
     for module in adapter.modules() {
         // Some checkpoints are of the model without the head around it, whose paths lack the first part.
@@ -130,23 +151,17 @@ fn targets<'a>(checkpoint: &Checkpoint, adapter: &'a AdapterFolder) -> Result<BT
         if checkpoint.tensor(&name).is_some_and(|tensor| tensor.shape != shape) {
             return Err(invalid(&format!("the adapter changes a weight of shape {shape:?}, it has another"), module));
         }
-        let tied = checkpoint.config().get("tie_word_embeddings") == Some(&serde_json::Value::Bool(true));
-        if module.kind == ModuleKind::Embedding && tied {
-            return Err(invalid("the embedding is the output head as well, which the adapter does not change", module)
-                .hint("Keep the adapter beside the model"));
+        // Whichever of the two the adapter changes, the other is the same tensor.
+        if tied.is_some_and(|head| module.kind == ModuleKind::Embedding || name == format!("{head}.weight")) {
+            return Err(invalid(
+                "embedding and output head are one weight, and the adapter changes one of them",
+                module,
+            )
+            .hint("Keep the adapter beside the model"));
         }
         targets.insert(name, module);
     }
     Ok(targets)
-}
-
-fn finite(name: &str, values: &[f32]) -> Result<()> {
-    match values.iter().all(|value| value.is_finite()) {
-        true => Ok(()),
-        false => Err(Error::new(ErrorCode::ValueNotFinite, "the sum has values that are NaN or infinite")
-            .subject(name)
-            .hint("Check the checkpoint, or give a smaller weight")),
-    }
 }
 
 /// The update of a tensor by its rows: `left · right` with `left [rows, rank]`, `right [rank, columns]`.

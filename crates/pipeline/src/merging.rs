@@ -3,11 +3,14 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use kintsugi_checkpoint::{AdapterDescription, AdapterFolder, AdapterModule, AdapterWriter, MergedModule, ModuleKind};
+use kintsugi_linalg::LeadingDirections;
 use kintsugi_merge::{
     Coordinates, LinearMergeReport, LinearSources, MergeMethod, MergeOptions, MergeSource, MergedLinear, RankRule,
     merge_linear, merge_method,
 };
-use kintsugi_runtime::{CancelToken, Error, ErrorCode, Progress, Result, ThreadPool, peak_memory_bytes, replace_file};
+use kintsugi_runtime::{
+    CancelToken, Error, ErrorCode, Progress, Result, StagedFolder, ThreadPool, peak_memory_bytes, replace_file,
+};
 use kintsugi_weights::{ElementType, LowRank};
 use serde::{Deserialize, Serialize};
 
@@ -274,6 +277,8 @@ impl<'a> Merging<'a> {
         let method = merge_method(&recipe.method)?;
         recipe.options.validate()?;
         check_weights(recipe)?;
+        // Looks whether the output may be written, and leaves what an earlier run kept there alone.
+        StagedFolder::reopen(&recipe.out)?;
         let folders: Vec<AdapterFolder> =
             recipe.adapters.iter().map(|path| AdapterFolder::open(path)).collect::<Result<_>>()?;
         let base_model = common_base(recipe, &folders)?;
@@ -285,6 +290,13 @@ impl<'a> Merging<'a> {
         let rank = match (pairs && recipe.adapters.len() > 1, recipe.options.rank) {
             (true, rule) => rule.filter(|_| !method.keeps_rank()),
             (false, rule) => Some(rule.unwrap_or(RankRule::Fixed(largest))),
+        };
+        // An energy target is no rank: vLLM limits it as `rank` would.
+        let rank = match rank {
+            Some(RankRule::Energy { share, most }) if recipe.padding == RankPadding::Vllm => {
+                Some(RankRule::Energy { share, most: most.min(VLLM_RANKS[VLLM_RANKS.len() - 1]) })
+            }
+            rank => rank,
         };
         let options = MergeOptions { factor_type, rank, ..recipe.options.clone() };
         let (mut planned, mut kinds, mut memory, mut source_bytes) = (Vec::new(), Vec::new(), 0, 0);
@@ -299,7 +311,7 @@ impl<'a> Merging<'a> {
                 method.rank_of(&ranks, out_features.min(in_features))
             };
             let rank = of_method.min(asked);
-            memory = memory.max(working_bytes(method, &ranks, out_features, in_features));
+            memory = memory.max(working_bytes(method, &ranks, out_features, in_features, rank));
             for (_, module) in &sources {
                 let values = module.rank * (out_features + in_features);
                 source_bytes += (values * module.element_type.bits() / 8) as u64;
@@ -505,21 +517,22 @@ fn check_weights(recipe: &MergeRecipe) -> Result<()> {
 
 /// The base model that all adapters name; those that name none fit any.
 fn common_base(recipe: &MergeRecipe, folders: &[AdapterFolder]) -> Result<Option<String>> {
-    let mut named = folders.iter().filter_map(|folder| Some((folder, folder.base_model()?)));
-    let Some((_, base)) = named.next() else { return Ok(None) };
     let invalid = |folder: &AdapterFolder, message: String, hint: &str| {
         Error::new(ErrorCode::AdapterInvalid, message).subject(folder.path().display()).hint(hint)
     };
-    if let Some((folder, other)) = named.find(|(_, other)| *other != base)
-        && !recipe.allow_different_bases
-    {
-        let message = format!("the adapter belongs to '{other}', another to '{base}'");
-        return Err(invalid(folder, message, "Allow different bases if they are copies of one model"));
-    }
     let first = folders[0].fan_in_fan_out();
     if let Some(folder) = folders.iter().find(|folder| folder.fan_in_fan_out() != first) {
         let message = "'fan_in_fan_out' is not what another adapter says".to_string();
         return Err(invalid(folder, message, "Merge adapters that were trained on the same base model"));
+    }
+    let named = || folders.iter().filter_map(|folder| Some((folder, folder.base_model()?)));
+    // Where they may differ, one name that does not depend on the order of the adapters.
+    let Some(base) = named().map(|(_, base)| base).min() else { return Ok(None) };
+    if let Some((folder, other)) = named().find(|(_, other)| *other != base)
+        && !recipe.allow_different_bases
+    {
+        let message = format!("the adapter belongs to '{other}', another to '{base}'");
+        return Err(invalid(folder, message, "Allow different bases if they are copies of one model"));
     }
     Ok(Some(base.to_string()))
 }
@@ -555,14 +568,21 @@ fn union(folders: &[AdapterFolder]) -> Result<BTreeMap<&str, Vec<(usize, &Adapte
 }
 
 /// An estimate of what merging one module needs.
-fn working_bytes(method: &dyn MergeMethod, ranks: &[usize], out_features: usize, in_features: usize) -> u64 {
-    let units: usize = ranks.iter().sum();
-    let sides = units * (out_features + in_features);
-    let core = units.min(out_features.max(in_features)).pow(2);
+fn working_bytes(
+    method: &dyn MergeMethod,
+    ranks: &[usize],
+    out_features: usize,
+    in_features: usize,
+    rank: usize,
+) -> u64 {
+    let units = ranks.iter().sum::<usize>() as u64;
+    let sides = units * (out_features + in_features) as u64;
     // Factors as read and as units in f32, the result in f64; Gram matrices, Cholesky factors, core, eigenvectors.
-    let mut bytes = 16 * sides + 8 * 8 * core;
+    let mut bytes = 16 * sides + 8 * 8 * units * units;
     if method.options().contains(&"density") {
-        bytes += 4 * out_features * in_features;
+        let (rows, columns) = (out_features.min(in_features), out_features.max(in_features));
+        let dense = (rows as u64).saturating_mul(4 * columns as u64);
+        bytes = bytes.saturating_add(dense).saturating_add(LeadingDirections::working_bytes(rows, columns, rank));
     }
-    bytes as u64
+    bytes
 }

@@ -3,10 +3,11 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use kintsugi_checkpoint::{AdapterFolder, Checkpoint};
+use kintsugi_checkpoint::{AdapterDescription, AdapterFolder, AdapterWriter, Checkpoint, MergedModule, ModuleKind};
 use kintsugi_pipeline::{FoldRecipe, FoldReport, fold_adapter};
 use kintsugi_runtime::{CancelToken, Error, ErrorCode, Progress, ThreadPool};
-use kintsugi_weights::ElementType;
+use kintsugi_weights::{ElementType, LowRank};
+use serde_json::Value;
 
 fn assets(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../assets").join(name)
@@ -82,7 +83,96 @@ fn what_cannot_be_folded_is_refused_and_nothing_is_written() {
     refused(&llama, &vectors("merge/first"), 1.0, ErrorCode::AdapterInvalid);
     refused(&llama, &vectors("merge/embedding"), 1.0, ErrorCode::AdapterInvalid);
     refused(&vectors("formats/awq"), &shakespeare, 1.0, ErrorCode::QuantizationUnsupported);
+    for gguf in fs::read_dir(vectors("gguf")).unwrap().map(|entry| entry.unwrap().path()) {
+        if gguf.extension().is_some_and(|extension| extension == "gguf") {
+            refused(&gguf, &shakespeare, 1.0, ErrorCode::QuantizationUnsupported);
+        }
+    }
     refused(&llama, &shakespeare, f64::NAN, ErrorCode::OptionInvalid);
     refused(&llama, &shakespeare, 1e300, ErrorCode::ValueNotFinite);
     refused(&llama, &out.path().join("missing"), 1.0, ErrorCode::AdapterInvalid);
+}
+
+/// A copy of a checkpoint of one file, with some bytes of it changed.
+fn copy_with(source: &Path, folder: &Path, change: impl FnOnce(&mut Vec<u8>)) {
+    fs::create_dir(folder).unwrap();
+    for entry in fs::read_dir(source).unwrap() {
+        let path = entry.unwrap().path();
+        fs::copy(&path, folder.join(path.file_name().unwrap())).unwrap();
+    }
+    let file = folder.join("model.safetensors");
+    let mut bytes = fs::read(&file).unwrap();
+    change(&mut bytes);
+    fs::write(file, bytes).unwrap();
+}
+
+/// Where the values of a tensor begin in a safetensors file.
+fn start_of(file: &[u8], tensor: &str) -> usize {
+    let length = u64::from_le_bytes(file[..8].try_into().unwrap()) as usize;
+    let header: Value = serde_json::from_slice(&file[8..8 + length]).unwrap();
+    8 + length + header[tensor]["data_offsets"][0].as_u64().unwrap() as usize
+}
+
+#[test]
+fn values_that_the_written_type_cannot_hold_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = tempfile::tempdir().unwrap();
+    let shakespeare = assets("adapters/shakespeare");
+    // A weight that the adapter changes, and one that is only narrowed.
+    for (case, tensor) in ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"].into_iter().enumerate() {
+        let base = folder.path().join(case.to_string());
+        copy_with(&assets("llama-7m"), &base, |file| {
+            let at = start_of(file, tensor);
+            file[at..at + 2].copy_from_slice(&half::bf16::from_f32(7e4).to_le_bytes());
+        });
+        let path = out.path().join("out");
+        let error = fold(&base, &shakespeare, &path, 1.0, Some(ElementType::F16)).unwrap_err();
+        assert_eq!((error.code, error.subject.as_str()), (ErrorCode::ValueNotFinite, tensor), "{error}");
+        assert!(error.message.contains("f16"), "{error}");
+        assert_eq!(fs::read_dir(out.path()).unwrap().count(), 0);
+        fold(&base, &shakespeare, &path, 1.0, None).unwrap();
+        fs::remove_dir_all(&path).unwrap();
+    }
+}
+
+#[test]
+fn an_embedding_that_is_the_head_is_refused_though_the_config_is_silent() {
+    let folder = tempfile::tempdir().unwrap();
+    let adapter = folder.path().join("adapter");
+    let description = AdapterDescription {
+        base_model: None,
+        task_type: None,
+        fan_in_fan_out: true,
+        targets_by_suffix: true,
+        element_type: ElementType::F32,
+    };
+    let (name, kind) = ("transformer.wte".to_string(), ModuleKind::Embedding);
+    let module = MergedModule { name, kind, out_features: 32, in_features: 64, rank: 1 };
+    let mut writer = AdapterWriter::create(&adapter, description, vec![module]).unwrap();
+    let factors = LowRank::new(32, 64, 1, vec![0.1; 32], vec![0.1; 64], ElementType::F32);
+    writer.write(Some(&factors)).unwrap();
+    writer.finish().unwrap();
+
+    let cases =
+        [("gpt2", None, true), ("gpt2", Some(false), false), ("other", None, true), ("other", Some(false), false)];
+    for (case, (family, flag, tied)) in cases.into_iter().enumerate() {
+        let base = folder.path().join(case.to_string());
+        copy_with(&vectors("families/gpt2"), &base, |_| {});
+        let mut config: Value = serde_json::from_slice(&fs::read(base.join("config.json")).unwrap()).unwrap();
+        config["model_type"] = family.into();
+        config.as_object_mut().unwrap().remove("tie_word_embeddings");
+        if let Some(flag) = flag {
+            config["tie_word_embeddings"] = flag.into();
+        }
+        fs::write(base.join("config.json"), config.to_string()).unwrap();
+        let found = fold(&base, &adapter, &folder.path().join("out"), 1.0, None);
+        if tied {
+            let error = found.unwrap_err();
+            assert_eq!((error.code, error.subject.as_str()), (ErrorCode::AdapterInvalid, "transformer.wte"), "{error}");
+            assert!(error.message.contains("head"), "{error}");
+        } else {
+            assert_eq!(found.unwrap().modules, 1, "{case}");
+            fs::remove_dir_all(folder.path().join("out")).unwrap();
+        }
+    }
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use kintsugi_checkpoint::{AdapterFolder, ModuleKind};
+use kintsugi_checkpoint::{AdapterDescription, AdapterFolder, AdapterWriter, MergedModule, ModuleKind};
 use kintsugi_merge::{Coordinates, Gauge, METHODS, MergeOptions, RankRule, SignElection};
 use kintsugi_pipeline::{MergeRecipe, MergeReport, RankPadding, merge_adapters, plan_merge};
 use kintsugi_runtime::{CancelToken, Error, ErrorCode, Progress, ThreadPool};
@@ -187,6 +187,57 @@ fn an_energy_target_decides_the_rank_of_each_module() {
     assert_eq!(fs::read_dir(out.path()).unwrap().count(), 1);
 }
 
+/// An adapter of one square module.
+fn write_adapter(folder: &Path, base: Option<&str>, fan_in_fan_out: bool, size: usize, rank: usize) {
+    let description = AdapterDescription {
+        base_model: base.map(str::to_string),
+        task_type: None,
+        fan_in_fan_out,
+        targets_by_suffix: true,
+        element_type: ElementType::F32,
+    };
+    let (name, kind) = ("model.layers.0.mlp.up_proj".to_string(), ModuleKind::Linear);
+    let module = MergedModule { name, kind, out_features: size, in_features: size, rank };
+    let mut random = Random::new(size as u64);
+    let mut values = || (0..size * rank).map(|_| random.normal() as f32).collect::<Vec<_>>();
+    let factors = LowRank::new(size, size, rank, values(), values(), ElementType::F32);
+    let mut writer = AdapterWriter::create(folder, description, vec![module]).unwrap();
+    writer.write(Some(&factors)).unwrap();
+    writer.finish().unwrap();
+}
+
+#[test]
+fn an_energy_target_is_not_a_rank_that_vllm_must_serve() {
+    let out = tempfile::tempdir().unwrap();
+    let folders = ["left", "right"].map(|name| out.path().join(name));
+    folders.iter().for_each(|folder| write_adapter(folder, None, false, 520, 3));
+    let mut recipe = recipe(&folders, &[1.0, 0.5], "magnitude-prune", &out.path().join("out"));
+    recipe.options.rank = Some(RankRule::Energy { share: 0.5, most: 1 << 16 });
+    recipe.options.density = 0.9;
+    recipe.padding = RankPadding::Vllm;
+    assert_eq!(plan_merge(&recipe).unwrap().modules[0].rank, 512);
+    assert_eq!(run(&recipe).unwrap().summary.rank, 8);
+    recipe.out = out.path().join("fixed");
+    recipe.options.rank = Some(RankRule::Fixed(515));
+    assert_eq!(refused(&recipe, ErrorCode::OptionInvalid).subject, "padding");
+}
+
+#[test]
+fn an_output_that_may_not_be_written_is_refused_first() {
+    let folders = [vectors().join("first"), vectors().join("second")];
+    let out = tempfile::tempdir().unwrap();
+    fs::write(out.path().join("file"), "x").unwrap();
+    let mut recipe = recipe(&folders, &[1.0, 1.0], "svd", out.path());
+    recipe.options.rank = Some(RankRule::Energy { share: 0.9, most: 16 });
+    assert_eq!(plan_merge(&recipe).unwrap_err().code, ErrorCode::OutputNotEmpty);
+    let progress = Progress::new();
+    let error = merge_adapters(&recipe, &ThreadPool::with_threads(1), &CancelToken::new(), &progress).unwrap_err();
+    assert_eq!(error.code, ErrorCode::OutputNotEmpty);
+    assert_eq!(progress.snapshot().total, 0);
+    recipe.out = out.path().join("file");
+    refused(&recipe, ErrorCode::OutputUnwritable);
+}
+
 #[test]
 fn the_report_is_about_what_is_in_the_file() {
     let folders = [assets().join("shakespeare"), assets().join("python")];
@@ -284,6 +335,29 @@ fn what_cannot_be_merged_is_refused_by_name_and_nothing_is_written() {
         merge_adapters(&of(&[first], &[1.0], "svd"), &ThreadPool::with_threads(2), &cancelled, &Progress::new());
     assert_eq!(error.unwrap_err().code, ErrorCode::Cancelled);
     assert_eq!(fs::read_dir(out.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn bases_are_compared_whether_they_are_named_or_not() {
+    let out = tempfile::tempdir().unwrap();
+    let made = |name: &str, base: Option<&str>, turned: bool| {
+        let folder = out.path().join(name);
+        write_adapter(&folder, base, turned, 4, 1);
+        folder
+    };
+    let (plain, turned) = (made("plain", None, false), made("turned", None, true));
+    let mixed = recipe(&[plain, turned], &[1.0, 1.0], "svd", &out.path().join("mixed"));
+    assert!(refused(&mixed, ErrorCode::AdapterInvalid).message.contains("fan_in_fan_out"));
+    let (b, a) = (made("b", Some("model-b"), false), made("a", Some("model-a"), false));
+    let configs = [[&a, &b], [&b, &a]].map(|[first, second]| {
+        let path = out.path().join(first.file_name().unwrap()).join("merged");
+        let mut allowed = recipe(&[first.clone(), second.clone()], &[1.0, 1.0], "svd", &path);
+        refused(&allowed, ErrorCode::AdapterInvalid);
+        allowed.allow_different_bases = true;
+        assert_eq!(run(&allowed).unwrap().recipe.adapters[0], *first);
+        fs::read_to_string(path.join("adapter_config.json")).unwrap()
+    });
+    assert!(configs[0] == configs[1] && configs[0].contains("model-a"), "{configs:?}");
 }
 
 #[test]
