@@ -93,6 +93,7 @@ async function demo(): Promise<void> {
         out: target,
         bits: BITS,
         groupSize: GROUP_SIZE,
+        format: 'compressed-tensors/pack-quantized',
         calibration: { text: CALIBRATION, sequences: SEQUENCES, length: LENGTH },
         signal,
       }),
