@@ -57,6 +57,7 @@ fn options(rank: usize, factor_type: ElementType) -> EoraOptions {
 
 #[test]
 fn the_error_reaches_the_optimum_on_every_case() {
+    let mut limited_by_factors = Vec::new();
     for case in EORA_CASES {
         let instance = case.instance();
         let calibration = calibrate(&instance.inputs, case.columns);
@@ -87,6 +88,9 @@ fn the_error_reaches_the_optimum_on_every_case() {
             left <= optimum * (1.0 + 1e-6) + f64::max(1e-7 * total, rounding.min(2e-7 * total)),
             "{case:?}: {left:e} instead of {optimum:e} of {total:e}, rounding of factors up to {rounding:e}"
         );
+        if left > optimum * (1.0 + 1e-6) + 1e-7 * total {
+            limited_by_factors.push(case);
+        }
 
         // What the report says is what the inputs say: up to the rounding of energies, the squares of the errors.
         let near = |reported: f64, measured: f64| {
@@ -98,6 +102,7 @@ fn the_error_reaches_the_optimum_on_every_case() {
         let alone = residual_error(&instance.weight, &instance.quantized, &calibration, ThreadPool::global());
         assert!((alone / solved.error.quantized - 1.0).abs() < 1e-9);
     }
+    assert!(limited_by_factors.len() <= 1, "{limited_by_factors:?}");
 }
 
 /// Inputs of four kinds, and none of them may come out worse with rounded factors than without.
