@@ -181,7 +181,7 @@ test('weights from metrics sum to 1 and follow the metric', (t) => {
   t.deepEqual(metricWeights([1, 3], { formula: 'proportional' }), [0.25, 0.75])
   fc.assert(
     fc.property(
-      fc.array(fc.double({ min: 0.01, max: 100 }), { minLength: 1, maxLength: 8 }),
+      fc.array(fc.double({ min: 0.01, max: 100, noNaN: true }), { minLength: 1, maxLength: 8 }),
       fc.boolean(),
       fc.constantFrom('softmax' as const, 'proportional' as const),
       (metrics, lowerIsBetter, formula) => {
@@ -193,5 +193,6 @@ test('weights from metrics sum to 1 and follow the metric', (t) => {
     ),
   )
   t.throws(() => metricWeights([]), { code: 'ERR_OPTION_INVALID' })
+  t.throws(() => metricWeights([Number.NaN, 1]), { code: 'ERR_OPTION_INVALID' })
   t.throws(() => metricWeights([-1], { formula: 'proportional' }), { code: 'ERR_OPTION_INVALID' })
 })
