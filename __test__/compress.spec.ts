@@ -81,6 +81,37 @@ test('RTN needs no calibration, and less is lost with more bits', async (t) => {
   t.true(two > four && four > eight, perplexities.join(' '))
 })
 
+test('a bit budget gives Linears widths of their own', async (t) => {
+  const folder = temporaryFolder(t)
+  const options = { method: 'rtn', groupSize: 32, calibration: SHORT_CALIBRATION, bitBudget: 4 } as const
+  const plan = await compress(TINY, { ...options, out: join(folder, 'plan'), dryRun: true })
+  t.is(plan.bitsPerWeight, 4)
+  t.true(plan.linears.every(({ bits }) => bits === null))
+  const out = join(folder, 'mixed')
+  const { recipe, summary, linears } = await compress(TINY, { ...options, out })
+  t.is(recipe.bitBudget, 4)
+  t.true(summary.bitsPerWeight <= 4)
+  t.true(new Set(linears.map(({ bits }) => bits)).size > 1)
+  using model = await loadModel(out)
+  t.not(await model.generate('Once upon a time', { maxTokens: 8 }).text(), '')
+  await failsWith(t, () => compress(TINY, { ...options, out, bits: 4 }), 'ERR_OPTION_INVALID', 'bitBudget')
+  const tight = { ...options, bitBudget: 2, out: join(folder, 'tight') }
+  await failsWith(t, () => compress(TINY, tight), 'ERR_OPTION_INVALID', 'bitBudget')
+})
+
+test('groups lie along the better axis', async (t) => {
+  const out = join(temporaryFolder(t), 'axes')
+  const calibration = SHORT_CALIBRATION
+  const { summary, linears } = await compress(TINY, { out, bits: 3, groupSize: 32, groupAxis: 'adaptive', calibration })
+  t.is(summary.format, 'kintsugi')
+  t.deepEqual(new Set(linears.map(({ groupAxis }) => groupAxis)), new Set(['input', 'output']))
+  const { info } = await Checkpoint.open(out)
+  t.is(info.quantization!.format, 'kintsugi')
+  t.true(Math.abs(info.bitsPerWeight! - summary.bitsPerWeight) < 0.01)
+  using model = await loadModel(out)
+  t.not(await model.generate('Once upon a time', { maxTokens: 8 }).text(), '')
+})
+
 test('symmetric whole-row codes work end to end', async (t) => {
   const out = join(temporaryFolder(t), 'w8')
   const report = await compress(TINY, { out, method: 'rtn', bits: 8, groupSize: 'whole', symmetric: true })

@@ -29,8 +29,19 @@ export interface CompressOptions {
   rounding?: 'rtn' | 'gptq'
   /** Width of a code, default 4. */
   bits?: 2 | 3 | 4 | 5 | 6 | 8
-  /** Inputs that share a scale, or `'whole'` for one scale per output row; default 128. */
+  /**
+   * In place of `bits`: bits per weight that codes, scales and zero points may take together, such as 3.5. Linears that
+   * servers fuse get the widths that do least damage to the outputs of their blocks; needs a calibration text.
+   */
+  bitBudget?: number
+  /** Weights that share a scale, or `'whole'` for one scale per output row; default 128. */
   groupSize?: number | 'whole'
+  /**
+   * Which way the weights of a group lie. `input`, the default: inputs of one output, as servers read them. `output`:
+   * outputs of one input, which helps where few inputs are large. `adaptive`: for each Linear what does less damage to
+   * its outputs (AdaDim). The last two are written in our own format, which only this library reads; not with AWQ.
+   */
+  groupAxis?: GroupAxis | 'adaptive'
   /** Linears that are quantized otherwise; the first that matches counts. */
   overrides?: LinearOverride[]
   /**
@@ -77,7 +88,7 @@ export interface CompressOptions {
 }
 
 /** A layout of quantized Linears that is written. */
-export type LinearFormat = 'compressed-tensors/pack-quantized' | 'gptq' | 'gptq_v2' | 'awq'
+export type LinearFormat = 'compressed-tensors/pack-quantized' | 'gptq' | 'gptq_v2' | 'awq' | 'kintsugi'
 
 /** Options of some Linears. */
 export interface LinearOverride {
@@ -116,6 +127,9 @@ export interface EoraOptions {
   rank: number
 }
 
+/** Which way the weights of a group lie: inputs of one output, or outputs of one input. */
+export type GroupAxis = 'input' | 'output'
+
 /** `f32`: plain float arithmetic. `exact`: bf16 activations where the CPU multiplies bf16, else f32. */
 export type Precision = 'f32' | 'exact'
 
@@ -129,7 +143,9 @@ export interface Recipe {
   method: string
   rounding: string
   bits: number
+  bitBudget: number | null
   groupSize: number | null
+  groupAxis: GroupAxis | 'adaptive'
   overrides: { linears: string; bits: number | null; groupSize: number | null }[]
   format: string
   symmetric: boolean
@@ -212,7 +228,8 @@ export interface PlannedLinear {
   name: string
   rows: number
   columns: number
-  bits: number
+  /** `null` while a bit budget decides. */
+  bits: number | null
   /** Most that the rank can be; 0 without compensation. */
   rank: number
   storedBits: number
@@ -252,6 +269,7 @@ export interface CompressedLinear {
   columns: number
   bits: number
   groupSize: number | null
+  groupAxis: GroupAxis
   /** AWQ: exponent of the activations that its inputs are scaled by; `null` without. */
   alpha: number | null
   /** Rank of the factors; 0 without. */
@@ -270,8 +288,10 @@ const schema = {
   out: text,
   method: withDefault(text, 'gptq'),
   rounding: withDefault(text, 'rtn'),
-  bits: withDefault(oneOf([2, 3, 4, 5, 6, 8]), 4),
+  bits: optional(oneOf([2, 3, 4, 5, 6, 8])),
+  bitBudget: optional(number({ min: 1, max: 16 })),
   groupSize: withDefault(groupSize, 128),
+  groupAxis: withDefault(oneOf(['input', 'output', 'adaptive']), 'input'),
   overrides: withDefault(
     listOf(object({ linears: text, bits: optional(oneOf([2, 3, 4, 5, 6, 8])), groupSize: optional(groupSize) })),
     [],
@@ -320,9 +340,18 @@ export function compress(source: string | Checkpoint, options: CompressOptions):
 export function compress(source: string | Checkpoint, options: CompressOptions): Job<CompressReport | Plan> {
   return new Job(() => {
     const folder = folderOf(source, 'source')
-    const { calibration, clip, eora, groupSize, overrides, signal: _, ...given } = checkOptions(options, schema)
+    const { bits, calibration, clip, eora, groupSize, overrides, signal: _, ...given } = checkOptions(options, schema)
+    if (bits !== undefined && given.bitBudget !== undefined) {
+      throw new KintsugiError({
+        code: 'ERR_OPTION_INVALID',
+        message: 'bits and a bit budget exclude each other',
+        subject: 'bitBudget',
+        hint: 'Give bits for one width, or bitBudget for widths that differ.',
+      })
+    }
     const request = withoutUndefined({
       ...given,
+      bits: bits ?? 4,
       source: folder,
       clip: clip ?? given.method === 'awq',
       groupSize: groupSizeNumber(groupSize),

@@ -9,6 +9,7 @@ export {
   type CompressSummary,
   type DiskPlan,
   type EoraOptions,
+  type GroupAxis,
   type LinearFormat,
   type LinearOverride,
   type MemoryPlan,

@@ -1,7 +1,6 @@
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io::{BufWriter, Write};
-use std::path::{Path, PathBuf};
+use std::fs;
+use std::path::Path;
 
 use kintsugi_runtime::{Error, ErrorCode, Result, StagedFolder};
 use kintsugi_weights::{Adapter, ElementType, QuantizedMatrix};
@@ -9,36 +8,15 @@ use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use crate::companion_files::copy_companions;
 use crate::float8_scaling::Float8Scaling;
-use crate::positional_file::PositionalFile;
-use crate::safetensors_writer::{
-    SafetensorsWriter, TensorHeader, file_order, float_bytes, float_dtype, floats_of, unwritable, write_synced,
-};
-use crate::shard_index::ShardIndex;
-use crate::tensor_set::{TensorSet, missing_tensor};
+use crate::safetensors_writer::{float_bytes, float_dtype, floats_of, unwritable, write_synced};
+use crate::staged_parts::{PartRecord, StagedParts};
+use crate::tensor_set::missing_tensor;
 use crate::{Checkpoint, LinearFormat, MatrixForm, PackQuantized, QuantizationConfig, Scheme, write_adapter};
 
-/// Files beside the weights that other programs need to use the model, taken over as they are.
-const COMPANIONS: &[&str] = &[
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "spiece.model",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-];
-/// Beginnings of file names that carry the terms of the source; they travel with the weights.
-const LEGAL: &[&str] = &["LICENSE", "LICENCE", "COPYING", "NOTICE", "USE_POLICY"];
-
-/// Most bytes of tensors in one file, as transformers has it.
-const SHARD_BYTES: u64 = 5_000_000_000;
-const COPY_BUFFER: usize = 4 << 20;
+/// Bytes that are copied or changed at a time.
+pub(crate) const COPY_BUFFER: usize = 4 << 20;
 
 /// Writes a compressed checkpoint into `OUT.partial`, which becomes `OUT` when it is whole.
 ///
@@ -48,17 +26,14 @@ const COPY_BUFFER: usize = 4 << 20;
 /// [`CheckpointWriter::keep`] said that a later run will [`CheckpointWriter::resume`].
 #[derive(Debug)]
 pub struct CheckpointWriter {
-    // Before `staged`, so that the file is closed when the folder is removed.
-    part: Option<OpenPart>,
+    // Before `staged`, so that the open file is closed when the folder is removed.
+    parts: StagedParts,
     staged: StagedFolder,
     source: Checkpoint,
     target_name: String,
     format: &'static dyn LinearFormat,
-    tensors: BTreeMap<String, StagedTensor>,
-    parts: Vec<PathBuf>,
     /// The matrices written so far, each with the index of its part.
     linears: BTreeMap<String, (Scheme, usize)>,
-    shard_bytes: u64,
     /// The type that `config.json` will name; `None` for that of the source.
     element_type: Option<ElementType>,
 }
@@ -66,38 +41,9 @@ pub struct CheckpointWriter {
 /// What a finished unit put into its part file: all that a later run needs to go on behind it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct UnitRecord {
-    bytes: u64,
-    tensors: Vec<RecordedTensor>,
-    linears: BTreeMap<String, Scheme>,
-}
-
-#[derive(Clone, Debug, Serialize, Deserialize)]
-struct RecordedTensor {
     #[serde(flatten)]
-    header: TensorHeader,
-    offset: u64,
-}
-
-impl UnitRecord {
-    /// Whether every tensor lies inside of the part.
-    fn is_sound(&self) -> bool {
-        let end = |tensor: &RecordedTensor| tensor.offset.checked_add(tensor.header.bytes);
-        self.tensors.iter().all(|tensor| end(tensor).is_some_and(|end| end <= self.bytes))
-    }
-}
-
-/// A tensor in a part file.
-#[derive(Debug)]
-struct StagedTensor {
-    header: TensorHeader,
-    part: usize,
-    offset: u64,
-}
-
-#[derive(Debug)]
-struct OpenPart {
-    output: BufWriter<File>,
-    bytes: u64,
+    part: PartRecord,
+    linears: BTreeMap<String, Scheme>,
 }
 
 impl CheckpointWriter {
@@ -117,39 +63,23 @@ impl CheckpointWriter {
     pub fn resume(target: &Path, source: &Checkpoint, units: &[UnitRecord]) -> Result<Option<Self>> {
         let Some(staged) = StagedFolder::reopen(target)? else { return Ok(None) };
         let mut writer = Self::over(staged, target, source);
-        for unit in units {
-            let part = writer.parts.len();
-            let path = writer.folder().join(part_name(part));
-            for RecordedTensor { header, offset } in &unit.tensors {
-                let staged = StagedTensor { header: header.clone(), part, offset: *offset };
-                writer.tensors.insert(header.name.clone(), staged);
-            }
+        for (part, unit) in units.iter().enumerate() {
+            writer.parts.resume(&unit.part);
             for (name, scheme) in &unit.linears {
                 writer.linears.insert(name.clone(), (*scheme, part));
             }
-            writer.parts.push(path);
         }
-        // A part that was merged is gone; what it held must then be in a finished file.
-        let merging = writer.finished_shards() > 0;
-        let lost = |(path, unit): (&PathBuf, &UnitRecord)| {
-            let there = fs::metadata(path).map_or(0, |metadata| metadata.len());
-            there < unit.bytes && !(merging && there == 0)
-        };
-        let sound = units.iter().all(UnitRecord::is_sound) && !writer.parts.iter().zip(units).any(lost);
-        Ok(sound.then_some(writer))
+        Ok(writer.parts.are_whole(units.iter().map(|unit| &unit.part)).then_some(writer))
     }
 
     fn over(staged: StagedFolder, target: &Path, source: &Checkpoint) -> Self {
         CheckpointWriter {
-            part: None,
+            parts: StagedParts::new(staged.path()),
             staged,
             source: source.clone(),
             target_name: target.file_name().unwrap_or_default().to_string_lossy().into_owned(),
             format: &PackQuantized,
-            tensors: BTreeMap::new(),
-            parts: Vec::new(),
             linears: BTreeMap::new(),
-            shard_bytes: SHARD_BYTES,
             element_type: None,
         }
     }
@@ -163,7 +93,7 @@ impl CheckpointWriter {
     /// file of its own.
     #[must_use]
     pub fn shard_bytes(mut self, bytes: u64) -> Self {
-        self.shard_bytes = bytes;
+        self.parts.shard_bytes = bytes;
         self
     }
 
@@ -213,12 +143,12 @@ impl CheckpointWriter {
         let mut total = 0;
         self.format.encode(matrix, &mut |tensor| {
             let bytes = tensor.bytes.len() as u64;
-            self.begin_tensor(&format!("{name}.{}", tensor.suffix), tensor.dtype, tensor.shape, bytes)?;
-            self.append(tensor.bytes)?;
+            self.parts.begin_tensor(&format!("{name}.{}", tensor.suffix), tensor.dtype, tensor.shape, bytes)?;
+            self.parts.append(tensor.bytes)?;
             total += bytes;
             Ok(())
         })?;
-        self.linears.insert(name.to_owned(), (Scheme::of(matrix), self.parts.len() - 1));
+        self.linears.insert(name.to_owned(), (Scheme::of(matrix), self.parts.current()));
         Ok(total)
     }
 
@@ -232,21 +162,21 @@ impl CheckpointWriter {
         let source = self.source.clone();
         if let Some(gguf) = source.gguf() {
             let (kind, shape, bytes) = gguf.plain(tensor)?;
-            self.begin_tensor(tensor, float_dtype(kind), shape, bytes.len() as u64)?;
-            self.append(&bytes)?;
+            self.parts.begin_tensor(tensor, float_dtype(kind), shape, bytes.len() as u64)?;
+            self.parts.append(&bytes)?;
             return Ok(bytes.len() as u64);
         }
         let (file, stored) = source.stored(tensor)?;
         if stored.dtype == Dtype::F8_E4M3 {
             return Err(Float8Scaling::refuse_copy(tensor));
         }
-        self.begin_tensor(tensor, stored.dtype, stored.shape.clone(), stored.bytes)?;
+        self.parts.begin_tensor(tensor, stored.dtype, stored.shape.clone(), stored.bytes)?;
         let mut buffer = vec![0; COPY_BUFFER.min(stored.bytes as usize)];
         let mut done = 0;
         while done < stored.bytes {
             let count = buffer.len().min((stored.bytes - done) as usize);
             file.read_part(stored, done, &mut buffer[..count])?;
-            self.append(&buffer[..count])?;
+            self.parts.append(&buffer[..count])?;
             done += count as u64;
         }
         Ok(stored.bytes)
@@ -271,8 +201,8 @@ impl CheckpointWriter {
             return Err(Error::new(ErrorCode::CheckpointDtype, message).subject(tensor));
         };
         let bytes = float_bytes(values, kind);
-        self.begin_tensor(tensor, float_dtype(kind), shape, bytes.len() as u64)?;
-        self.append(&bytes)?;
+        self.parts.begin_tensor(tensor, float_dtype(kind), shape, bytes.len() as u64)?;
+        self.parts.append(&bytes)?;
         Ok(bytes.len() as u64)
     }
 
@@ -288,8 +218,8 @@ impl CheckpointWriter {
             return Err(Error::new(ErrorCode::ShapeMismatch, message).subject(tensor));
         }
         let bytes = float_bytes(values, element);
-        self.begin_tensor(tensor, float_dtype(element), shape.to_vec(), bytes.len() as u64)?;
-        self.append(&bytes)?;
+        self.parts.begin_tensor(tensor, float_dtype(element), shape.to_vec(), bytes.len() as u64)?;
+        self.parts.append(&bytes)?;
         Ok(bytes.len() as u64)
     }
 
@@ -319,7 +249,7 @@ impl CheckpointWriter {
         let values = stored.bytes as usize / width;
         let row = stored.shape.iter().skip(1).product::<usize>().max(1);
         let bytes = (values * to.bits() / 8) as u64;
-        self.begin_tensor(tensor, float_dtype(to), stored.shape.clone(), bytes)?;
+        self.parts.begin_tensor(tensor, float_dtype(to), stored.shape.clone(), bytes)?;
         let band = (COPY_BUFFER / (row * width)).max(1) * row;
         for start in (0..values).step_by(band) {
             let count = band.min(values - start);
@@ -338,7 +268,7 @@ impl CheckpointWriter {
                     .subject(tensor)
                     .hint("Write it as bf16 or f32, or check where the values come from"));
             }
-            self.append(&written)?;
+            self.parts.append(&written)?;
         }
         Ok(bytes)
     }
@@ -349,19 +279,11 @@ impl CheckpointWriter {
     /// # Errors
     /// `ERR_OUTPUT_UNWRITABLE`.
     pub fn end_unit(&mut self) -> Result<Option<UnitRecord>> {
-        let Some(part) = self.part.take() else { return Ok(None) };
-        let index = self.parts.len() - 1;
-        let path = &self.parts[index];
-        let close = |output: BufWriter<File>| output.into_inner()?.sync_all();
-        close(part.output).map_err(|error| unwritable(path, &error))?;
-        let linears = self.linears.iter().filter(|(_, (_, part))| *part == index);
-        let of_unit_linears = linears.map(|(name, (scheme, _))| (name.clone(), *scheme)).collect();
-        let of_unit = self.tensors.values().filter(|tensor| tensor.part == index);
-        Ok(Some(UnitRecord {
-            bytes: part.bytes,
-            tensors: of_unit.map(|t| RecordedTensor { header: t.header.clone(), offset: t.offset }).collect(),
-            linears: of_unit_linears,
-        }))
+        let index = self.parts.current();
+        let Some(part) = self.parts.close()? else { return Ok(None) };
+        let of_part = self.linears.iter().filter(|(_, (_, part))| *part == index);
+        let linears = of_part.map(|(name, (scheme, _))| (name.clone(), *scheme)).collect();
+        Ok(Some(UnitRecord { part, linears }))
     }
 
     /// Writes the PEFT folder `eora/`. Gives its bytes; 0 and no folder when there are no factors.
@@ -411,8 +333,8 @@ impl CheckpointWriter {
             None if self.linears.is_empty() => {}
             None => return Err(Error::new(ErrorCode::Internal, "a quantized Linear needs a configuration")),
         }
-        self.merge_parts()?;
-        self.copy_companions()?;
+        self.parts.merge()?;
+        copy_companions(&self.source, self.folder())?;
 
         let mut config = self.source.config().clone();
         for field in Checkpoint::QUANTIZATION_FIELDS {
@@ -447,30 +369,6 @@ impl CheckpointWriter {
         self.staged.commit()
     }
 
-    fn begin_tensor(&mut self, name: &str, dtype: Dtype, shape: Vec<usize>, bytes: u64) -> Result<()> {
-        if self.tensors.contains_key(name) {
-            return Err(Error::new(ErrorCode::Internal, "the tensor was written twice").subject(name));
-        }
-        if self.part.is_none() {
-            let path = self.folder().join(part_name(self.parts.len()));
-            let file = File::create(&path).map_err(|error| unwritable(&path, &error))?;
-            self.parts.push(path);
-            self.part = Some(OpenPart { output: BufWriter::with_capacity(COPY_BUFFER, file), bytes: 0 });
-        }
-        let offset = self.part.as_ref().map_or(0, |part| part.bytes);
-        let header = TensorHeader { name: name.to_string(), dtype, shape, bytes };
-        self.tensors.insert(name.to_string(), StagedTensor { header, part: self.parts.len() - 1, offset });
-        Ok(())
-    }
-
-    fn append(&mut self, bytes: &[u8]) -> Result<()> {
-        if let Some(part) = &mut self.part {
-            part.output.write_all(bytes).map_err(|error| unwritable(&self.parts[self.parts.len() - 1], &error))?;
-            part.bytes += bytes.len() as u64;
-        }
-        Ok(())
-    }
-
     fn check_schemes(&self, quantization: &QuantizationConfig) -> Result<()> {
         let (written, said) = (self.format, quantization.format);
         if written != said && !self.linears.is_empty() {
@@ -494,157 +392,6 @@ impl CheckpointWriter {
             }
         }
     }
-
-    fn merge_parts(&self) -> Result<()> {
-        let shards = self.plan_shards();
-        let finished = self.finished_shards();
-        let mut parts = Vec::new();
-        for path in &self.parts {
-            // Of a part that an earlier run used up nothing is read again.
-            let used_up = finished > 0 && !path.exists();
-            let open = || PositionalFile::open(path).map_err(|error| unwritable(path, &error));
-            parts.push(if used_up { None } else { Some(open()?) });
-        }
-        let mut left_in_part = vec![0usize; parts.len()];
-        for tensor in self.tensors.values() {
-            left_in_part[tensor.part] += 1;
-        }
-
-        let mut index = ShardIndex { weight_map: BTreeMap::new() };
-        let mut buffer = vec![0; COPY_BUFFER];
-        for (position, shard) in shards.iter().enumerate() {
-            let file_name = shard_name(position, shards.len());
-            for tensor in shard {
-                index.weight_map.insert(tensor.header.name.clone(), file_name.clone());
-                left_in_part[tensor.part] -= 1;
-            }
-            if position >= finished {
-                let path = self.folder().join(&file_name);
-                let mut writer = SafetensorsWriter::create(&path, shard.iter().map(|tensor| &tensor.header))?;
-                for tensor in shard {
-                    if let Some(part) = &parts[tensor.part] {
-                        copy_range(part, tensor.offset, tensor.header.bytes, &mut buffer, &mut writer)?;
-                    }
-                }
-                writer.finish()?;
-            }
-            // Parts that are used up go at once: the disk need not hold everything twice.
-            for (part, path) in self.parts.iter().enumerate() {
-                if left_in_part[part] == 0 && parts[part].take().is_some() {
-                    fs::remove_file(path).map_err(|error| unwritable(path, &error))?;
-                }
-            }
-        }
-        if shards.len() > 1 {
-            let total = self.tensors.values().map(|tensor| tensor.header.bytes).sum();
-            write_synced(&self.folder().join(ShardIndex::FILE_NAME), &index.to_bytes(total))?;
-        }
-        Ok(())
-    }
-
-    /// How many of the files that the parts are merged into are whole; they are made in order.
-    fn finished_shards(&self) -> usize {
-        let count = self.plan_shards().len();
-        (0..count).take_while(|&position| self.folder().join(shard_name(position, count)).exists()).count()
-    }
-
-    /// Tensors in name order, cut where a file is full; within a file in the order of the format.
-    fn plan_shards(&self) -> Vec<Vec<&StagedTensor>> {
-        let mut shards: Vec<Vec<&StagedTensor>> = vec![Vec::new()];
-        let mut bytes = 0;
-        for tensor in self.tensors.values() {
-            let full = bytes + tensor.header.bytes > self.shard_bytes;
-            match shards.last_mut() {
-                Some(shard) if !full || shard.is_empty() => {
-                    shard.push(tensor);
-                    bytes += tensor.header.bytes;
-                }
-                _ => {
-                    shards.push(vec![tensor]);
-                    bytes = tensor.header.bytes;
-                }
-            }
-        }
-        for shard in &mut shards {
-            shard.sort_by(|left, right| file_order(&left.header, &right.header));
-        }
-        shards
-    }
-
-    /// The model card of the source describes the source: it is kept under another name. A GGUF file carries its
-    /// tokenizer and template inside.
-    fn copy_companions(&self) -> Result<()> {
-        let folder = self.source.path();
-        if self.source.gguf().is_some() {
-            write_synced(&self.folder().join("tokenizer.json"), &self.source.tokenizer_json()?)?;
-            if let Some(template) = self.source.chat_template()? {
-                write_synced(&self.folder().join("chat_template.jinja"), template.as_bytes())?;
-            }
-            if !folder.is_dir() {
-                return Ok(());
-            }
-        }
-        let unreadable = |error: std::io::Error| {
-            Error::io(ErrorCode::Io, folder, &error).hint("Check that the source folder may be read")
-        };
-        for entry in fs::read_dir(folder).map_err(unreadable)? {
-            let entry = entry.map_err(unreadable)?;
-            let Ok(name) = entry.file_name().into_string() else { continue };
-            let upper = name.to_ascii_uppercase();
-            let target = if COMPANIONS.contains(&name.as_str()) || LEGAL.iter().any(|start| upper.starts_with(start)) {
-                name.as_str()
-            } else if upper == "README.MD" {
-                "ORIGINAL_README.md"
-            } else {
-                continue;
-            };
-            // Links are followed: the cache of huggingface_hub consists of them.
-            if entry.path().is_file() {
-                copy_file(&entry.path(), &self.folder().join(target))?;
-            }
-        }
-        Ok(())
-    }
-}
-
-fn part_name(part: usize) -> String {
-    format!("unit-{part:05}.part")
-}
-
-fn shard_name(position: usize, count: usize) -> String {
-    match count {
-        1 => TensorSet::SINGLE_FILE.to_string(),
-        _ => format!("model-{:05}-of-{count:05}.safetensors", position + 1),
-    }
-}
-
-fn copy_range(
-    part: &PositionalFile,
-    offset: u64,
-    bytes: u64,
-    buffer: &mut [u8],
-    writer: &mut SafetensorsWriter,
-) -> Result<()> {
-    let mut done = 0;
-    while done < bytes {
-        let count = buffer.len().min((bytes - done) as usize);
-        part.read_exact_at(&mut buffer[..count], offset + done)?;
-        writer.write(&buffer[..count])?;
-        done += count as u64;
-    }
-    Ok(())
-}
-
-/// Copies the content only: a source that is read-only does not make the result so.
-fn copy_file(from: &Path, to: &Path) -> Result<()> {
-    let mut input =
-        File::open(from).map_err(|error| Error::io(ErrorCode::Io, from, &error).hint("Check that it may be read"))?;
-    let mut copy = || {
-        let mut output = File::create(to)?;
-        std::io::copy(&mut input, &mut output)?;
-        output.sync_all()
-    };
-    copy().map_err(|error| unwritable(to, &error))
 }
 
 fn write_json(path: &Path, object: Map<String, Value>) -> Result<()> {

@@ -5,7 +5,7 @@ use kintsugi_weights::{ElementType, GroupAxis, GroupSize, QuantizedMatrix};
 use safetensors::Dtype;
 use serde_json::{Map, Value};
 
-use crate::formats::{Awq, BitsAndBytes, Float4, Gptq, IntQuantized, PackQuantized};
+use crate::formats::{Awq, BitsAndBytes, Float4, Gptq, IntQuantized, Kintsugi, PackQuantized};
 use crate::{LinearTensors, QuantizationConfig};
 
 /// A layout of quantized Linears in the tensors of a checkpoint, with its `quantization_config`.
@@ -55,6 +55,11 @@ pub trait LinearFormat: Debug + Sync {
         true
     }
 
+    /// Whether other programs read it.
+    fn is_common(&self) -> bool {
+        true
+    }
+
     /// Whether a matrix of that form can be written.
     ///
     /// # Errors
@@ -100,6 +105,7 @@ pub const FORMATS: &[&dyn LinearFormat] = &[
     &Awq,
     &BitsAndBytes::Nf4,
     &BitsAndBytes::Fp4,
+    &Kintsugi,
 ];
 
 /// The format of that name.
@@ -216,8 +222,11 @@ impl MatrixForm {
     /// `ERR_QUANTIZATION_UNSUPPORTED`, without subject.
     pub fn check(&self, format: &dyn LinearFormat) -> Result<()> {
         let Err(reason) = format.check(self) else { return Ok(()) };
-        let others: Vec<&str> =
-            FORMATS.iter().filter(|other| other.check(self).is_ok()).map(|other| other.name()).collect();
+        let holds = |other: &&&dyn LinearFormat| other.check(self).is_ok();
+        let mut others: Vec<&str> = FORMATS.iter().filter(holds).filter(|f| f.is_common()).map(|f| f.name()).collect();
+        if others.is_empty() {
+            others = FORMATS.iter().filter(holds).map(|format| format.name()).collect();
+        }
         let message = format!("the format {} cannot hold the matrix: {reason}", format.name());
         Err(Error::new(ErrorCode::QuantizationUnsupported, message)
             .hint(format!("Write it as {}, which can", others.join(" or "))))

@@ -1,7 +1,7 @@
 use std::collections::BTreeMap;
 
 use kintsugi_runtime::Result;
-use kintsugi_weights::GroupSize;
+use kintsugi_weights::{GroupAxis, GroupSize};
 use serde_json::{Map, Value};
 
 use crate::config_fields::{invalid, object, string_or, unsupported};
@@ -20,8 +20,10 @@ pub struct QuantizationConfig {
     pub format: &'static dyn LinearFormat,
     /// Width of a code: 2, 3, 4, 5, 6 or 8.
     pub bits: u8,
-    /// Columns that share a scale.
+    /// Weights that share a scale.
     pub group_size: GroupSize,
+    /// Which way they lie.
+    pub group_axis: GroupAxis,
     /// Whether the zero point of every group is `2^(bits−1)`.
     pub symmetric: bool,
     /// Whether Linears may carry the group of each column.
@@ -36,8 +38,17 @@ pub struct QuantizationConfig {
 impl QuantizationConfig {
     /// A configuration of Linears that are all stored in the same way.
     pub fn uniform(format: &'static dyn LinearFormat, scheme: Scheme, ignore: Vec<String>) -> Self {
-        let Scheme { bits, group_size, symmetric, group_index } = scheme;
-        QuantizationConfig { format, bits, group_size, symmetric, group_index, exceptions: Vec::new(), ignore }
+        let Scheme { bits, group_size, group_axis, symmetric, group_index } = scheme;
+        QuantizationConfig {
+            format,
+            bits,
+            group_size,
+            group_axis,
+            symmetric,
+            group_index,
+            exceptions: Vec::new(),
+            ignore,
+        }
     }
 
     /// The configuration that describes `linears`: the scheme of most of them, and where they differ all of them by
@@ -70,8 +81,8 @@ impl QuantizationConfig {
 
     /// How matrices are stored under this configuration, exceptions apart.
     pub fn scheme(&self) -> Scheme {
-        let &QuantizationConfig { bits, group_size, symmetric, group_index, .. } = self;
-        Scheme { bits, group_size, symmetric, group_index }
+        let &QuantizationConfig { bits, group_size, group_axis, symmetric, group_index, .. } = self;
+        Scheme { bits, group_size, group_axis, symmetric, group_index }
     }
 
     /// How the Linear `name` is stored, if it is quantized.

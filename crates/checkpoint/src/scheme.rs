@@ -2,7 +2,7 @@ use std::fmt;
 
 use fancy_regex::{Regex, RegexBuilder};
 use kintsugi_runtime::Result;
-use kintsugi_weights::{CODE_BITS, GroupSize, QuantizedMatrix};
+use kintsugi_weights::{CODE_BITS, GroupAxis, GroupSize, QuantizedMatrix};
 use serde::{Deserialize, Serialize};
 
 use crate::config_fields::{invalid, unsupported};
@@ -15,8 +15,10 @@ const BACKTRACK_LIMIT: usize = 10_000;
 pub struct Scheme {
     /// Width of a code: 2, 3, 4, 5, 6 or 8.
     pub bits: u8,
-    /// Columns that share a scale.
+    /// Weights that share a scale.
     pub group_size: GroupSize,
+    /// Which way they lie.
+    pub group_axis: GroupAxis,
     /// Whether the zero point of every group is `2^(bits−1)`.
     pub symmetric: bool,
     /// Whether columns may have groups of their own.
@@ -45,6 +47,7 @@ impl Scheme {
         Scheme {
             bits: matrix.bits(),
             group_size: matrix.group_size(),
+            group_axis: matrix.group_axis(),
             symmetric: matrix.is_symmetric(),
             group_index: matrix.group_index().is_some(),
         }
@@ -86,6 +89,7 @@ impl fmt::Display for Scheme {
             GroupSize::Columns(size) => write!(f, "{} bits, {grid}, groups of {size}", self.bits)?,
             GroupSize::WholeRow => write!(f, "{} bits, {grid}, one group per row", self.bits)?,
         }
+        f.write_str(if self.group_axis == GroupAxis::Output { " along the outputs" } else { "" })?;
         f.write_str(if self.group_index { ", with group index" } else { "" })
     }
 }

@@ -6,11 +6,11 @@ use std::path::Path;
 
 use fixture::{assert_refused, finish, floats, raw_file, safetensors, words, write_checkpoint};
 use kintsugi_checkpoint::{
-    Awq, Checkpoint, CheckpointWriter, FORMATS, Gptq, IntQuantized, LinearFormat, MatrixForm, PackQuantized,
-    QuantizationConfig, linear_format,
+    Awq, Checkpoint, CheckpointWriter, FORMATS, Gptq, IntQuantized, Kintsugi, LinearFormat, LinearTarget, MatrixForm,
+    PackQuantized, QuantizationConfig, Scheme, SchemeException, linear_format,
 };
 use kintsugi_runtime::{Error, ErrorCode};
-use kintsugi_weights::{ElementType, GroupSize, QuantizedMatrix, QuantizedParts, WeightMatrix};
+use kintsugi_weights::{CODE_BITS, ElementType, GroupAxis, GroupSize, QuantizedMatrix, QuantizedParts, WeightMatrix};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
@@ -54,15 +54,7 @@ fn matrix(parts: QuantizedParts) -> QuantizedMatrix {
 }
 
 fn config(format: &'static dyn LinearFormat, matrix: &QuantizedMatrix) -> QuantizationConfig {
-    QuantizationConfig {
-        format,
-        bits: matrix.bits(),
-        group_size: matrix.group_size(),
-        symmetric: matrix.zero_points().is_none(),
-        group_index: matrix.group_index().is_some(),
-        exceptions: Vec::new(),
-        ignore: vec!["lm_head".into()],
-    }
+    QuantizationConfig::uniform(format, Scheme::of(matrix), vec!["lm_head".into()])
 }
 
 /// Writes `matrix` as the Linear `up` of a folder and opens that.
@@ -98,8 +90,9 @@ proptest! {
         let folder = tempfile::tempdir().unwrap();
         let narrow = scale_type != ElementType::F32;
         let smallest = MatrixForm::of(&matrix).smallest_zero_point;
-        let holds: [(&'static dyn LinearFormat, bool); 4] = [
+        let holds: [(&'static dyn LinearFormat, bool); 5] = [
             (&PackQuantized, true),
+            (&Kintsugi, true),
             (&Gptq::V1, narrow && smallest != Some(0)),
             (&Gptq::V2, narrow),
             (&Awq, narrow && bits == 4 && !index),
@@ -125,7 +118,7 @@ proptest! {
 #[test]
 fn the_same_matrix_gives_the_same_bytes() {
     let matrix = matrix(parts(64, 96, 4, GroupSize::Columns(32), Some(1), false));
-    for format in [&PackQuantized as &dyn LinearFormat, &Gptq::V1, &Gptq::V2, &Awq] {
+    for format in [&PackQuantized as &dyn LinearFormat, &Gptq::V1, &Gptq::V2, &Awq, &Kintsugi] {
         let [first, second] = [(); 2].map(|()| {
             let folder = tempfile::tempdir().unwrap();
             let checkpoint = written(folder.path(), format, &matrix).unwrap();
@@ -153,6 +146,58 @@ fn every_layout_has_one_format() {
                 |other: &&&dyn LinearFormat| other.method() == format.method() && other.layouts().contains(layout);
             assert_eq!(FORMATS.iter().filter(same).count(), 1, "{} {layout}", format.method());
         }
+    }
+}
+
+/// Groups of `size` along the outputs.
+fn along_outputs(rows: usize, columns: usize, bits: u8, size: usize, symmetric: bool) -> QuantizedMatrix {
+    let turned = parts(columns, rows, bits, GroupSize::Columns(size), (!symmetric).then_some(0), false);
+    matrix(QuantizedParts { rows, columns, group_axis: GroupAxis::Output, ..turned })
+}
+
+#[test]
+fn groups_along_the_outputs_have_one_format() {
+    for bits in CODE_BITS {
+        for (rows, columns, size, symmetric) in [(64, 33, 32, false), (70, 5, 32, true), (3, 100, 64, false)] {
+            let matrix = along_outputs(rows, columns, bits, size, symmetric);
+            let folder = tempfile::tempdir().unwrap();
+            let checkpoint = written(folder.path(), &Kintsugi, &matrix).unwrap();
+            assert_eq!(checkpoint.quantization(), Some(&config(&Kintsugi, &matrix)));
+            assert_eq!(checkpoint.linear("up").unwrap().matrix, WeightMatrix::Quantized(matrix.clone()));
+            for format in [&PackQuantized as &'static dyn LinearFormat, &Gptq::V2] {
+                let error = assert_refused(written(folder.path(), format, &matrix), ErrorCode::QuantizationUnsupported);
+                assert!(error.hint.contains("kintsugi") && !error.hint.contains("awq"), "{error}");
+            }
+        }
+    }
+}
+
+#[test]
+fn linears_may_differ_in_the_axis() {
+    let folder = tempfile::tempdir().unwrap();
+    let (source, target) = (folder.path().join("source"), folder.path().join("target"));
+    write_checkpoint(&source, &json!({}), &raw_file("{}", &[]));
+    let mut writer = CheckpointWriter::create(&target, &Checkpoint::open(&source).unwrap()).unwrap().format(&Kintsugi);
+    let matrices = [
+        ("down", matrix(parts(64, 96, 4, GroupSize::Columns(32), Some(0), false))),
+        ("gate", along_outputs(64, 96, 4, 32, false)),
+        ("up", along_outputs(64, 96, 3, 64, true)),
+        ("v", matrix(parts(64, 96, 4, GroupSize::Columns(32), Some(0), false))),
+    ];
+    for (name, matrix) in &matrices {
+        writer.write_linear(name, matrix).unwrap();
+    }
+    let written = writer.quantization(Vec::new()).unwrap();
+    let except = |name: &str, at: usize| SchemeException {
+        linears: LinearTarget::name(name),
+        scheme: Scheme::of(&matrices[at].1),
+    };
+    finish(writer, &written).unwrap();
+    let checkpoint = Checkpoint::open(&target).unwrap();
+    let read = checkpoint.quantization().unwrap();
+    assert_eq!(read.exceptions, [except("gate", 1), except("up", 2)]);
+    for (name, matrix) in &matrices {
+        assert_eq!(checkpoint.linear(name).unwrap().matrix, WeightMatrix::Quantized(matrix.clone()), "{name}");
     }
 }
 
@@ -197,15 +242,8 @@ fn a_matrix_that_a_format_cannot_hold_is_refused_with_one_that_can() {
 
 #[test]
 fn a_configuration_that_the_format_cannot_say_is_refused() {
-    let awq = |ignore: &str| QuantizationConfig {
-        format: &Awq,
-        bits: 4,
-        group_size: GroupSize::WholeRow,
-        symmetric: false,
-        group_index: false,
-        exceptions: Vec::new(),
-        ignore: vec![ignore.into()],
-    };
+    let scheme = Scheme::of(&matrix(parts(32, 32, 4, GroupSize::WholeRow, Some(0), false)));
+    let awq = |ignore: &str| QuantizationConfig::uniform(&Awq, scheme, vec![ignore.into()]);
     awq("lm_head").to_json().unwrap();
     let error = assert_refused(awq("re:.*gate$").to_json(), ErrorCode::QuantizationUnsupported);
     assert!(error.hint.contains("pack-quantized"));

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use fixture::{finish, floats, raw_file, safetensors, words, write_checkpoint};
 use kintsugi_checkpoint::{Awq, Checkpoint, CheckpointWriter, Gptq, LinearFormat, QuantizationConfig};
-use kintsugi_weights::{ElementType, GroupSize, QuantizedMatrix, QuantizedParts, WeightMatrix};
+use kintsugi_weights::{ElementType, GroupAxis, GroupSize, QuantizedMatrix, QuantizedParts, WeightMatrix};
 use serde_json::{Value, json};
 
 /// The only Linear of a folder with these tensors and this `quantization_config`.
@@ -43,6 +43,7 @@ fn write(format: &'static dyn LinearFormat, matrix: &QuantizedMatrix) -> (tempfi
         format,
         bits: matrix.bits(),
         group_size: matrix.group_size(),
+        group_axis: GroupAxis::Input,
         symmetric: matrix.zero_points().is_none(),
         group_index: matrix.group_index().is_some(),
         exceptions: Vec::new(),
@@ -224,6 +225,7 @@ fn linears_that_stay_as_they_are_come_back() {
         format: &Gptq::V2,
         bits: 4,
         group_size: GroupSize::WholeRow,
+        group_axis: GroupAxis::Input,
         symmetric: true,
         group_index: false,
         exceptions: Vec::new(),

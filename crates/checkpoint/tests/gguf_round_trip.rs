@@ -11,7 +11,7 @@ use kintsugi_checkpoint::gguf::{
 };
 use kintsugi_checkpoint::{Checkpoint, CheckpointWriter, PackQuantized, QuantizationConfig};
 use kintsugi_runtime::{CancelToken, Error, ErrorCode, Progress};
-use kintsugi_weights::{ElementType, GroupSize, QuantizedMatrix, QuantizedParts, WeightMatrix};
+use kintsugi_weights::{ElementType, GroupAxis, GroupSize, QuantizedMatrix, QuantizedParts, WeightMatrix};
 use tempfile::TempDir;
 
 fn repository(path: &str) -> PathBuf {
@@ -202,6 +202,7 @@ fn a_folder_is_made_of_a_gguf_file() {
         format: &PackQuantized,
         bits: 4,
         group_size: GroupSize::WholeRow,
+        group_axis: GroupAxis::Input,
         symmetric: true,
         group_index: false,
         exceptions: Vec::new(),

@@ -4,7 +4,7 @@ mod fixture;
 
 use fixture::{finish, raw_file, write_checkpoint};
 use kintsugi_checkpoint::{Checkpoint, CheckpointWriter, PackQuantized, QuantizationConfig};
-use kintsugi_weights::{ElementType, GroupSize, QuantizedMatrix, QuantizedParts, WeightMatrix};
+use kintsugi_weights::{ElementType, GroupAxis, GroupSize, QuantizedMatrix, QuantizedParts, WeightMatrix};
 use serde_json::json;
 
 /// Two outputs, three inputs, 4 bits, groups of two columns (the second has one), asymmetric.
@@ -30,6 +30,7 @@ fn config() -> QuantizationConfig {
         format: &PackQuantized,
         bits: 4,
         group_size: GroupSize::Columns(2),
+        group_axis: GroupAxis::Input,
         symmetric: false,
         group_index: false,
         exceptions: Vec::new(),

@@ -12,7 +12,7 @@ use kintsugi_checkpoint::{
 };
 use kintsugi_runtime::ErrorCode;
 use kintsugi_weights::{
-    Adapter, AdapterEntry, ElementType, GroupSize, LowRank, QuantizedMatrix, QuantizedParts, WeightMatrix,
+    Adapter, AdapterEntry, ElementType, GroupAxis, GroupSize, LowRank, QuantizedMatrix, QuantizedParts, WeightMatrix,
 };
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -51,6 +51,7 @@ fn config(bits: u8, group_size: GroupSize, symmetric: bool, group_index: bool) -
         format: &PackQuantized,
         bits,
         group_size,
+        group_axis: GroupAxis::Input,
         symmetric,
         group_index,
         exceptions: Vec::new(),

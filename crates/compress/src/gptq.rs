@@ -1,11 +1,12 @@
 use kintsugi_calibration::Calibration;
 use kintsugi_linalg::UpperCholesky;
 use kintsugi_runtime::{Error, ErrorCode, Result, ThreadPool};
-use kintsugi_weights::{DenseMatrix, QuantizedMatrix};
+use kintsugi_weights::{DenseMatrix, GroupAxis, GroupSize, QuantizedMatrix};
 
-use crate::gptq_sweep::Sweep;
+use crate::adaptive_axis::group_axis;
+use crate::gptq_sweep::{Sweep, SweepGroups};
 use crate::linear_method::{assemble, check_input};
-use crate::{GridRule, LinearMethod, QuantizeOptions};
+use crate::{AxisRule, GridRule, LinearMethod, QuantizeOptions};
 
 /// Columns that are rounded before their errors reach the columns behind them in one product.
 const BLOCK: usize = 64;
@@ -39,6 +40,15 @@ impl LinearMethod for Gptq {
     }
 }
 
+/// Rows that one task of [`gptq`] holds at a time; groups along the outputs stay whole.
+pub fn tile_rows(options: &QuantizeOptions) -> usize {
+    let groups = match (options.group_axis, options.group_size) {
+        (AxisRule::Input, _) | (_, GroupSize::WholeRow) => SweepGroups::Input { fixed: true, size: 1, count: 1 },
+        (_, GroupSize::Columns(size)) => SweepGroups::Output { size: size.max(1) },
+    };
+    groups.tile_rows()
+}
+
 /// What [`gptq`] found.
 #[derive(Clone, Debug)]
 pub struct GptqSolution {
@@ -61,7 +71,8 @@ pub struct GptqSolution {
 /// nothing, because the damping is relative.
 ///
 /// As in the published algorithm, the weights of dead channels (`S_jj = 0`) become zero. A grid that is chosen during
-/// the sweep sees weights that carry every correction of the columns before its group.
+/// the sweep sees weights that carry every correction of the columns before its group; that is how groups along the
+/// outputs are always chosen (arXiv 2309.15531).
 ///
 /// # Errors
 /// Those of [`LinearMethod::compress`].
@@ -82,6 +93,7 @@ fn solve(
     pool: &ThreadPool,
 ) -> Result<GptqSolution> {
     check_input(weight, Some(calibration), options)?;
+    let axis = group_axis(weight, Some(calibration), options, pool)?;
     let columns = weight.columns();
     let moment = calibration.second_moment();
     let energies = calibration.energies();
@@ -111,9 +123,14 @@ fn solve(
     let sweep = Sweep {
         weight,
         rule: GridRule::new(options),
-        static_groups: options.static_groups,
-        size: options.group_size.columns(columns),
-        groups: options.group_size.groups(columns),
+        groups: match axis {
+            GroupAxis::Output => SweepGroups::Output { size: options.group_size.columns(weight.rows()) },
+            GroupAxis::Input => SweepGroups::Input {
+                fixed: options.static_groups,
+                size: options.group_size.columns(columns),
+                count: options.group_size.groups(columns),
+            },
+        },
         moment,
         energies,
         block,
@@ -122,7 +139,7 @@ fn solve(
         diagonal,
     };
     let swept = sweep.run(pool);
-    let matrix = assemble(weight, options, swept.codes, &swept.grids, sweep.group_index())?;
+    let matrix = assemble(weight, options, axis, swept.codes, &swept.grids, sweep.group_index())?;
     Ok(GptqSolution { matrix, energy: swept.energy, damping })
 }
 
@@ -131,7 +148,7 @@ mod tests {
     use kintsugi_calibration::CalibrationBuilder;
     use kintsugi_linalg::{MatrixView, UpperTriangle, quadratic_trace};
     use kintsugi_testkit::{Random, matrices};
-    use kintsugi_weights::{ElementType, GroupSize};
+    use kintsugi_weights::ElementType;
 
     use super::*;
     use crate::{Grid, rtn};
@@ -156,6 +173,10 @@ mod tests {
     fn options(group: usize, static_groups: bool, act_order: bool) -> QuantizeOptions {
         let group_size = GroupSize::Columns(group);
         QuantizeOptions { bits: 3, group_size, static_groups, act_order, ..Default::default() }
+    }
+
+    fn along_outputs(group: usize, act_order: bool) -> QuantizeOptions {
+        QuantizeOptions { group_axis: AxisRule::Output, ..options(group, true, act_order) }
     }
 
     /// `tr(D S Dᵀ)` with `damping` on the diagonal.
@@ -188,13 +209,19 @@ mod tests {
             .flat_map(|row| order.iter().map(move |&j| (row, j)))
             .map(|(r, j)| f64::from(original[r * n + j]))
             .collect();
-        let (rule, size) = (GridRule::new(options), options.group_size.columns(n));
+        let axis_length = if options.group_axis == AxisRule::Output { rows } else { n };
+        let (rule, size) = (GridRule::new(options), options.group_size.columns(axis_length));
         let mut out = vec![0.0; rows * n];
         let mut grids: Vec<Grid> = vec![rule.fit(&[], None); rows];
         for p in 0..n {
             let pivot = inverse[p * (n + 1)];
             for row in 0..rows {
-                if options.static_groups {
+                if options.group_axis == AxisRule::Output {
+                    if row % size == 0 {
+                        let group: Vec<f32> = (row..rows.min(row + size)).map(|row| w[row * n + p] as f32).collect();
+                        grids[row..rows.min(row + size)].fill(rule.fit(&group, None));
+                    }
+                } else if options.static_groups {
                     let group = order[p] / size * size;
                     grids[row] = rule.fit(&original[row * n + group..row * n + n.min(group + size)], None);
                 } else if p % size == 0 {
@@ -246,6 +273,13 @@ mod tests {
                 assert_eq!(found, oracle(&weight, &calibration, &options), "{group} {static_groups} {act_order}");
             }
         }
+        for group in [1, 4, 7, 16, 21, 100] {
+            for act_order in [true, false] {
+                let options = along_outputs(group, act_order);
+                let found = gptq(&weight, &calibration, &options, &pool).unwrap().matrix.to_f32();
+                assert_eq!(found, oracle(&weight, &calibration, &options), "outputs {group} {act_order}");
+            }
+        }
     }
 
     #[test]
@@ -254,8 +288,7 @@ mod tests {
         for (rows, columns) in [(1, 1), (5, 40), (150, 130), (17, 300)] {
             let weight = weight(5, rows, columns);
             let calibration = calibration(6, 2 * columns + 9, columns, &pool);
-            for static_groups in [true, false] {
-                let options = options(32, static_groups, true);
+            for options in [options(32, true, true), options(32, false, true), along_outputs(32, true)] {
                 let solved = gptq(&weight, &calibration, &options, &pool).unwrap();
                 let expected = energy(&weight, &solved.matrix, &calibration, solved.damping);
                 // An error e is the difference of two f32 of up to 2³ steps: 10⁻⁶ of a step, and e² has twice that.
@@ -276,8 +309,9 @@ mod tests {
             builder.push(&x, &pool).unwrap();
         }
         let calibration = builder.finish(&pool);
-        for (static_groups, act_order) in [(true, true), (true, false), (false, false)] {
-            let options = options(64, static_groups, act_order);
+        let along_inputs =
+            [(true, true), (true, false), (false, false)].map(|(fixed, act_order)| options(64, fixed, act_order));
+        for options in along_inputs.into_iter().chain([along_outputs(16, true), along_outputs(150, false)]) {
             let solved = gptq(&weight, &calibration, &options, &pool).unwrap().matrix;
             assert_eq!(solved, rtn(&weight, None, &options, &pool).unwrap());
         }
@@ -288,12 +322,13 @@ mod tests {
         let pool = ThreadPool::with_threads(2);
         let weight = weight(8, 33, 290);
         let calibration = calibration(9, 700, 290, &pool);
-        for (static_groups, act_order) in [(true, true), (true, false), (false, true), (false, false)] {
-            let options = options(48, static_groups, act_order);
+        let along_inputs = [(true, true), (true, false), (false, true), (false, false)]
+            .map(|(fixed, act_order)| options(48, fixed, act_order));
+        for options in along_inputs.into_iter().chain([along_outputs(32, true)]) {
             let run = |block| solve(&weight, &calibration, &options, block, &pool).unwrap().matrix;
             let expected = run(BLOCK);
             for block in [1, 7, 32, 128, 290, 1000] {
-                assert_eq!(run(block), expected, "{block} {static_groups} {act_order}");
+                assert_eq!(run(block), expected, "{block} {options:?}");
             }
         }
     }
@@ -302,14 +337,15 @@ mod tests {
     fn threads_do_not_change_a_bit() {
         let weight = weight(10, 300, 200);
         let calibration = calibration(11, 500, 200, &ThreadPool::with_threads(2));
-        let run = |threads| {
-            let solved =
-                gptq(&weight, &calibration, &QuantizeOptions::default(), &ThreadPool::with_threads(threads)).unwrap();
-            (solved.matrix, solved.energy.to_bits())
-        };
-        let one = run(1);
-        assert_eq!(one, run(2));
-        assert_eq!(one, run(5));
+        for options in [QuantizeOptions::default(), along_outputs(96, true)] {
+            let run = |threads| {
+                let solved = gptq(&weight, &calibration, &options, &ThreadPool::with_threads(threads)).unwrap();
+                (solved.matrix, solved.energy.to_bits())
+            };
+            let one = run(1);
+            assert_eq!(one, run(2));
+            assert_eq!(one, run(5));
+        }
     }
 
     #[test]

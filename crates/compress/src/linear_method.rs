@@ -1,6 +1,6 @@
 use kintsugi_calibration::Calibration;
 use kintsugi_runtime::{Error, ErrorCode, Result, ThreadPool, nearest};
-use kintsugi_weights::{DenseMatrix, QuantizedMatrix, QuantizedParts};
+use kintsugi_weights::{DenseMatrix, GroupAxis, QuantizedMatrix, QuantizedParts};
 
 use crate::{BLOCK_METHODS, Gptq, Grid, QuantizeOptions, Rtn};
 
@@ -72,10 +72,12 @@ pub(crate) fn check_input(
     Ok(())
 }
 
-/// Joins codes `[rows, columns]` and grids `[rows, groups]` to the matrix that `options` describe.
+/// Joins codes `[rows, columns]` and grids, `[rows, groups]` or along the outputs `[groups, columns]`, to the matrix that
+/// `options` describe.
 pub(crate) fn assemble(
     weight: &DenseMatrix,
     options: &QuantizeOptions,
+    group_axis: GroupAxis,
     codes: Vec<u8>,
     grids: &[Grid],
     group_index: Option<Vec<u32>>,
@@ -85,6 +87,7 @@ pub(crate) fn assemble(
         columns: weight.columns(),
         bits: options.bits,
         group_size: options.group_size,
+        group_axis,
         codes,
         scales: grids.iter().map(|grid| grid.scale).collect(),
         scale_type: options.scale_type,

@@ -1,9 +1,11 @@
 use kintsugi_calibration::Calibration;
+use kintsugi_linalg::{UpperTriangle, transposed};
 use kintsugi_runtime::{Result, ThreadPool};
-use kintsugi_weights::{DenseMatrix, QuantizedMatrix};
+use kintsugi_weights::{DenseMatrix, GroupAxis, QuantizedMatrix};
 
+use crate::adaptive_axis::group_axis;
 use crate::linear_method::{assemble, check_input};
-use crate::{GridRule, GroupInputs, LinearMethod, QuantizeOptions};
+use crate::{Grid, GridRule, GroupInputs, LinearMethod, QuantizeOptions};
 
 /// Rounding to nearest: every weight alone, no calibration.
 #[derive(Clone, Copy, Debug)]
@@ -41,36 +43,94 @@ pub fn rtn(
     pool: &ThreadPool,
 ) -> Result<QuantizedMatrix> {
     check_input(weight, calibration, options)?;
-    let (rows, columns) = (weight.rows(), weight.columns());
-    let (size, groups) = (options.group_size.columns(columns), options.group_size.groups(columns));
-    let rule = GridRule::new(options);
+    round(weight, calibration, options, group_axis(weight, calibration, options, pool)?, pool)
+}
+
+/// [`rtn`] of checked arguments with groups along `axis`, whatever `options` say.
+pub(crate) fn round(
+    weight: &DenseMatrix,
+    calibration: Option<&Calibration>,
+    options: &QuantizeOptions,
+    axis: GroupAxis,
+    pool: &ThreadPool,
+) -> Result<QuantizedMatrix> {
     let statistics = calibration.map(|calibration| (calibration.energies(), calibration.second_moment()));
-    let grids = pool.map(rows, |row| {
+    let statistics = statistics.as_ref().map(|(energies, moment)| (energies.as_slice(), *moment));
+    let mut codes = vec![0u8; weight.rows() * weight.columns()];
+    let grids = match axis {
+        GroupAxis::Input => round_rows(weight, statistics, options, &mut codes, pool),
+        GroupAxis::Output => round_columns(weight, statistics, options, &mut codes, pool),
+    };
+    assemble(weight, options, axis, codes, &grids, None)
+}
+
+type Statistics<'a> = (&'a [f64], &'a UpperTriangle<f64>);
+
+/// Groups along the inputs: gives the grids `[rows, groups]`.
+fn round_rows(
+    weight: &DenseMatrix,
+    statistics: Option<Statistics<'_>>,
+    options: &QuantizeOptions,
+    codes: &mut [u8],
+    pool: &ThreadPool,
+) -> Vec<Grid> {
+    let (columns, rule) = (weight.columns(), GridRule::new(options));
+    let size = options.group_size.columns(columns);
+    let mut rows: Vec<(&mut [u8], Vec<Grid>)> =
+        codes.chunks_mut(columns.max(1)).map(|codes| (codes, Vec::new())).collect();
+    pool.for_each_chunk(&mut rows, 1, |row, part| {
+        let (codes, grids) = &mut part[0];
         let mut values = vec![0.0; columns];
         weight.row_to_f32(row, &mut values);
-        let fit = |(group, values)| {
-            let range = group * size..columns.min((group + 1) * size);
-            let inputs = statistics.as_ref().map(|(energies, moment)| GroupInputs {
-                energies: &energies[range.clone()],
-                moment: Some((moment, range.start)),
+        for (group, (codes, values)) in codes.chunks_mut(size).zip(values.chunks(size)).enumerate() {
+            let inputs = statistics.map(|(energies, moment)| GroupInputs {
+                energies: &energies[group * size..][..values.len()],
+                moment: Some((moment, group * size)),
             });
-            rule.fit(values, inputs)
-        };
-        values.chunks(size).enumerate().map(fit).collect::<Vec<_>>()
-    });
-    let grids = grids.concat();
-    let mut codes = vec![0u8; rows * columns];
-    pool.for_each_chunk(&mut codes, columns, |row, codes| {
-        let mut values = vec![0.0; columns];
-        weight.row_to_f32(row, &mut values);
-        let grids = &grids[row * groups..(row + 1) * groups];
-        for ((codes, values), grid) in codes.chunks_mut(size).zip(values.chunks(size)).zip(grids) {
+            let grid = rule.fit(values, inputs);
             for (code, &value) in codes.iter_mut().zip(values) {
                 *code = grid.code(value);
             }
+            grids.push(grid);
         }
     });
-    assemble(weight, options, codes, &grids, None)
+    rows.into_iter().flat_map(|(_, grids)| grids).collect()
+}
+
+/// Groups along the outputs: gives the grids `[groups, columns]`.
+fn round_columns(
+    weight: &DenseMatrix,
+    statistics: Option<Statistics<'_>>,
+    options: &QuantizeOptions,
+    codes: &mut [u8],
+    pool: &ThreadPool,
+) -> Vec<Grid> {
+    let (columns, rule) = (weight.columns(), GridRule::new(options));
+    let size = options.group_size.columns(weight.rows());
+    let mut bands: Vec<(&mut [u8], Vec<Grid>)> =
+        codes.chunks_mut((size * columns).max(1)).map(|codes| (codes, Vec::new())).collect();
+    pool.for_each_chunk(&mut bands, 1, |band, part| {
+        let (codes, grids) = &mut part[0];
+        let height = codes.len() / columns;
+        let mut values = vec![0.0; height * columns];
+        for (row, values) in values.chunks_exact_mut(columns).enumerate() {
+            weight.row_to_f32(band * size + row, values);
+        }
+        let by_column = transposed(&values, height, columns);
+        let mut energies = vec![0.0; height];
+        for (column, values) in by_column.chunks_exact(height).enumerate() {
+            let inputs = statistics.map(|(of_inputs, _)| {
+                energies.fill(of_inputs[column]);
+                GroupInputs { energies: &energies, moment: None }
+            });
+            let grid = rule.fit(values, inputs);
+            for (codes, &value) in codes.chunks_exact_mut(columns).zip(values) {
+                codes[column] = grid.code(value);
+            }
+            grids.push(grid);
+        }
+    });
+    bands.into_iter().flat_map(|(_, grids)| grids).collect()
 }
 
 #[cfg(test)]
@@ -79,6 +139,46 @@ mod tests {
     use kintsugi_weights::{CODE_BITS, ElementType, GroupSize};
 
     use super::*;
+    use crate::{AxisRule, Clip};
+
+    fn along_outputs(group_size: usize, bits: u8, clip: Clip) -> QuantizeOptions {
+        let group_size = GroupSize::Columns(group_size);
+        QuantizeOptions { bits, group_size, group_axis: AxisRule::Output, clip, ..Default::default() }
+    }
+
+    #[test]
+    fn groups_along_the_outputs_are_those_of_the_transposed_matrix() {
+        let pool = ThreadPool::with_threads(2);
+        for (rows, columns, size) in [(1, 1, 32), (64, 3, 32), (70, 129, 32), (5, 40, 64), (130, 7, 128)] {
+            for clip in [Clip::Never, Clip::Weights] {
+                let weight = weights(rows, columns);
+                let turned = DenseMatrix::from_f32(columns, rows, transposed(&weight.to_f32(), rows, columns));
+                let options = along_outputs(size, 3, clip);
+                let found = rtn(&weight, None, &options, &pool).unwrap();
+                let expected =
+                    rtn(&turned, None, &QuantizeOptions { group_axis: AxisRule::Input, ..options }, &pool).unwrap();
+                assert_eq!(found.group_axis(), GroupAxis::Output);
+                assert_eq!(found.to_f32(), transposed(&expected.to_f32(), columns, rows), "{rows}×{columns} {clip:?}");
+                assert_eq!(found.scales(), transposed(expected.scales(), columns, expected.groups()));
+            }
+        }
+    }
+
+    #[test]
+    fn along_the_outputs_an_input_is_alone_and_its_scale_does_not_matter() {
+        let pool = ThreadPool::with_threads(1);
+        let (rows, columns) = (96, 40);
+        let weight = weights(rows, columns);
+        let options = along_outputs(32, 3, Clip::Never);
+        let before = rtn(&weight, None, &options, &pool).unwrap();
+        let mut values = weight.to_f32();
+        values.iter_mut().skip(7).step_by(columns).for_each(|value| *value *= 64.0);
+        let after = rtn(&DenseMatrix::from_f32(rows, columns, values), None, &options, &pool).unwrap();
+        assert_eq!(after.codes(), before.codes());
+        for (at, (after, before)) in after.to_f32().iter().zip(before.to_f32()).enumerate() {
+            assert_eq!(*after, if at % columns == 7 { before * 64.0 } else { before });
+        }
+    }
 
     fn weights(rows: usize, columns: usize) -> DenseMatrix {
         let values = (0..rows * columns).map(|i| ((i * i % 997) as f32 * 0.61).sin() * (1.0 + (i % 5) as f32));

@@ -1,3 +1,4 @@
+use kintsugi_compress::AxisRule;
 use kintsugi_model::{CandleBackend, CpuBackend};
 use kintsugi_pipeline::{
     ActivationPlace, CalibrationKind, CalibrationRecipe, EoraRecipe, LinearOverride, Recipe,
@@ -22,11 +23,15 @@ pub struct BindingCompressOptions {
     pub method: String,
     pub rounding: String,
     pub bits: u32,
+    /// Bits per weight.
+    pub bit_budget: Option<f64>,
     pub overrides: Vec<BindingLinearOverride>,
     /// Name of a format, or `auto`.
     pub format: String,
     /// 0 for the whole row.
     pub group_size: u32,
+    /// `input`, `output` or `adaptive`.
+    pub group_axis: String,
     pub symmetric: bool,
     pub clip: bool,
     pub act_order: bool,
@@ -110,6 +115,9 @@ fn recipe(options: &BindingCompressOptions) -> Result<Recipe> {
         method: options.method.clone(),
         rounding: options.rounding.clone(),
         bits: bits(options.bits),
+        bit_budget: options.bit_budget,
+        group_axis: AxisRule::from_name(&options.group_axis)
+            .ok_or_else(|| invalid_option("groupAxis", &options.group_axis, AxisRule::NAMES))?,
         overrides: options
             .overrides
             .iter()

@@ -203,6 +203,7 @@ impl<'a, B: Backend> BlockCompressor<'a, B> {
                 GroupSize::Columns(size) => Some(size),
                 GroupSize::WholeRow => None,
             },
+            group_axis: quantized.group_axis(),
             alpha: None,
             rank: low_rank.as_ref().map_or(0, LowRank::rank),
             calibration_tokens: statistics.map(Calibration::tokens),

@@ -52,6 +52,12 @@ impl CalibrationKind {
 /// tokens. Measured: 93 to 137.
 const ENCODING_BYTES: u64 = 128;
 
+/// Bytes that are read of a text at first for each token that is asked for; twice as many until there are enough.
+const BYTES_PER_TOKEN: usize = 8;
+
+/// Tokens at the end of a part of a text that are not those of the whole text: the last word is cut.
+const CUT_TOKENS: usize = 256;
+
 /// Most tokens that the file of `recipe` can hold, by its length alone.
 pub(crate) fn most_tokens(recipe: &CalibrationRecipe) -> usize {
     let bytes = file_bytes(recipe);
@@ -65,16 +71,27 @@ pub(crate) fn most_tokens(recipe: &CalibrationRecipe) -> usize {
     usize::try_from(tokens).unwrap_or(usize::MAX)
 }
 
-/// Memory that reading the tokens of the file takes, about. Lines are read one at a time.
+/// Memory that reading the tokens of the file takes, about. Lines are read one at a time, and of a text no more than is
+/// used.
 pub(crate) fn reading_bytes(recipe: &CalibrationRecipe) -> u64 {
     let bytes = file_bytes(recipe);
     match recipe.kind {
-        CalibrationKind::Text => bytes.saturating_mul(ENCODING_BYTES),
+        CalibrationKind::Text => bytes.min(beginning(enough_tokens(recipe)) as u64).saturating_mul(ENCODING_BYTES),
         CalibrationKind::Tokens if is_safetensors(&recipe.file) => bytes.saturating_mul(4),
         // Ids of three digits and a comma.
         CalibrationKind::Tokens if is_json(&recipe.file) => (bytes / 4).saturating_mul(size_of::<Value>() as u64),
         _ => 0,
     }
+}
+
+/// Tokens after which reading may stop: chance chooses among all of them, without it the first are taken.
+pub(crate) fn enough_tokens(recipe: &CalibrationRecipe) -> usize {
+    if recipe.seed.is_some() { usize::MAX } else { recipe.sequences.saturating_mul(recipe.length) }
+}
+
+/// Bytes at the beginning of a text that hold so many tokens, by experience.
+fn beginning(tokens: usize) -> usize {
+    tokens.saturating_add(CUT_TOKENS).saturating_mul(BYTES_PER_TOKEN)
 }
 
 fn file_bytes(recipe: &CalibrationRecipe) -> u64 {
@@ -114,13 +131,8 @@ pub(crate) fn read_tokens(
     let path = recipe.file.as_path();
     match recipe.kind {
         CalibrationKind::Text => {
-            let mut bytes = Vec::new();
-            open(path)?.read_to_end(&mut bytes).map_err(|error| unreadable(path, error.to_string()))?;
-            let text = String::from_utf8(bytes).map_err(|error| {
-                let at = error.utf8_error().valid_up_to();
-                unreadable(path, format!("the text is not UTF-8 at byte {at}")).hint("Convert the file to UTF-8")
-            })?;
-            read_tokenizer(checkpoint, spec)?.encode(&text, false)
+            let tokenizer = read_tokenizer(checkpoint, spec)?;
+            encode_beginning(path, enough, |text| tokenizer.encode(text, false))
         }
         CalibrationKind::Jsonl => {
             let (tokenizer, mut tokens) = (read_tokenizer(checkpoint, spec)?, Vec::new());
@@ -139,6 +151,38 @@ pub(crate) fn read_tokens(
         CalibrationKind::Statistics => {
             Err(Error::new(ErrorCode::Internal, "statistics have no tokens").subject(path.display()))
         }
+    }
+}
+
+/// Tokens of the text at `path`, all of them or at least `enough`: the same in either case, because the last ones of a
+/// part are left out.
+fn encode_beginning(path: &Path, enough: usize, encode: impl Fn(&str) -> Result<Vec<u32>>) -> Result<Vec<u32>> {
+    let mut file = open(path)?;
+    let (mut bytes, mut limit) = (Vec::new(), beginning(enough));
+    loop {
+        let more = (limit - bytes.len()) as u64;
+        let read = Read::by_ref(&mut file).take(more).read_to_end(&mut bytes);
+        let whole = (read.map_err(|error| unreadable(path, error.to_string()))? as u64) < more;
+        let text = match std::str::from_utf8(&bytes) {
+            Ok(text) => text,
+            // A character that is cut in two.
+            Err(error) if !whole && error.error_len().is_none() => {
+                std::str::from_utf8(&bytes[..error.valid_up_to()]).unwrap_or_default()
+            }
+            Err(error) => {
+                let message = format!("the text is not UTF-8 at byte {}", error.valid_up_to());
+                return Err(unreadable(path, message).hint("Convert the file to UTF-8"));
+            }
+        };
+        let mut tokens = encode(text)?;
+        if whole {
+            return Ok(tokens);
+        }
+        tokens.truncate(tokens.len().saturating_sub(CUT_TOKENS));
+        if tokens.len() >= enough {
+            return Ok(tokens);
+        }
+        limit = limit.saturating_mul(2);
     }
 }
 
@@ -249,4 +293,39 @@ fn unreadable(path: &Path, message: String) -> Error {
     Error::new(ErrorCode::TextUnreadable, message)
         .subject(path.display())
         .hint("Give a UTF-8 text, JSONL, token ids or saved statistics")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A token per `size` characters.
+    fn encode(text: &str, size: usize) -> Result<Vec<u32>> {
+        let characters: Vec<u32> = text.chars().map(u32::from).collect();
+        Ok(characters.chunks(size).map(|chunk| chunk.iter().sum()).collect())
+    }
+
+    #[test]
+    fn the_beginning_of_a_text_has_the_tokens_of_the_whole() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("text.txt");
+        let text: String = (0..40_000u32).map(|i| char::from_u32(0x61 + i * i % 3000).unwrap_or('x')).collect();
+        fs::write(&path, &text).unwrap();
+        for size in [1, 3, 40] {
+            let whole = encode(&text, size).unwrap();
+            for enough in [1, 100, 600, 999, 20_000, 1_000_000, usize::MAX] {
+                let longest = std::cell::Cell::new(0);
+                let tokens = encode_beginning(&path, enough, |part| {
+                    longest.set(part.len());
+                    encode(part, size)
+                });
+                let tokens = tokens.unwrap();
+                assert!(tokens.len() >= enough.min(whole.len()) && whole.starts_with(&tokens), "{size} {enough}");
+                assert!(enough > 600 || size > 3 || longest.get() < text.len() / 4, "{size} {enough}: {longest:?}");
+            }
+        }
+        fs::write(&path, b"abc\xff").unwrap();
+        let error = encode_beginning(&path, 1, |text| encode(text, 1)).unwrap_err();
+        assert!(error.message.contains("byte 3"), "{error}");
+    }
 }

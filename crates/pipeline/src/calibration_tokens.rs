@@ -4,7 +4,7 @@ use kintsugi_model::DecoderSpec;
 use kintsugi_runtime::{Error, ErrorCode, Result};
 
 use crate::CalibrationRecipe;
-use crate::calibration_source::read_tokens;
+use crate::calibration_source::{enough_tokens, read_tokens};
 
 /// The tokens that calibration runs over: sequences of one length.
 #[derive(Clone, Debug)]
@@ -28,9 +28,7 @@ impl CalibrationTokens {
                 .subject("calibration.length")
                 .hint(format!("Use a length of at most {}", spec.context_length)));
         }
-        // Chance chooses among all tokens; without it no more need to be read than are used.
-        let enough = if recipe.seed.is_some() { usize::MAX } else { recipe.sequences.saturating_mul(length) };
-        let tokens = read_tokens(recipe, checkpoint, spec, enough)?;
+        let tokens = read_tokens(recipe, checkpoint, spec, enough_tokens(recipe))?;
         if tokens.len() < length {
             let message = format!("the file has {} tokens, less than one sequence of {length}", tokens.len());
             return Err(Error::new(ErrorCode::TextTooShort, message)
@@ -38,6 +36,12 @@ impl CalibrationTokens {
                 .hint("Give more of it or a smaller calibration.length"));
         }
         Ok(CalibrationTokens { tokens: choose(tokens, recipe.sequences, length, recipe.seed), length })
+    }
+
+    /// The first sequences that together have at most `tokens` tokens; at least one.
+    pub(crate) fn first(&self, tokens: usize) -> Self {
+        let count = (tokens / self.length).max(1) * self.length;
+        CalibrationTokens { tokens: self.tokens[..count.min(self.tokens.len())].to_vec(), length: self.length }
     }
 
     /// All tokens, sequence after sequence.

@@ -8,10 +8,12 @@ use kintsugi_checkpoint::{
 };
 use kintsugi_model::{Backend, BlockWeights, DecoderSpec};
 use kintsugi_runtime::{CancelToken, Error, ErrorCode, Progress, Result, peak_memory_bytes, replace_file};
-use kintsugi_weights::{Adapter, AdapterEntry, WeightMatrix};
+use kintsugi_weights::{Adapter, AdapterEntry, GroupAxis, WeightMatrix};
 use serde_json::Value;
 
+use crate::bit_allocation::{BitAllocation, Search};
 use crate::ledger::{Ledger, LedgerUnit, identity};
+use crate::plan::stored_type;
 use crate::{
     BlockCompressor, CalibrationInput, CalibrationStream, CalibrationTokens, CompressedBlock, LinearReport, MeanError,
     PhaseSeconds, Plan, Recipe, Report, SavedStatistics, StatisticsWriter, Summary,
@@ -157,6 +159,19 @@ impl Compression<'_> {
         }
         let finished_blocks = self.units.len() - 1;
         let folder = self.writer.folder().to_path_buf();
+        let allocated = match (&calibration, recipe.bit_budget) {
+            (CalibrationData::Tokens(text), Some(_)) if finished_blocks < spec.layers => {
+                let checkpoint = self.checkpoint;
+                let (format, stored) = (linear_format(plan.format)?, stored_type(checkpoint, spec));
+                let search = Search { recipe, checkpoint, spec, backend, text, format, stored, cancel };
+                let (found, seconds) = timed(|| BitAllocation::resume_or_find(&search, &folder, progress))?;
+                phases.calibrate += seconds;
+                progress.begin("prepare", spec.layers as u64);
+                Some(found.applied(recipe))
+            }
+            _ => None,
+        };
+        let recipe = allocated.as_ref().unwrap_or(recipe);
         let on_disk = plan.memory.activations_on_disk.then_some(folder.as_path());
         let tokens = calibration.tokens() as u64;
         let done = finished_blocks == spec.layers;
@@ -213,7 +228,7 @@ impl Compression<'_> {
         let most_tokens = linears.iter().filter_map(|linear| linear.calibration_tokens).max().unwrap_or(0);
         let stored_bits: u64 = linears.iter().map(|linear| linear.stored_bits).sum();
         let report = Report {
-            recipe: recipe.clone(),
+            recipe: self.recipe.clone(),
             summary: Summary {
                 format: plan.format,
                 bits_per_weight: stored_bits as f64 / plan.quantized_weights as f64,
@@ -242,7 +257,13 @@ impl Compression<'_> {
         self.writer.quantization(ignore.clone()).unwrap_or_else(|| {
             // A model without a Linear in its blocks.
             let Recipe { bits, symmetric, .. } = *self.recipe;
-            let scheme = Scheme { bits, group_size: self.recipe.group_size(), symmetric, group_index: false };
+            let scheme = Scheme {
+                bits,
+                group_size: self.recipe.group_size(),
+                group_axis: GroupAxis::Input,
+                symmetric,
+                group_index: false,
+            };
             QuantizationConfig::uniform(format, scheme, ignore)
         })
     }

@@ -5,6 +5,7 @@
 //! all that is held, and the activations go to disk where they do not fit.
 
 mod activation_buffer;
+mod bit_allocation;
 mod block_compressor;
 mod calibration_source;
 mod calibration_statistics;

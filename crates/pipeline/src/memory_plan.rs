@@ -1,5 +1,6 @@
 use kintsugi_calibration::{CHUNK_TOKENS, Calibration};
 use kintsugi_checkpoint::Checkpoint;
+use kintsugi_compress::tile_rows;
 use kintsugi_kernels::PAGE_POSITIONS;
 use kintsugi_model::{CpuBackend, DecoderSpec, LinearSpec, PositionRule, TapPoint};
 use kintsugi_runtime::{Error, ErrorCode, Result, ThreadPool, available_memory_bytes};
@@ -47,7 +48,8 @@ pub struct MemoryPlan {
 pub struct MemoryParts {
     /// The process, headers and tokenizer.
     pub base: u64,
-    /// The calibration file while it is read, before everything else: a text takes about 128 times its length.
+    /// The calibration file while it is read, before everything else: a text takes about 128 times the
+    /// length that is read of it.
     pub text: u64,
     /// The embedding and learned positions, at the start only.
     pub embedding: u64,
@@ -62,7 +64,8 @@ pub struct MemoryParts {
     pub forward: u64,
     /// What is left of the Linears that are done: a byte per weight, and scales.
     pub quantized: u64,
-    /// The largest need of a solver. GPTQ: 4 k² for the factor and 128·13·k·t for tiles. EoRA: residual, its QR, and
+    /// The largest need of a solver. GPTQ: 4 k² for the factor and 128·13·k·t for tiles,
+    /// whose rows are those of a group at least where groups lie along the outputs. EoRA: residual, its QR, and
     /// 40·min(m, k)² for the eigenproblem. Errors: 1024·k·t. AWQ: five f32 copies of the Linears that share an input.
     pub solver: u64,
     /// The activations of all calibration tokens, 0 when they lie on disk.
@@ -313,7 +316,9 @@ impl Shapes<'_> {
 
     fn solver(&self, linear: &LinearSpec) -> u64 {
         let (m, k, t) = (linear.rows as u64, linear.columns as u64, self.threads as u64);
-        let gptq = if self.recipe.solves_gptq() { Calibration::bytes(linear.columns) + 128 * 13 * k * t } else { 0 };
+        let tile_rows = tile_rows(&self.recipe.usual_options(ElementType::F16)) as u64;
+        let tiles = t.min(m.div_ceil(tile_rows)) * tile_rows.min(m);
+        let gptq = if self.recipe.solves_gptq() { Calibration::bytes(linear.columns) + 13 * k * tiles } else { 0 };
         let errors = t * (1024 * k + 256 * 256 * 8);
         let side = m.min(k);
         let (residual, reduced) = (m * k * 8, m > k);

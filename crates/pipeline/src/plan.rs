@@ -1,9 +1,11 @@
 use kintsugi_checkpoint::Checkpoint;
+use kintsugi_compress::{AxisRule, QuantizeOptions};
 use kintsugi_model::DecoderSpec;
 use kintsugi_runtime::{Error, ErrorCode, Result};
 use kintsugi_weights::ElementType;
 use serde::Serialize;
 
+use crate::bit_allocation::check_budget;
 use crate::output_format::output_format;
 use crate::{DiskPlan, MemoryPlan, Recipe};
 
@@ -43,8 +45,8 @@ pub struct PlannedLinear {
     pub rows: usize,
     /// Inputs.
     pub columns: usize,
-    /// Width of a code.
-    pub bits: u8,
+    /// Width of a code; `null` while a bit budget decides.
+    pub bits: Option<u8>,
     /// Most that the rank can be; 0 without compensation.
     pub rank: usize,
     /// Bits of codes, scales, zero points and factors.
@@ -94,9 +96,12 @@ impl Plan {
         let bytes = source_bytes - replaced + stored_bits.div_ceil(8);
         let factor_values = |linear: &PlannedLinear| (linear.rank * (linear.rows + linear.columns)) as u64;
         let factor_bytes = linears.iter().map(factor_values).sum::<u64>() * 2;
+        let stored = stored_type(checkpoint, spec);
+        let format = output_format(recipe, spec, stored)?;
+        check_budget(recipe, spec, format, stored)?;
         Ok(Plan {
             recipe: recipe.clone(),
-            format: output_format(recipe, spec, stored_type(checkpoint, &names))?.name(),
+            format: format.name(),
             architecture: spec.family.architecture.to_owned(),
             quantized_weights,
             bits_per_weight: stored_bits as f64 / quantized_weights as f64,
@@ -110,20 +115,35 @@ impl Plan {
 }
 
 fn planned_linear(recipe: &Recipe, name: String, (rows, columns): (usize, usize)) -> PlannedLinear {
-    let weights = (rows * columns) as u64;
     let options = recipe.quantize_options(&name, ElementType::F16);
-    let groups = (rows * options.group_size.groups(columns)) as u64;
-    let zero_bits = if recipe.symmetric { 0 } else { u64::from(options.bits) };
-    let scale_bits = options.scale_type.bits() as u64;
     let rank = recipe.eora.map_or(0, |eora| eora.rank.min(rows).min(columns));
     let factor_bits = (rank * (rows + columns) * 16) as u64;
-    let index_bits = if recipe.has_group_index() { columns as u64 * 32 } else { 0 };
-    let stored_bits = weights * u64::from(options.bits) + groups * (scale_bits + zero_bits) + index_bits + factor_bits;
-    PlannedLinear { name, rows, columns, bits: options.bits, rank, stored_bits }
+    let (bits, grid_bits) = match recipe.bit_budget {
+        // At most; whatever the widths, they take together what the budget says.
+        Some(budget) => (None, (budget.min(17.0) * (rows * columns) as f64) as u64),
+        None => (Some(options.bits), grid_bits(&options, (rows, columns), recipe.has_group_index())),
+    };
+    PlannedLinear { name, rows, columns, bits, rank, stored_bits: grid_bits + factor_bits }
+}
+
+/// Bits of codes, scales, zero points and group index of a Linear; the more of both axes where either may be chosen.
+pub(crate) fn grid_bits(options: &QuantizeOptions, (rows, columns): (usize, usize), has_group_index: bool) -> u64 {
+    let along_inputs = rows * options.group_size.groups(columns);
+    let along_outputs = columns * options.group_size.groups(rows);
+    let groups = match options.group_axis {
+        AxisRule::Input => along_inputs,
+        AxisRule::Output => along_outputs,
+        AxisRule::Adaptive => along_inputs.max(along_outputs),
+    } as u64;
+    let zero_bits = if options.symmetric { 0 } else { u64::from(options.bits) };
+    let index_bits = if has_group_index { columns as u64 * 32 } else { 0 };
+    let codes = (rows * columns) as u64 * u64::from(options.bits);
+    codes + groups * (options.scale_type.bits() as u64 + zero_bits) + index_bits
 }
 
 /// The type that the Linears are stored in, after the first of them.
-fn stored_type(checkpoint: &Checkpoint, names: &[String]) -> ElementType {
-    let weight = names.first().and_then(|name| checkpoint.tensor(&format!("{name}.weight")));
+pub(crate) fn stored_type(checkpoint: &Checkpoint, spec: &DecoderSpec) -> ElementType {
+    let first = spec.linears.first().map(|linear| spec.linear_name(0, linear));
+    let weight = first.and_then(|name| checkpoint.tensor(&format!("{name}.weight")));
     weight.and_then(|tensor| ElementType::from_name(&tensor.dtype.to_ascii_lowercase())).unwrap_or(ElementType::F32)
 }

@@ -1,7 +1,9 @@
 use std::path::PathBuf;
 
 use kintsugi_checkpoint::linear_format;
-use kintsugi_compress::{BlockMethod, Clip, Gptq, LinearMethod, QuantizeOptions, block_method, linear_method};
+use kintsugi_compress::{
+    AxisRule, BlockMethod, Clip, Gptq, LinearMethod, QuantizeOptions, block_method, linear_method,
+};
 use kintsugi_model::{DecoderSpec, TapPoint};
 use kintsugi_runtime::{Error, ErrorCode, Result};
 use kintsugi_weights::{ElementType, GroupSize};
@@ -23,10 +25,14 @@ pub struct Recipe {
     pub method: String,
     /// AWQ: name of the method that rounds the scaled weights.
     pub rounding: String,
-    /// Width of a code: 2, 3, 4, 5, 6 or 8.
+    /// Width of a code: 2, 3, 4, 5, 6 or 8. Not with a bit budget.
     pub bits: u8,
-    /// Columns that share a scale; `null` for the whole row.
+    /// Bits per weight that codes, scales and zero points may take; each Linear gets a width of its own.
+    pub bit_budget: Option<f64>,
+    /// Weights that share a scale; `null` for the whole row.
     pub group_size: Option<usize>,
+    /// Which way they lie.
+    pub group_axis: AxisRule,
     /// Linears whose options differ; the first that matches counts.
     pub overrides: Vec<LinearOverride>,
     /// Name of the format of quantized Linears; `auto` takes what servers read fastest.
@@ -115,6 +121,8 @@ impl Recipe {
         if self.format != AUTO {
             linear_format(&self.format)?;
         }
+        self.validate_axis()?;
+        self.validate_budget()?;
         let method = self.method()?;
         let needs_calibration = method.needs_calibration() || self.block_method().is_some();
         if self.calibration.is_none() && needs_calibration {
@@ -141,6 +149,31 @@ impl Recipe {
                         .hint(format!("Use at least {least}")));
                 }
             }
+        }
+        Ok(())
+    }
+
+    fn validate_axis(&self) -> Result<()> {
+        if self.group_axis == AxisRule::Input || self.block_method().is_none() {
+            return Ok(());
+        }
+        let message = format!("the method '{}' scales inputs, and groups along the outputs do not notice", self.method);
+        Err(Error::new(ErrorCode::OptionInvalid, message)
+            .subject("groupAxis")
+            .hint("Use gptq or rtn, or groups along the inputs"))
+    }
+
+    fn validate_budget(&self) -> Result<()> {
+        let Some(budget) = self.bit_budget else { return Ok(()) };
+        let refuse = |message: String, hint: &str| {
+            Err(Error::new(ErrorCode::OptionInvalid, message).subject("bitBudget").hint(hint))
+        };
+        if !(budget.is_finite() && budget > 0.0) {
+            return refuse(format!("a budget is a number of bits per weight, not {budget}"), "Use 3.5, for instance");
+        }
+        if self.passes().is_none() {
+            let message = "a bit budget is divided by what rounding does to the outputs of blocks on some text".into();
+            return refuse(message, "Give a calibration text, not statistics");
         }
         Ok(())
     }
@@ -228,6 +261,7 @@ impl Recipe {
         QuantizeOptions {
             bits: given.and_then(|given| given.bits).unwrap_or(self.bits),
             group_size: given.and_then(LinearOverride::group_size).unwrap_or(self.group_size()),
+            group_axis: self.group_axis,
             symmetric: self.symmetric,
             scale_type,
             clip: match (self.clip, self.block_method()) {
@@ -244,7 +278,13 @@ impl Recipe {
     /// Whether columns may belong to groups that are not runs of neighbours, so that each Linear stores the group of
     /// every column.
     pub fn has_group_index(&self) -> bool {
-        self.solves_gptq() && self.act_order && !self.static_groups && self.group_size.is_some()
+        let along_inputs = self.group_axis != AxisRule::Output;
+        along_inputs && self.solves_gptq() && self.act_order && !self.static_groups && self.group_size.is_some()
+    }
+
+    /// The same with another usual width.
+    pub(crate) fn with_bits(&self, bits: u8) -> Recipe {
+        Recipe { bits, ..self.clone() }
     }
 
     /// Whether Linears are solved by GPTQ.
@@ -261,7 +301,7 @@ impl Recipe {
         }
     }
 
-    /// Columns that share a scale.
+    /// Weights that share a scale.
     pub fn group_size(&self) -> GroupSize {
         self.group_size.map_or(GroupSize::WholeRow, GroupSize::Columns)
     }

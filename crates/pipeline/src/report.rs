@@ -1,4 +1,5 @@
 use kintsugi_compensate::ResidualError;
+use kintsugi_weights::GroupAxis;
 use serde::{Deserialize, Serialize};
 
 use crate::Recipe;
@@ -79,8 +80,10 @@ pub struct LinearReport {
     pub columns: usize,
     /// Width of a code.
     pub bits: u8,
-    /// Columns per group; `null` for the whole row.
+    /// Weights per group; `null` for the whole row.
     pub group_size: Option<usize>,
+    /// Which way they lie.
+    pub group_axis: GroupAxis,
     /// AWQ: exponent of the activations that its inputs are scaled by; `null` without.
     pub alpha: Option<f64>,
     /// Rank of the factors; 0 without.

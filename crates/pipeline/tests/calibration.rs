@@ -391,3 +391,18 @@ fn the_order_of_the_samples_hardly_changes_the_second_moments() {
         }
     }
 }
+
+#[test]
+fn the_first_tokens_of_a_text_do_not_depend_on_how_much_of_it_is_read() {
+    for model in ["llama-7m", "tinystories-656k"] {
+        let (checkpoint, spec, tokenizer) = tools(&assets(model));
+        let file = assets("text/calibration-wikipedia.txt");
+        let whole = tokenizer.encode(&fs::read_to_string(&file).unwrap(), false).unwrap();
+        for sequences in [1, 5, 20] {
+            let mut calibration = scene().1.calibration.unwrap();
+            (calibration.file, calibration.sequences) = (file.clone(), sequences);
+            let tokens = CalibrationTokens::read(&calibration, &checkpoint, &spec).unwrap();
+            assert_eq!(tokens.tokens(), &whole[..sequences * LENGTH], "{model} {sequences}");
+        }
+    }
+}

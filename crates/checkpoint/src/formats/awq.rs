@@ -1,5 +1,5 @@
 use kintsugi_runtime::{Error, ErrorCode, Result};
-use kintsugi_weights::{QuantizedMatrix, QuantizedParts};
+use kintsugi_weights::{GroupAxis, QuantizedMatrix, QuantizedParts};
 use safetensors::Dtype;
 use serde_json::{Map, Value, json};
 
@@ -78,7 +78,7 @@ impl LinearFormat for Awq {
             ignore.push(HEAD.to_string());
         }
         let symmetric = !bool_or(config, "zero_point", true)? || bool_or(config, "sym", false)?;
-        let scheme = Scheme { bits, group_size, symmetric, group_index: false };
+        let scheme = Scheme { bits, group_size, group_axis: GroupAxis::Input, symmetric, group_index: false };
         Ok(QuantizationConfig::uniform(&Awq, scheme, ignore))
     }
 

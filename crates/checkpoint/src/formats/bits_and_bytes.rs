@@ -1,5 +1,5 @@
 use kintsugi_runtime::Result;
-use kintsugi_weights::{CodeTable, ElementType, GroupSize, QuantizedMatrix, QuantizedParts};
+use kintsugi_weights::{CodeTable, ElementType, GroupAxis, GroupSize, QuantizedMatrix, QuantizedParts};
 use safetensors::Dtype;
 use serde::Deserialize;
 use serde_json::{Map, Value};
@@ -136,7 +136,7 @@ impl LinearFormat for BitsAndBytes {
         }
         // Each Linear says its own block size.
         let group_size = GroupSize::Columns(USUAL_BLOCK);
-        let scheme = Scheme { bits: 4, group_size, symmetric: false, group_index: false };
+        let scheme = Scheme { bits: 4, group_size, group_axis: GroupAxis::Input, symmetric: false, group_index: false };
         Ok(QuantizationConfig::uniform(self.shared(), scheme, strings(config, "llm_int8_skip_modules")?))
     }
 

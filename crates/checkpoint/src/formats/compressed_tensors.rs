@@ -2,7 +2,7 @@
 //! of <https://github.com/vllm-project/compressed-tensors>.
 
 use kintsugi_runtime::Result;
-use kintsugi_weights::GroupSize;
+use kintsugi_weights::{GroupAxis, GroupSize};
 use serde_json::{Map, Value, json};
 
 use crate::config_fields::{bool_or, integer, invalid, object, require_empty, string_or, strings, unsupported};
@@ -39,11 +39,13 @@ pub(super) fn read_float_config(
 ) -> Result<QuantizationConfig> {
     let read = read_schemes(format, config, "float")?;
     match read.scheme() {
-        Scheme { bits: 4, group_size: GroupSize::Columns(groups), symmetric: true, group_index: false }
-            if groups == size && read.exceptions.is_empty() =>
-        {
-            Ok(read)
-        }
+        Scheme {
+            bits: 4,
+            group_size: GroupSize::Columns(groups),
+            group_axis: GroupAxis::Input,
+            symmetric: true,
+            group_index: false,
+        } if groups == size && read.exceptions.is_empty() => Ok(read),
         other => Err(unsupported("config_groups", &format!("{other} of floats"))),
     }
 }
@@ -199,7 +201,7 @@ fn read_scheme(format: &dyn LinearFormat, number: &str, name: &str, group: &Valu
         },
         Some(_) => return Err(invalid("weights.actorder", "null, \"group\" or \"weight\"")),
     };
-    Ok(Scheme { bits, group_size, symmetric, group_index })
+    Ok(Scheme { bits, group_size, group_axis: GroupAxis::Input, symmetric, group_index })
 }
 
 /// Activations that are rounded to 8-bit integers or 4-bit floats while the model runs leave no trace in the checkpoint: the weights
@@ -232,13 +234,25 @@ mod tests {
     use crate::PackQuantized;
 
     fn config() -> QuantizationConfig {
-        let scheme = Scheme { bits: 4, group_size: GroupSize::Columns(128), symmetric: false, group_index: true };
+        let scheme = Scheme {
+            bits: 4,
+            group_size: GroupSize::Columns(128),
+            group_axis: GroupAxis::Input,
+            symmetric: false,
+            group_index: true,
+        };
         QuantizationConfig::uniform(&PackQuantized, scheme, vec!["lm_head".into()])
     }
 
     #[test]
     fn what_is_written_is_read() {
-        let scheme = Scheme { bits: 3, group_size: GroupSize::WholeRow, symmetric: true, group_index: false };
+        let scheme = Scheme {
+            bits: 3,
+            group_size: GroupSize::WholeRow,
+            group_axis: GroupAxis::Input,
+            symmetric: true,
+            group_index: false,
+        };
         let whole_row = QuantizationConfig::uniform(&PackQuantized, scheme, Vec::new());
         let except = |linears, bits| SchemeException { linears, scheme: Scheme { bits, ..scheme } };
         let mixed = QuantizationConfig {

@@ -1,7 +1,7 @@
 use std::collections::BTreeSet;
 
 use kintsugi_runtime::Result;
-use kintsugi_weights::{ElementType, GroupSize, QuantizedMatrix, QuantizedParts};
+use kintsugi_weights::{ElementType, GroupAxis, GroupSize, QuantizedMatrix, QuantizedParts};
 use safetensors::Dtype;
 use serde_json::{Map, Value, json};
 
@@ -143,7 +143,7 @@ impl LinearFormat for Gptq {
             ignore.push(HEAD.to_string());
         }
         let (symmetric, group_index) = (bool_or(config, "sym", true)?, bool_or(config, "desc_act", false)?);
-        let usual = Scheme { bits, group_size, symmetric, group_index };
+        let usual = Scheme { bits, group_size, group_axis: GroupAxis::Input, symmetric, group_index };
         let mut exceptions = Vec::new();
         if let Some(rules) = config.get("dynamic").filter(|rules| !rules.is_null()) {
             for (rule, fields) in object(rules, "dynamic")? {
@@ -359,7 +359,10 @@ fn read_rule(rule: &str, fields: &Map<String, Value>, usual: Scheme) -> Result<S
     let symmetric = bool_or(fields, "sym", usual.symmetric)?;
     let group_index = bool_or(fields, "desc_act", usual.group_index)?;
     let linears = LinearTarget::expression(rule.strip_prefix("+:").unwrap_or(rule))?;
-    Ok(SchemeException { linears, scheme: Scheme { bits, group_size, symmetric, group_index } })
+    Ok(SchemeException {
+        linears,
+        scheme: Scheme { bits, group_size, group_axis: GroupAxis::Input, symmetric, group_index },
+    })
 }
 
 /// Words that `count` codes fill without a rest.

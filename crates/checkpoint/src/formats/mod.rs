@@ -6,6 +6,7 @@ mod compressed_tensors;
 mod float4;
 mod gptq;
 mod int_quantized;
+mod kintsugi;
 mod pack_quantized;
 
 pub use awq::Awq;
@@ -13,6 +14,7 @@ pub use bits_and_bytes::BitsAndBytes;
 pub use float4::Float4;
 pub use gptq::Gptq;
 pub use int_quantized::IntQuantized;
+pub use kintsugi::Kintsugi;
 pub use pack_quantized::PackQuantized;
 
 use kintsugi_runtime::{Error, ErrorCode, Result};

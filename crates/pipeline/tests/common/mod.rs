@@ -5,6 +5,7 @@ pub(crate) mod reference;
 
 use std::path::{Path, PathBuf};
 
+use kintsugi_compress::AxisRule;
 use kintsugi_kernels::Kernels;
 use kintsugi_model::{CpuBackend, LoadOptions, LoadedModel, Precision};
 use kintsugi_pipeline::{ActivationPlace, CalibrationKind, CalibrationRecipe, EoraRecipe, Recipe};
@@ -27,6 +28,8 @@ pub(crate) fn recipe(source: &Path, out: &Path, method: &str, bits: u8, rank: us
         method: method.to_owned(),
         rounding: "rtn".to_owned(),
         bits,
+        bit_budget: None,
+        group_axis: AxisRule::Input,
         overrides: Vec::new(),
         format: "auto".to_owned(),
         group_size: Some(64),
