@@ -67,11 +67,15 @@ export interface BindingCompressOptions {
   method: string
   rounding: string
   bits: number
+  /** Bits per weight. */
+  bitBudget?: number
   overrides: Array<BindingLinearOverride>
   /** Name of a format, or `auto`. */
   format: string
   /** 0 for the whole row. */
   groupSize: number
+  /** `input`, `output` or `adaptive`. */
+  groupAxis: string
   symmetric: boolean
   clip: boolean
   actOrder: boolean

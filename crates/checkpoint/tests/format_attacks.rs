@@ -1,4 +1,4 @@
-//! Broken and hostile Linears of GPTQ, AWQ and int-quantized. Each must end in a typed error that says with what and
+//! Broken and hostile Linears of GPTQ, AWQ, int-quantized and our own format. Each must end in a typed error that says with what and
 //! what to do.
 
 mod fixture;
@@ -57,6 +57,19 @@ fn int_quantized() -> (Vec<Tensor>, Value) {
     (tensors, config)
 }
 
+/// Four outputs of eight inputs in groups of two outputs, 4 bits, asymmetric.
+fn kintsugi() -> (Vec<Tensor>, Value) {
+    let tensors = vec![
+        words("up.weight_packed", &[4, 1], &[0x1234_5678; 4]),
+        floats("up.weight_scale", &[2, 8], &[1.0; 16]),
+        words("up.weight_zero_point", &[2], &[0x1234_5678; 2]),
+        ("up.weight_shape", "I64", vec![2], [4i64, 8].iter().flat_map(|size| size.to_le_bytes()).collect()),
+    ];
+    let config = json!({ "quant_method": "kintsugi", "version": 1, "bits": 4, "group_size": 2, "group_axis": "output",
+        "symmetric": false, "linears": { "up": { "bits": 4 } } });
+    (tensors, config)
+}
+
 /// The sound Linear with one tensor replaced (or added); the error that reading it gives.
 #[track_caller]
 fn spoiled(sound: fn() -> (Vec<Tensor>, Value), tensor: Tensor, code: ErrorCode) -> Error {
@@ -82,7 +95,7 @@ fn misconfigured(sound: fn() -> (Vec<Tensor>, Value), pointer: &str, value: Valu
 
 #[test]
 fn linears_are_sound_before_they_are_spoiled() {
-    for sound in [gptq, awq, int_quantized] {
+    for sound in [gptq, awq, int_quantized, kintsugi] {
         let (tensors, config) = sound();
         read(&tensors, &config).unwrap();
     }
@@ -98,6 +111,9 @@ fn each_missing_tensor() {
         (awq, "up.scales"),
         (int_quantized, "up.weight_scale"),
         (int_quantized, "up.weight_zero_point"),
+        (kintsugi, "up.weight_shape"),
+        (kintsugi, "up.weight_scale"),
+        (kintsugi, "up.weight_zero_point"),
     ] {
         let (mut tensors, config): (Vec<Tensor>, Value) = sound();
         tensors.retain(|(name, ..)| *name != absent);
@@ -320,4 +336,29 @@ proptest! {
             prop_assert!(!error.subject.is_empty() && !error.hint.is_empty(), "{}", error);
         }
     }
+}
+
+#[test]
+fn our_own_format_is_trusted_no_more_than_others() {
+    let sizes = |rows: i64, columns: i64| {
+        let bytes = [rows, columns].iter().flat_map(|size| size.to_le_bytes()).collect();
+        ("up.weight_shape", "I64", vec![2], bytes)
+    };
+    for (rows, columns) in [(0, 8), (4, 0), (-4, 8), (4, 9), (5, 8), (i64::MAX, 8), (4, i64::MAX), (1 << 62, 1 << 62)] {
+        spoiled(kintsugi, sizes(rows, columns), ErrorCode::CheckpointShape);
+    }
+    spoiled(kintsugi, floats("up.weight_scale", &[4, 4], &[1.0; 16]), ErrorCode::CheckpointShape);
+    spoiled(kintsugi, floats("up.weight_scale", &[2, 8], &[f32::NAN; 16]), ErrorCode::CheckpointNotFinite);
+    spoiled(kintsugi, words("up.weight_zero_point", &[3], &[0; 3]), ErrorCode::CheckpointShape);
+    spoiled(kintsugi, words("up.weight_g_idx", &[8], &[0; 8]), ErrorCode::CheckpointCorrupt);
+    misconfigured(kintsugi, "/version", json!(2), ErrorCode::QuantizationUnsupported);
+    misconfigured(kintsugi, "/version", Value::Null, ErrorCode::ConfigInvalid);
+    misconfigured(kintsugi, "/bits", json!(7), ErrorCode::QuantizationUnsupported);
+    misconfigured(kintsugi, "/group_size", json!(0), ErrorCode::ConfigInvalid);
+    misconfigured(kintsugi, "/group_axis", json!("diagonal"), ErrorCode::QuantizationUnsupported);
+    misconfigured(kintsugi, "/group_axis", json!("input"), ErrorCode::CheckpointShape);
+    misconfigured(kintsugi, "/symmetric", json!(true), ErrorCode::CheckpointCorrupt);
+    misconfigured(kintsugi, "/linears/up/bits", json!(2), ErrorCode::CheckpointShape);
+    misconfigured(kintsugi, "/linears", json!(["up"]), ErrorCode::ConfigInvalid);
+    misconfigured(kintsugi, "/linears/up", json!(4), ErrorCode::ConfigInvalid);
 }

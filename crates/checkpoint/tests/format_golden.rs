@@ -5,7 +5,9 @@ mod fixture;
 use std::path::Path;
 
 use fixture::{finish, floats, raw_file, safetensors, words, write_checkpoint};
-use kintsugi_checkpoint::{Awq, Checkpoint, CheckpointWriter, Gptq, LinearFormat, QuantizationConfig};
+use kintsugi_checkpoint::{
+    Awq, Checkpoint, CheckpointWriter, Gptq, Kintsugi, LinearFormat, QuantizationConfig, Scheme,
+};
 use kintsugi_weights::{ElementType, GroupAxis, GroupSize, QuantizedMatrix, QuantizedParts, WeightMatrix};
 use serde_json::{Value, json};
 
@@ -39,16 +41,7 @@ fn write(format: &'static dyn LinearFormat, matrix: &QuantizedMatrix) -> (tempfi
     let source = Checkpoint::open(&source).unwrap();
     let mut writer = CheckpointWriter::create(&target, &source).unwrap().format(format);
     writer.write_linear("up", matrix).unwrap();
-    let config = QuantizationConfig {
-        format,
-        bits: matrix.bits(),
-        group_size: matrix.group_size(),
-        group_axis: GroupAxis::Input,
-        symmetric: matrix.zero_points().is_none(),
-        group_index: matrix.group_index().is_some(),
-        exceptions: Vec::new(),
-        ignore: vec!["lm_head".into()],
-    };
+    let config = QuantizationConfig::uniform(format, Scheme::of(matrix), vec!["lm_head".into()]);
     finish(writer, &config).unwrap();
     let written = Checkpoint::open(&target).unwrap();
     assert_eq!(written.quantization(), Some(&config));
@@ -365,4 +358,36 @@ fn four_bits_in_bytes_by_group_are_read() {
     assert_eq!(matrix.codes(), [0, 15, 8, 11]);
     assert_eq!(matrix.zero_points().unwrap(), [7, 15]);
     assert_eq!(matrix.to_f32(), [-30.0, 4.0, -14.0, 2.0]);
+}
+
+// --- kintsugi ---
+
+#[test]
+fn groups_along_the_outputs_are_written_and_read_as_documented() {
+    // Three outputs of four inputs in groups of two outputs, the last one shorter.
+    let matrix = QuantizedMatrix::new(QuantizedParts {
+        rows: 3,
+        columns: 4,
+        bits: 4,
+        group_size: GroupSize::Columns(2),
+        group_axis: GroupAxis::Output,
+        codes: vec![0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11],
+        scales: vec![0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0],
+        scale_type: ElementType::F16,
+        zero_points: Some(vec![1, 2, 3, 4, 5, 6, 7, 8]),
+        ..QuantizedParts::default()
+    })
+    .unwrap();
+    let (_folder, written) = write(&Kintsugi, &matrix);
+    let stored = |name: &str| stored_words(written.path(), name);
+    assert_eq!(stored("up.weight_packed"), (vec![3, 1], vec![0x3210, 0x7654, 0xba98]));
+    assert_eq!(stored("up.weight_zero_point"), (vec![1], vec![0x8765_4321]));
+    let expected = json!({
+        "quant_method": "kintsugi", "version": 1, "bits": 4, "group_size": 2, "group_axis": "output",
+        "symmetric": false, "group_index": false, "linears": {}, "ignore": ["lm_head"]
+    });
+    assert_eq!(written.config()["quantization_config"], expected);
+    assert_eq!(written.linear("up").unwrap().matrix, WeightMatrix::Quantized(matrix.clone()));
+    // Row 2 is in the second group: (8 − 5) · 4, (9 − 6) · 8 …
+    assert_eq!(matrix.to_f32()[8..], [12.0, 24.0, 48.0, 96.0]);
 }

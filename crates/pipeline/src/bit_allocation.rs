@@ -22,7 +22,8 @@ const STEPS: u64 = 50_000;
 ///
 /// Linears that servers fuse have one width: query, key and value; gate and up; all experts of a block. Each such group
 /// is rounded to nearest at every width that the format holds, alone, and the damage is what that does to the output of
-/// its block, `‖Δy‖² / ‖y‖²` over the first calibration tokens. The widths that are taken have the least sum of damages
+/// its block: the mean of `‖Δy‖² / ‖y‖²` over the first calibration tokens, of each token alone because the norm of the
+/// next block makes them equal. The widths that are taken have the least sum of damages
 /// that the budget allows.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct BitAllocation {
@@ -118,7 +119,7 @@ impl<B: Backend> Search<'_, B> {
                         bits += taken;
                     }
                     let output = stream.forward(self.backend, &runnable, BlockPart::Whole, &rows, self.cancel)?;
-                    choices.push(Choice { width, bits, damage: relative_energy(&whole, &output) });
+                    choices.push(Choice { width, bits, damage: relative_damage(&whole, &output, spec.hidden_size) });
                 }
                 for &place in &places {
                     runnable.replace(place, self.backend.prepare(&weights.linears[place])?);
@@ -250,15 +251,19 @@ fn fused_places(spec: &DecoderSpec) -> Vec<Vec<usize>> {
     groups.into_iter().map(|(_, places)| places).collect()
 }
 
-/// `‖b − a‖² / ‖a‖²`; the numerator alone where a is zero.
-fn relative_energy(a: &[f32], b: &[f32]) -> f64 {
-    let (mut difference, mut energy) = (0.0, 0.0);
-    for (&a, &b) in a.iter().zip(b) {
-        let (a, b) = (f64::from(a), f64::from(b));
-        difference += (b - a) * (b - a);
-        energy += a * a;
-    }
-    if energy > 0.0 { difference / energy } else { difference }
+/// The mean of `‖b − a‖² / ‖a‖²` over rows of `width`; the numerator alone where a row is zero.
+fn relative_damage(a: &[f32], b: &[f32], width: usize) -> f64 {
+    let of_row = |(a, b): (&[f32], &[f32])| {
+        let (mut difference, mut energy) = (0.0, 0.0);
+        for (&a, &b) in a.iter().zip(b) {
+            let (a, b) = (f64::from(a), f64::from(b));
+            difference += (b - a) * (b - a);
+            energy += a * a;
+        }
+        if energy > 0.0 { difference / energy } else { difference }
+    };
+    let rows = a.chunks_exact(width).zip(b.chunks_exact(width));
+    rows.map(of_row).sum::<f64>() / (a.len() / width).max(1) as f64
 }
 
 /// The choice of each group that together have the least damage within `budget`, by dynamic programming over steps of

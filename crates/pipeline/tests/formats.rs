@@ -6,7 +6,7 @@ use std::collections::HashSet;
 use std::path::Path;
 
 use common::{assets, backend, load, recipe};
-use kintsugi_checkpoint::{Awq, Checkpoint, CheckpointWriter, Gptq, LinearFormat, QuantizationConfig};
+use kintsugi_checkpoint::{Awq, Checkpoint, CheckpointWriter, Gptq, Kintsugi, LinearFormat, QuantizationConfig};
 use kintsugi_pipeline::{Recipe, compress, inspect};
 use kintsugi_runtime::{CancelToken, Progress};
 use kintsugi_testkit::float8_checkpoint::write_float8_checkpoint;
@@ -56,7 +56,7 @@ fn a_model_computes_the_same_in_every_format() {
         let expected = perplexity(&packed);
         // Zero points of 0, which version 1 has no place for, occur on asymmetric grids.
         let formats: &[&'static dyn LinearFormat] =
-            if symmetric { &[&Gptq::V1, &Gptq::V2, &Awq] } else { &[&Gptq::V2, &Awq] };
+            if symmetric { &[&Gptq::V1, &Gptq::V2, &Awq, &Kintsugi] } else { &[&Gptq::V2, &Awq, &Kintsugi] };
         for &format in formats {
             let target = scratch.path().join(format!("{}-{symmetric}", format.name()));
             rewrite(&packed, &target, format);
