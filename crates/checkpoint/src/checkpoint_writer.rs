@@ -12,7 +12,7 @@ use serde_json::{Map, Value};
 use crate::float8_scaling::Float8Scaling;
 use crate::positional_file::PositionalFile;
 use crate::safetensors_writer::{
-    SafetensorsWriter, TensorHeader, file_order, float_bytes, float_dtype, floats_of, unwritable, write_synced,
+    SafetensorsWriter, TensorHeader, file_order, float_bytes, float_dtype, floats_of, write_synced,
 };
 use crate::shard_index::ShardIndex;
 use crate::tensor_set::{TensorSet, missing_tensor};
@@ -353,7 +353,7 @@ impl CheckpointWriter {
         let index = self.parts.len() - 1;
         let path = &self.parts[index];
         let close = |output: BufWriter<File>| output.into_inner()?.sync_all();
-        close(part.output).map_err(|error| unwritable(path, &error))?;
+        close(part.output).map_err(|error| Error::unwritable(path, &error))?;
         let linears = self.linears.iter().filter(|(_, (_, part))| *part == index);
         let of_unit_linears = linears.map(|(name, (scheme, _))| (name.clone(), *scheme)).collect();
         let of_unit = self.tensors.values().filter(|tensor| tensor.part == index);
@@ -453,7 +453,7 @@ impl CheckpointWriter {
         }
         if self.part.is_none() {
             let path = self.folder().join(part_name(self.parts.len()));
-            let file = File::create(&path).map_err(|error| unwritable(&path, &error))?;
+            let file = File::create(&path).map_err(|error| Error::unwritable(&path, &error))?;
             self.parts.push(path);
             self.part = Some(OpenPart { output: BufWriter::with_capacity(COPY_BUFFER, file), bytes: 0 });
         }
@@ -465,7 +465,9 @@ impl CheckpointWriter {
 
     fn append(&mut self, bytes: &[u8]) -> Result<()> {
         if let Some(part) = &mut self.part {
-            part.output.write_all(bytes).map_err(|error| unwritable(&self.parts[self.parts.len() - 1], &error))?;
+            part.output
+                .write_all(bytes)
+                .map_err(|error| Error::unwritable(&self.parts[self.parts.len() - 1], &error))?;
             part.bytes += bytes.len() as u64;
         }
         Ok(())
@@ -502,7 +504,7 @@ impl CheckpointWriter {
         for path in &self.parts {
             // Of a part that an earlier run used up nothing is read again.
             let used_up = finished > 0 && !path.exists();
-            let open = || PositionalFile::open(path).map_err(|error| unwritable(path, &error));
+            let open = || PositionalFile::open(path).map_err(|error| Error::unwritable(path, &error));
             parts.push(if used_up { None } else { Some(open()?) });
         }
         let mut left_in_part = vec![0usize; parts.len()];
@@ -531,7 +533,7 @@ impl CheckpointWriter {
             // Parts that are used up go at once: the disk need not hold everything twice.
             for (part, path) in self.parts.iter().enumerate() {
                 if left_in_part[part] == 0 && parts[part].take().is_some() {
-                    fs::remove_file(path).map_err(|error| unwritable(path, &error))?;
+                    fs::remove_file(path).map_err(|error| Error::unwritable(path, &error))?;
                 }
             }
         }
@@ -644,7 +646,7 @@ fn copy_file(from: &Path, to: &Path) -> Result<()> {
         std::io::copy(&mut input, &mut output)?;
         output.sync_all()
     };
-    copy().map_err(|error| unwritable(to, &error))
+    copy().map_err(|error| Error::unwritable(to, &error))
 }
 
 fn write_json(path: &Path, object: Map<String, Value>) -> Result<()> {
@@ -653,7 +655,7 @@ fn write_json(path: &Path, object: Map<String, Value>) -> Result<()> {
 
 /// Bytes of all files below `folder`.
 fn folder_bytes(folder: &Path) -> Result<u64> {
-    let failed = |error: std::io::Error| unwritable(folder, &error);
+    let failed = |error: std::io::Error| Error::unwritable(folder, &error);
     let mut total = 0;
     for entry in fs::read_dir(folder).map_err(failed)? {
         let entry = entry.map_err(failed)?;

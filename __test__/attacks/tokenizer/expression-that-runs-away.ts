@@ -1,0 +1,20 @@
+import type { Attack } from '../attack.js'
+import { checkpoint } from '../forge.js'
+
+export default {
+  trick: 'The expression that cuts texts takes exponential time.',
+  make: (folder) => {
+    checkpoint(folder, ({ tokenizer }) => {
+      tokenizer.pre_tokenizer = {
+        type: 'Split',
+        pattern: { Regex: '(?=((a|aa)+)+$)\\1!' },
+        behavior: 'Isolated',
+        invert: false,
+      }
+    })
+  },
+  doors: ['load'],
+  code: 'ERR_TOKENIZER_INVALID',
+  subject: /tokenizer\.json$/,
+  prompt: 'a'.repeat(2000),
+} satisfies Attack
