@@ -46,31 +46,43 @@ function attack(path: string): Promise<Report> {
   }).finally(() => runner.stderr!.off('data', listen))
 }
 
-test.after.always(() => child?.kill())
+interface Trick {
+  title: string
+  path: string
+  expected: Attack
+}
 
+const TRICKS: Trick[] = []
 for (const area of readdirSync(FOLDER, { withFileTypes: true }).filter((entry) => entry.isDirectory())) {
   for (const file of readdirSync(join(FOLDER, area.name)).sort()) {
     const path = join(FOLDER, area.name, file)
-    const { default: trick } = (await import(pathToFileURL(path).href)) as { default: Attack }
-    const run = trick.unix === true && process.platform === 'win32' ? test.skip : test.serial
-    run(`${area.name}: ${basename(file, '.ts')}`, async (t) => {
-      const { outcomes, bytes } = await attack(path)
-      t.deepEqual(
-        outcomes.map(({ door }) => door),
-        [...trick.doors],
-      )
-      for (const { door, error, left, growth } of outcomes) {
-        if (trick.code === null) {
-          t.is(error, null, `${door}: ${error?.code}: ${error?.message}`)
-        } else {
-          t.is(error?.code, trick.code, `${door}: ${error?.message}`)
-          t.regex(error?.subject ?? '', trick.subject!, `${door}: ${error?.message}`)
-          t.not(error?.hint, '', door)
-          t.deepEqual(left, [], `${door} left something behind`)
-        }
-        const allowed = MEMORY + MEMORY_PER_BYTE * bytes
-        t.true(growth === null || growth <= allowed, `${door} grew by ${growth} bytes, ${allowed} are allowed`)
-      }
-    })
+    const { default: expected } = (await import(pathToFileURL(path).href)) as { default: Attack }
+    TRICKS.push({ title: `${area.name}: ${basename(file, '.ts')}`, path, expected })
   }
+}
+
+// Everything is imported: tests are declared in one go.
+test.after.always(() => child?.kill())
+
+for (const { title, path, expected } of TRICKS) {
+  const run = expected.unix === true && process.platform === 'win32' ? test.skip : test.serial
+  run(title, async (t) => {
+    const { outcomes, bytes } = await attack(path)
+    t.deepEqual(
+      outcomes.map(({ door }) => door),
+      [...expected.doors],
+    )
+    for (const { door, error, left, growth } of outcomes) {
+      if (expected.code === null) {
+        t.is(error, null, `${door}: ${error?.code}: ${error?.message}`)
+      } else {
+        t.is(error?.code, expected.code, `${door}: ${error?.message}`)
+        t.regex(error?.subject ?? '', expected.subject!, `${door}: ${error?.message}`)
+        t.not(error?.hint, '', door)
+        t.deepEqual(left, [], `${door} left something behind`)
+      }
+      const allowed = MEMORY + MEMORY_PER_BYTE * bytes
+      t.true(growth === null || growth <= allowed, `${door} grew by ${growth} bytes, ${allowed} are allowed`)
+    }
+  })
 }

@@ -1,4 +1,5 @@
 import { join } from 'node:path'
+import { fileURLToPath } from 'node:url'
 
 import { Checkpoint, compress, type CompressOptions, convert, type ErrorCode, fold, loadModel, merge } from 'kintsugi'
 
@@ -6,6 +7,8 @@ import { SOUND } from './forge.js'
 
 /** What models are asked to go on with: words of the sound tokenizer. */
 const PROMPT = 't1 t2 t3'
+/** A text of such words. */
+const WORDS = fileURLToPath(new URL('words.txt', import.meta.url))
 
 /** The calls through which files of others come in. All get a folder with `source/` or `adapter/` in it. */
 export const DOORS = {
@@ -37,7 +40,8 @@ export type Door = keyof typeof DOORS
 
 /** How `compress` is called, for attacks that prepare what an interrupted job left. */
 export function COMPRESS(folder: string): CompressOptions {
-  return { out: join(folder, 'out'), method: 'rtn', bits: 4, groupSize: 32 }
+  const calibration = { text: WORDS, sequences: 2, length: 32 }
+  return { out: join(folder, 'out'), method: 'rtn', bits: 4, groupSize: 32, calibration }
 }
 
 export const CHECKPOINT: readonly Door[] = ['open', 'load', 'compress']

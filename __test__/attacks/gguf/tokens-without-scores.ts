@@ -8,7 +8,7 @@ export default {
       file.values['tokenizer.ggml.scores'] = ggufFloats([0])
     })
   },
-  doors: ['load', 'compress'],
+  doors: ['load'],
   code: 'ERR_TOKENIZER_INVALID',
   subject: /tokenizer\.ggml/,
 } satisfies Attack

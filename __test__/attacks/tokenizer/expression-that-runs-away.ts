@@ -7,7 +7,7 @@ export default {
     checkpoint(folder, ({ tokenizer }) => {
       tokenizer.pre_tokenizer = {
         type: 'Split',
-        pattern: { Regex: '(?=((a|aa)+)+$)\\1!' },
+        pattern: { Regex: '((?=a)a|aa)+!' },
         behavior: 'Isolated',
         invert: false,
       }
