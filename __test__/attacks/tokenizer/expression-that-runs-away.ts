@@ -2,7 +2,8 @@ import type { Attack } from '../attack.js'
 import { checkpoint } from '../forge.js'
 
 export default {
-  trick: 'The expression that cuts texts takes exponential time.',
+  trick:
+    'The expression that cuts texts takes exponential time. It is given up after its steps, and the text stays whole.',
   make: (folder) => {
     checkpoint(folder, ({ tokenizer }) => {
       tokenizer.pre_tokenizer = {
@@ -14,7 +15,6 @@ export default {
     })
   },
   doors: ['load'],
-  code: 'ERR_TOKENIZER_INVALID',
-  subject: /tokenizer\.json$/,
+  code: null,
   prompt: 'a'.repeat(2000),
 } satisfies Attack
