@@ -38,7 +38,7 @@ CASES = {
 
 def adapted(folder):
     base = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, quantization_config=CompressedTensorsConfig(run_compressed=False)
+        folder, dtype=torch.float32, quantization_config=CompressedTensorsConfig(dequantize=True)
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*(missing|unexpected).*")  # peft only warns of such keys

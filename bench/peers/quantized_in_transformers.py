@@ -7,7 +7,7 @@
 `assets/llama-7m` is compressed in each way; perplexity over 8 windows of 256 tokens of `assets/text/eval-stories.txt` and
 48 greedy tokens are compared with those of `kintsugi eval` and `kintsugi generate` in f32. The reader is
 
-* compressed-tensors: transformers with the library compressed-tensors, by `from_pretrained` alone;
+* compressed-tensors: transformers with the library compressed-tensors, by `from_pretrained` alone (see `opened`);
 * GPTQ and AWQ: an unpacker in numpy, written from the definition of the layouts (a code is the number in the bits where
   the layout says that it lies), whose weights go into the plain model of transformers. No library of the format runs
   without a GPU. Tensors must also be those, bit for bit, of the same checkpoint converted to compressed-tensors and
@@ -28,7 +28,7 @@ import numpy
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 ROOT = pathlib.Path(__file__).parents[2]
 SOURCE = ROOT / "assets/llama-7m"
@@ -132,8 +132,12 @@ def unpacked(folder):
 
 
 def opened(folder):
-    """By transformers alone."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    """By transformers alone. With zero points it must be told to dequantize: compressed-tensors 0.20.0 makes room for them
+    as if they were not packed (`compress` of a weight on the device `meta`), so that no file with zero points opens."""
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    schemes = [group["weights"] for group in config["config_groups"].values()]
+    how = {} if all(scheme["symmetric"] for scheme in schemes) else {"quantization_config": CompressedTensorsConfig(dequantize=True)}
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **how).eval()
 
 
 def measured(model):
@@ -145,11 +149,12 @@ def measured(model):
         for window in windows:
             logits = model(window[None]).logits[0, :-1].double()
             losses.append(torch.nn.functional.cross_entropy(logits, window[1:], reduction="none"))
-        tokens = tokenizer.encode(PROMPT).ids
-        start = len(tokens)
-        while len(tokens) < start + TOKENS:
-            tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
-    return math.exp(torch.cat(losses).mean()), tokenizer.decode(tokens[start:], skip_special_tokens=True)
+        given, tokens, past = torch.tensor([tokenizer.encode(PROMPT).ids]), [], None
+        while len(tokens) < TOKENS:
+            output = model(given, past_key_values=past, use_cache=True)
+            given, past = output.logits[:, -1:].argmax(-1), output.past_key_values
+            tokens.append(int(given))
+    return math.exp(torch.cat(losses).mean()), tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 def text():

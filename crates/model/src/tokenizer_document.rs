@@ -166,6 +166,7 @@ fn base64(text: &str) -> Option<Vec<u8>> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
     use serde_json::json;
 
     use super::*;
@@ -203,6 +204,73 @@ mod tests {
             assert_eq!(base64(text).unwrap(), bytes.as_bytes());
         }
         assert_eq!(base64("Zm9*"), None);
+    }
+
+    /// The seeds of the fuzz target: every kind of step and model.
+    fn seeds() -> Vec<Vec<u8>> {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../fuzz/corpus/tokenizer");
+        let mut paths: Vec<_> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+        paths.sort();
+        paths.iter().map(|path| std::fs::read(path).unwrap()).collect()
+    }
+
+    #[test]
+    fn the_seeds_are_tokenizers() {
+        for (number, seed) in seeds().iter().enumerate() {
+            let tokenizer =
+                crate::Tokenizer::from_json(seed, "seed").unwrap_or_else(|error| panic!("{number}: {error}"));
+            assert!(tokenizer.vocabulary_size() > 1);
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 4096, failure_persistence: None, ..ProptestConfig::default() })]
+
+        /// Values swapped for others of the document, or for hostile ones, end in a tokenizer or in an error.
+        #[test]
+        fn changed_documents_never_crash(
+            seed in any::<prop::sample::Index>(),
+            changes in prop::collection::vec((any::<prop::sample::Index>(), any::<prop::sample::Index>()), 1..4),
+        ) {
+            let mut document: Value = serde_json::from_slice(seed.get(&seeds())).unwrap();
+            for (place, value) in changes {
+                let mut values = vec![json!(0), json!(-1), json!(u64::MAX), json!(""), json!("é"), json!([]), json!({}), Value::Null];
+                collect(&document, &mut values);
+                let value = value.get(&values).clone();
+                let mut places = values.len() - 8;
+                places = place.index(places);
+                replace(&mut document, &mut places, &value);
+            }
+            if let Ok(tokenizer) = crate::Tokenizer::from_json(document.to_string().as_bytes(), "changed")
+                && let Ok(ids) = tokenizer.encode("Once upon a time, 日本 — 12 34\n", true)
+            {
+                let _ = tokenizer.decode(&ids, false);
+            }
+        }
+    }
+
+    /// All values inside of `value`, itself first.
+    fn collect(value: &Value, values: &mut Vec<Value>) {
+        values.push(value.clone());
+        match value {
+            Value::Array(inside) => inside.iter().for_each(|value| collect(value, values)),
+            Value::Object(inside) => inside.values().for_each(|value| collect(value, values)),
+            _ => {}
+        }
+    }
+
+    /// Puts `new` where counting as [`collect`] does has arrived at zero.
+    fn replace(value: &mut Value, left: &mut usize, new: &Value) -> bool {
+        if *left == 0 {
+            *value = new.clone();
+            return true;
+        }
+        *left -= 1;
+        match value {
+            Value::Array(inside) => inside.iter_mut().any(|value| replace(value, left, new)),
+            Value::Object(inside) => inside.values_mut().any(|value| replace(value, left, new)),
+            _ => false,
+        }
     }
 
     /// A map of one character: `a` becomes the text at `place` of `texts`.
