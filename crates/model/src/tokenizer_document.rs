@@ -232,7 +232,7 @@ mod tests {
             seed in any::<prop::sample::Index>(),
             changes in prop::collection::vec((any::<prop::sample::Index>(), any::<prop::sample::Index>()), 1..4),
         ) {
-            let mut document: Value = serde_json::from_slice(seed.get(&seeds())).unwrap();
+            let mut document: Value = serde_json::from_slice(seed.get::<Vec<u8>>(&seeds())).unwrap();
             for (place, value) in changes {
                 let mut values = vec![json!(0), json!(-1), json!(u64::MAX), json!(""), json!("é"), json!([]), json!({}), Value::Null];
                 collect(&document, &mut values);
