@@ -73,6 +73,7 @@ const text = readFileSync(join(root, 'assets/text/eval-stories.txt'), 'utf8').sl
 
 const folder = mkdtempSync(join(tmpdir(), 'kintsugi-gguf-'))
 let failed = false
+const notes = []
 console.log('| type | bytes | perplexity here | in llama.cpp | difference | same greedy tokens |\n|---|---|---|---|---|---|')
 try {
   for (const type of types) {
@@ -81,7 +82,9 @@ try {
     const bytes = execFileSync('cargo', [...cargo, checkpoint, path, type], { cwd: root, encoding: 'utf8' })
     const theirs = await peer(path, text)
     const here = await ours(path, text, LENGTH)
-    const same = theirs.tokens.filter((token, i) => token === here.tokens[i]).length
+    const parting = theirs.tokens.findIndex((token, i) => token !== here.tokens[i])
+    const same = parting < 0 ? TOKENS : parting
+    if (parting >= 0) notes.push(`${type}, token ${parting}: ${here.tokens[parting]} here, ${theirs.tokens[parting]} there`)
     const difference = theirs.perplexity / here.perplexity - 1
     failed ||= (same !== TOKENS && /^B?F/.test(type)) || !(Math.abs(difference) < 0.01)
     const cells = [type, Number.parseInt(bytes, 10).toLocaleString('en'), here.perplexity.toFixed(4)]
@@ -92,4 +95,5 @@ try {
 } finally {
   rmSync(folder, { recursive: true })
 }
+if (notes.length > 0) console.log(`\n${notes.join('\n')}`)
 process.exit(failed ? 1 : 0)

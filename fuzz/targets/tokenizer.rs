@@ -6,7 +6,7 @@ use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|bytes: &[u8]| {
     let Ok(tokenizer) = Tokenizer::from_json(bytes, "tokenizer.json") else { return };
-    if let Ok(ids) = tokenizer.encode("Once upon a time, 日本 — 12 34\n") {
-        let _ = tokenizer.decode(&ids);
+    if let Ok(ids) = tokenizer.encode("Once upon a time, 日本 — 12 34\n", true) {
+        let _ = tokenizer.decode(&ids, false);
     }
 });

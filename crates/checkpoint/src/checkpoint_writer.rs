@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 
 use crate::companion_files::copy_companions;
 use crate::float8_scaling::Float8Scaling;
-use crate::safetensors_writer::{float_bytes, float_dtype, floats_of, unwritable, write_synced};
+use crate::safetensors_writer::{float_bytes, float_dtype, floats_of, write_synced};
 use crate::staged_parts::{PartRecord, StagedParts};
 use crate::tensor_set::missing_tensor;
 use crate::{Checkpoint, LinearFormat, MatrixForm, PackQuantized, QuantizationConfig, Scheme, write_adapter};
@@ -400,7 +400,7 @@ fn write_json(path: &Path, object: Map<String, Value>) -> Result<()> {
 
 /// Bytes of all files below `folder`.
 fn folder_bytes(folder: &Path) -> Result<u64> {
-    let failed = |error: std::io::Error| unwritable(folder, &error);
+    let failed = |error: std::io::Error| Error::unwritable(folder, &error);
     let mut total = 0;
     for entry in fs::read_dir(folder).map_err(failed)? {
         let entry = entry.map_err(failed)?;

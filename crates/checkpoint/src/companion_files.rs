@@ -4,7 +4,7 @@ use std::path::Path;
 use kintsugi_runtime::{Error, ErrorCode, Result};
 
 use crate::Checkpoint;
-use crate::safetensors_writer::{unwritable, write_synced};
+use crate::safetensors_writer::write_synced;
 
 /// Files beside the weights that other programs need to use the model, taken over as they are.
 const COMPANIONS: &[&str] = &[
@@ -73,5 +73,5 @@ fn copy_file(from: &Path, to: &Path) -> Result<()> {
         std::io::copy(&mut input, &mut output)?;
         output.sync_all()
     };
-    copy().map_err(|error| unwritable(to, &error))
+    copy().map_err(|error| Error::unwritable(to, &error))
 }

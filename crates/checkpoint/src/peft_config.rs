@@ -4,7 +4,7 @@ use kintsugi_runtime::{Error, ErrorCode, Result};
 use kintsugi_weights::Adapter;
 use serde_json::{Map, Value, json};
 
-use crate::module_pattern::ModulePattern;
+use crate::module_pattern::{ModulePattern, PatternTable};
 use crate::positional_file::read_bounded;
 
 /// Largest `adapter_config.json` that is read.
@@ -40,8 +40,8 @@ pub(crate) struct PeftConfig {
     rank: usize,
     alpha: f64,
     rank_stabilized: bool,
-    rank_pattern: Vec<(ModulePattern, usize)>,
-    alpha_pattern: Vec<(ModulePattern, f64)>,
+    rank_pattern: PatternTable<usize>,
+    alpha_pattern: PatternTable<f64>,
     pub(crate) base_model: Option<String>,
     pub(crate) task_type: Option<String>,
     /// The base keeps the adapted weights as `[in, out]`. The factors have the same orientation all the same.
@@ -116,12 +116,12 @@ impl PeftConfig {
 
     /// Columns of B and rows of A of the module.
     pub(crate) fn rank(&self, module: &str) -> usize {
-        first_match(&self.rank_pattern, module).unwrap_or(self.rank)
+        self.rank_pattern.first_match(module).unwrap_or(self.rank)
     }
 
     /// What B·A is multiplied with.
     pub(crate) fn scaling(&self, module: &str) -> f64 {
-        let alpha = first_match(&self.alpha_pattern, module).unwrap_or(self.alpha);
+        let alpha = self.alpha_pattern.first_match(module).unwrap_or(self.alpha);
         let rank = self.rank(module) as f64;
         if self.rank_stabilized { alpha / rank.sqrt() } else { alpha / rank }
     }
@@ -185,17 +185,18 @@ fn targets_by_suffix(config: &Map<String, Value>) -> bool {
     suffixes && !["layers_to_transform", "exclude_modules"].iter().any(|field| config.get(*field).is_some_and(is_set))
 }
 
-fn patterns<T>(
+fn patterns<T: Copy>(
     config: &Map<String, Value>,
     field: &str,
     parse: impl Fn(&Value) -> Option<T>,
-) -> Result<Vec<(ModulePattern, T)>, (String, &'static str)> {
+) -> Result<PatternTable<T>, (String, &'static str)> {
     let map = match config.get(field) {
-        None | Some(Value::Null) => return Ok(Vec::new()),
+        None | Some(Value::Null) => return Ok(PatternTable::new([])),
         Some(Value::Object(map)) => map,
         Some(_) => return Err((format!("'{field}' is not an object"), "Save the adapter again with PEFT")),
     };
-    map.iter()
+    let patterns: Vec<(ModulePattern, T)> = map
+        .iter()
         .map(|(key, value)| {
             let pattern = ModulePattern::parse(key).ok_or_else(|| {
                 let message = format!("'{field}' holds the regular expression '{key}'");
@@ -205,11 +206,8 @@ fn patterns<T>(
                 .ok_or_else(|| (format!("'{field}' of '{key}' is not a number"), "Save the adapter again with PEFT"))?;
             Ok((pattern, value))
         })
-        .collect()
-}
-
-fn first_match<T: Copy>(patterns: &[(ModulePattern, T)], module: &str) -> Option<T> {
-    patterns.iter().find(|(pattern, _)| pattern.matches(module)).map(|(_, value)| *value)
+        .collect::<Result<_, (String, &'static str)>>()?;
+    Ok(PatternTable::new(patterns))
 }
 
 fn as_rank(value: &Value) -> Option<usize> {

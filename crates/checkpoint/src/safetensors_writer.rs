@@ -1,6 +1,6 @@
 use std::collections::HashMap;
 use std::fs::{self, File};
-use std::io::{self, BufWriter, Write};
+use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use half::slice::HalfFloatSliceExt;
@@ -60,7 +60,7 @@ impl SafetensorsWriter {
             output.write_all(&header)?;
             Ok(output)
         };
-        let output = write().map_err(|error| unwritable(path, &error))?;
+        let output = write().map_err(|error| Error::unwritable(path, &error))?;
         let total = 8 + header.len() as u64 + end;
         Ok(SafetensorsWriter { output, path: path.to_path_buf(), temporary, left: end, total })
     }
@@ -75,7 +75,7 @@ impl SafetensorsWriter {
         self.left = self.left.checked_sub(bytes.len() as u64).ok_or_else(|| {
             Error::new(ErrorCode::Internal, "a tensor has more bytes than its header says").subject(self.path.display())
         })?;
-        self.output.write_all(bytes).map_err(|error| unwritable(&self.path, &error))
+        self.output.write_all(bytes).map_err(|error| Error::unwritable(&self.path, &error))
     }
 
     /// Brings everything to the disk and gives the file its name: a file of that name is whole. Gives its length.
@@ -88,7 +88,7 @@ impl SafetensorsWriter {
             output.into_inner()?.sync_all()?;
             fs::rename(&self.temporary, &self.path)
         };
-        close(self.output).map_err(|error| unwritable(&self.path, &error))?;
+        close(self.output).map_err(|error| Error::unwritable(&self.path, &error))?;
         Ok(self.total)
     }
 }
@@ -120,12 +120,7 @@ pub(crate) fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
         file.write_all(bytes)?;
         file.sync_all()
     };
-    write().map_err(|error| unwritable(path, &error))
-}
-
-/// `ERR_OUTPUT_UNWRITABLE` for `path`.
-pub(crate) fn unwritable(path: &Path, error: &io::Error) -> Error {
-    Error::io(ErrorCode::OutputUnwritable, path, error).hint("Check that the folder exists, is writable and has space")
+    write().map_err(|error| Error::unwritable(path, &error))
 }
 
 /// The name of `element_type` in safetensors.

@@ -9,6 +9,10 @@ use crate::config_fields::{invalid, unsupported};
 
 /// Most steps that an expression may take over a name: expressions come from files that nobody trusts.
 const BACKTRACK_LIMIT: usize = 10_000;
+/// Most expressions of one configuration; names and their exact expressions do not count.
+const MOST_EXPRESSIONS: usize = 1000;
+/// Most bytes of the state machine of an expression. `\\w` takes some 60 kB.
+const EXPRESSION_BYTES: usize = 256 << 10;
 
 /// How the weights of a configuration, or of one matrix, are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -38,7 +42,57 @@ pub struct SchemeException {
 #[derive(Clone, Debug)]
 pub struct LinearTarget {
     text: String,
-    expression: Option<Regex>,
+    matcher: Matcher,
+}
+
+#[derive(Clone, Debug)]
+enum Matcher {
+    /// The text is the name.
+    Name,
+    /// The text is an expression that only this name matches. Configurations name thousands of Linears so.
+    Exactly(String),
+    Expression(Regex),
+}
+
+/// Counts the expressions of a configuration while it is read: each is a program that takes memory and time.
+#[derive(Debug)]
+pub(crate) struct ExpressionReader<'a> {
+    field: &'a str,
+    left: usize,
+}
+
+impl<'a> ExpressionReader<'a> {
+    /// For the expressions in `field`.
+    pub(crate) fn new(field: &'a str) -> Self {
+        ExpressionReader { field, left: MOST_EXPRESSIONS }
+    }
+
+    /// As [`LinearTarget::expression`].
+    ///
+    /// # Errors
+    /// `ERR_CONFIG_INVALID`, also when there are too many.
+    pub(crate) fn read(&mut self, expression: &str) -> Result<LinearTarget> {
+        if exact_name(expression).is_none() {
+            let left = self.left.checked_sub(1);
+            self.left = left.ok_or_else(|| invalid(self.field, &format!("at most {MOST_EXPRESSIONS} expressions")))?;
+        }
+        LinearTarget::expression(expression)
+    }
+}
+
+/// The only name that an expression matches, where it is no more than that name with dots escaped.
+fn exact_name(expression: &str) -> Option<String> {
+    let body = expression.strip_suffix('$')?;
+    let mut name = String::new();
+    let mut characters = body.strip_prefix('^').unwrap_or(body).chars();
+    while let Some(character) = characters.next() {
+        name.push(match character {
+            '\\' => characters.next().filter(|&escaped| escaped == '.')?,
+            plain if plain.is_ascii_alphanumeric() || plain == '_' || plain == '-' => plain,
+            _ => return None,
+        });
+    }
+    Some(name)
 }
 
 impl Scheme {
@@ -105,7 +159,7 @@ pub(crate) fn group_size_number(group_size: GroupSize) -> i64 {
 impl LinearTarget {
     /// The Linear of that name.
     pub fn name(name: impl Into<String>) -> Self {
-        LinearTarget { text: name.into(), expression: None }
+        LinearTarget { text: name.into(), matcher: Matcher::Name }
     }
 
     /// The Linears whose names an expression matches from their start, as Python's `re.match` does.
@@ -113,9 +167,18 @@ impl LinearTarget {
     /// # Errors
     /// `ERR_CONFIG_INVALID` for what is no expression.
     pub fn expression(expression: &str) -> Result<Self> {
-        let compiled = RegexBuilder::new(&format!("^(?:{expression})")).backtrack_limit(BACKTRACK_LIMIT).build();
-        let compiled = compiled.map_err(|_| invalid(expression, "a regular expression"))?;
-        Ok(LinearTarget { text: expression.to_owned(), expression: Some(compiled) })
+        let compiled = || {
+            RegexBuilder::new(&format!("^(?:{expression})"))
+                .backtrack_limit(BACKTRACK_LIMIT)
+                .delegate_size_limit(EXPRESSION_BYTES)
+                .build()
+                .map_err(|_| invalid(expression, "a regular expression of a reasonable size"))
+        };
+        let matcher = match exact_name(expression) {
+            Some(name) => Matcher::Exactly(name),
+            None => Matcher::Expression(compiled()?),
+        };
+        Ok(LinearTarget { text: expression.to_owned(), matcher })
     }
 
     /// The name or the expression.
@@ -125,23 +188,24 @@ impl LinearTarget {
 
     /// Whether it is an expression.
     pub fn is_expression(&self) -> bool {
-        self.expression.is_some()
+        !matches!(self.matcher, Matcher::Name)
     }
 
     /// Whether the Linear of that name is meant.
     pub fn matches(&self, name: &str) -> bool {
-        match &self.expression {
+        match &self.matcher {
+            Matcher::Name => self.text == name,
+            Matcher::Exactly(only) => only == name,
             // One that runs away does not match.
-            Some(expression) => expression.is_match(name).unwrap_or(false),
-            None => self.text == name,
+            Matcher::Expression(expression) => expression.is_match(name).unwrap_or(false),
         }
     }
 
     /// An expression that matches the same names.
     pub(crate) fn to_expression(&self) -> String {
-        match &self.expression {
-            Some(_) => self.text.clone(),
-            None => format!("^{}$", self.text.replace('.', r"\.")),
+        match &self.matcher {
+            Matcher::Name => format!("^{}$", self.text.replace('.', r"\.")),
+            Matcher::Exactly(_) | Matcher::Expression(_) => self.text.clone(),
         }
     }
 }
@@ -180,7 +244,28 @@ mod tests {
     }
 
     #[test]
+    fn expressions_of_one_name_need_no_program() {
+        for (expression, name) in [(r"^a\.b-1_c$", Some("a.b-1_c")), (r"a\.b$", Some("a.b")), ("^$", Some(""))] {
+            assert_eq!(exact_name(expression).as_deref(), name);
+        }
+        for expression in ["a.b$", r"^a\.b", "a|b$", r"\d$", r"a\\$", "^a$$", "a$b$", "é$"] {
+            assert_eq!(exact_name(expression), None, "{expression}");
+        }
+        let target = LinearTarget::expression(r"^a\.b$").unwrap();
+        assert!(target.is_expression() && target.matches("a.b") && !target.matches("axb") && !target.matches("a.bc"));
+        let mut reader = ExpressionReader::new("dynamic");
+        for _ in 0..MOST_EXPRESSIONS {
+            reader.read(r"^a\.b$").unwrap();
+            reader.read("a").unwrap();
+        }
+        reader.read(r"^a\.b$").unwrap();
+        assert_eq!(reader.read("a").unwrap_err().code, ErrorCode::ConfigInvalid);
+    }
+
+    #[test]
     fn hostile_expressions_end() {
+        let large = LinearTarget::expression(r"((\w{100}){100}){100}").unwrap_err();
+        assert_eq!(large.code, ErrorCode::ConfigInvalid);
         let runaway = LinearTarget::expression(r"(?=(a+)+$)\1b").unwrap();
         assert!(!runaway.matches(&"a".repeat(40)));
         assert_eq!(LinearTarget::expression("(").unwrap_err().code, ErrorCode::ConfigInvalid);

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::checkpoint_writer::COPY_BUFFER;
 use crate::positional_file::PositionalFile;
-use crate::safetensors_writer::{SafetensorsWriter, TensorHeader, file_order, unwritable, write_synced};
+use crate::safetensors_writer::{SafetensorsWriter, TensorHeader, file_order, write_synced};
 use crate::shard_index::ShardIndex;
 use crate::tensor_set::TensorSet;
 
@@ -108,7 +108,7 @@ impl StagedParts {
         }
         if self.open.is_none() {
             let path = self.folder.join(part_name(self.paths.len()));
-            let file = File::create(&path).map_err(|error| unwritable(&path, &error))?;
+            let file = File::create(&path).map_err(|error| Error::unwritable(&path, &error))?;
             self.paths.push(path);
             self.open = Some(OpenPart { output: BufWriter::with_capacity(COPY_BUFFER, file), bytes: 0 });
         }
@@ -124,7 +124,9 @@ impl StagedParts {
     /// `ERR_OUTPUT_UNWRITABLE`.
     pub(crate) fn append(&mut self, bytes: &[u8]) -> Result<()> {
         if let Some(part) = &mut self.open {
-            part.output.write_all(bytes).map_err(|error| unwritable(&self.paths[self.paths.len() - 1], &error))?;
+            part.output
+                .write_all(bytes)
+                .map_err(|error| Error::unwritable(&self.paths[self.paths.len() - 1], &error))?;
             part.bytes += bytes.len() as u64;
         }
         Ok(())
@@ -139,7 +141,7 @@ impl StagedParts {
         let Some(part) = self.open.take() else { return Ok(None) };
         let index = self.current();
         let close = |output: BufWriter<File>| output.into_inner()?.sync_all();
-        close(part.output).map_err(|error| unwritable(&self.paths[index], &error))?;
+        close(part.output).map_err(|error| Error::unwritable(&self.paths[index], &error))?;
         let of_part = self.tensors.values().filter(|tensor| tensor.part == index);
         let tensors = of_part.map(|t| RecordedTensor { header: t.header.clone(), offset: t.offset }).collect();
         Ok(Some(PartRecord { bytes: part.bytes, tensors }))
@@ -157,7 +159,7 @@ impl StagedParts {
         for path in &self.paths {
             // Of a part that an earlier run used up nothing is read again.
             let used_up = finished > 0 && !path.exists();
-            let open = || PositionalFile::open(path).map_err(|error| unwritable(path, &error));
+            let open = || PositionalFile::open(path).map_err(|error| Error::unwritable(path, &error));
             parts.push(if used_up { None } else { Some(open()?) });
         }
         let mut left_in_part = vec![0usize; parts.len()];
@@ -186,7 +188,7 @@ impl StagedParts {
             // Parts that are used up go at once: the disk need not hold everything twice.
             for (part, path) in self.paths.iter().enumerate() {
                 if left_in_part[part] == 0 && parts[part].take().is_some() {
-                    fs::remove_file(path).map_err(|error| unwritable(path, &error))?;
+                    fs::remove_file(path).map_err(|error| Error::unwritable(path, &error))?;
                 }
             }
         }

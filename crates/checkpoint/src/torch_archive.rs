@@ -64,8 +64,13 @@ impl TorchArchive {
         let pickle = archive.read_entry(&pickle, PICKLE_LIMIT)?;
         archive.tensors =
             read_state_dict(&pickle).map_err(|message| invalid(path.display(), format!("data.pkl: {message}")))?;
+        let mut bytes = 0u64;
         for (name, tensor) in &archive.tensors {
-            archive.check(name, tensor)?;
+            bytes = bytes.saturating_add(archive.check(name, tensor)?);
+        }
+        // A few bytes of pickle make another tensor of a storage that is there.
+        if bytes > archive.file.length() {
+            return Err(invalid(path.display(), "tensors share their storage and are larger than the file".into()));
         }
         Ok(archive)
     }
@@ -108,8 +113,8 @@ impl TorchArchive {
         format!("{}data/{}", self.root, tensor.storage)
     }
 
-    /// Whether the tensor is row-major, not empty, and inside of its storage.
-    fn check(&self, name: &str, tensor: &TorchTensor) -> Result<()> {
+    /// Whether the tensor is row-major, not empty, and inside of its storage. Gives its bytes.
+    fn check(&self, name: &str, tensor: &TorchTensor) -> Result<u64> {
         let mut stride = 1usize;
         for (&size, &found) in tensor.shape.iter().zip(&tensor.strides).rev() {
             if size == 0 {
@@ -120,11 +125,12 @@ impl TorchArchive {
             }
             stride = stride.checked_mul(size).ok_or_else(|| invalid(name, "the shape is too large".into()))?;
         }
-        let end = tensor.offset.checked_add(stride).and_then(|end| end.checked_mul(tensor.element_type.bits() / 8));
+        let width = tensor.element_type.bits() / 8;
+        let end = tensor.offset.checked_add(stride).and_then(|end| end.checked_mul(width));
         let stored = self.entries.get(&self.storage(tensor)).map(|entry| entry.bytes);
         match (end, stored) {
             (_, None) => Err(invalid(name, format!("the archive lacks the storage {}", tensor.storage))),
-            (Some(end), Some(bytes)) if end as u64 <= bytes => Ok(()),
+            (Some(end), Some(bytes)) if end as u64 <= bytes => Ok((stride * width) as u64),
             _ => Err(invalid(name, "the tensor reaches beyond its storage".into())),
         }
     }
@@ -159,6 +165,9 @@ impl TorchArchive {
 }
 
 fn read(file: &PositionalFile, buffer: &mut [u8], offset: u64) -> Result<()> {
+    if offset.checked_add(buffer.len() as u64).is_none_or(|end| end > file.length()) {
+        return Err(invalid(file.path().display(), "the file is cut off".into()));
+    }
     file.read_exact_at(buffer, offset).map_err(|error| match error.code {
         ErrorCode::Io => error,
         _ => invalid(file.path().display(), "the file is cut off".into()),

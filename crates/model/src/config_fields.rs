@@ -5,6 +5,10 @@ use serde_json::{Map, Value};
 /// Largest size that a field of `config.json` may claim; far above any real model, far below an overflow.
 pub(crate) const LARGEST_SIZE: usize = 1 << 24;
 
+/// Most blocks of a decoder: names and plans of all of them are made before the first weight is read. The largest models
+/// have some two hundred.
+pub(crate) const MOST_LAYERS: usize = 4096;
+
 /// Names of activations in `config.json`.
 const ACTIVATIONS: [(&str, Activation); 6] = [
     ("silu", Activation::Silu),

@@ -3,7 +3,7 @@ use kintsugi_kernels::{Activation, Scores};
 use kintsugi_runtime::{Error, ErrorCode, Result};
 use serde_json::{Map, Value};
 
-use crate::config_fields::{Fields, LARGEST_SIZE, invalid, unsupported};
+use crate::config_fields::{Fields, LARGEST_SIZE, MOST_LAYERS, invalid, unsupported};
 use crate::rotary_spec::RotaryDefaults;
 use crate::{
     AttentionShape, BiasRule, DecoderFamily, ExpertSpec, FAMILIES, LinearSlot, NormKind, PositionRule, ResidualRule,
@@ -108,6 +108,9 @@ impl DecoderSpec {
             (name, false) => fields.size(name)?,
         };
         let layers = fields.size(sizes.layers)?;
+        if layers > MOST_LAYERS {
+            return Err(invalid(sizes.layers, format!("{layers} is more than the {MOST_LAYERS} blocks that are read")));
+        }
         let heads = fields.size(sizes.heads)?;
         let kv_heads = fields.optional_size("num_key_value_heads")?.unwrap_or(heads);
         let head_dim = match fields.optional_size("head_dim")? {
@@ -117,6 +120,11 @@ impl DecoderSpec {
         };
         if !heads.is_multiple_of(kv_heads) {
             return Err(invalid("num_key_value_heads", format!("{heads} heads cannot share {kv_heads} key heads")));
+        }
+        // Products of sizes stay far below an overflow then.
+        if heads.checked_mul(head_dim).is_none_or(|width| width > LARGEST_SIZE) {
+            let message = format!("{heads} heads of {head_dim} are wider than {LARGEST_SIZE}");
+            return Err(invalid(sizes.heads, message));
         }
         for &flag in family.refused_flags {
             if fields.flag(flag) == Some(true) {
@@ -249,7 +257,7 @@ impl DecoderSpec {
     /// Weights in the Linears of all blocks: those that compression works on.
     pub fn linear_parameters(&self) -> u64 {
         let block: u64 = self.linears.iter().map(|linear| linear.rows as u64 * linear.columns as u64).sum();
-        block * self.layers as u64
+        block.saturating_mul(self.layers as u64)
     }
 
     /// Weights of the whole model.

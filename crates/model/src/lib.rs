@@ -7,6 +7,7 @@ mod batch;
 mod block;
 mod candle_backend;
 mod config_fields;
+mod contained;
 mod cpu_backend;
 mod decoder_family;
 mod decoder_spec;
@@ -26,6 +27,7 @@ mod scale_fold;
 mod session;
 mod stop_strings;
 mod tokenizer;
+mod tokenizer_document;
 mod workspace;
 
 pub use backend::{AttentionShape, Backend, ColumnRuns};

@@ -1,6 +1,11 @@
+use std::fmt::Display;
+
 use kintsugi_runtime::{Error, ErrorCode, Result};
 use serde_json::Value;
 use tokenizers::Decoder;
+
+use crate::contained::contained;
+use crate::tokenizer_document;
 
 /// Text to token numbers and back, as `tokenizer.json` of a checkpoint says.
 #[derive(Clone, Debug)]
@@ -33,9 +38,11 @@ impl Tokenizer {
                 *dropout = Value::Null;
             }
         }
+        tokenizer_document::check(&json).map_err(invalid)?;
         let byte_fallback = has_byte_fallback(&json["decoder"]);
-        let inner: tokenizers::Tokenizer =
-            serde_json::from_value(json).map_err(|error| invalid(format!("not a tokenizer: {error}")))?;
+        let inner: tokenizers::Tokenizer = contained(|| serde_json::from_value(json))
+            .map_err(|panic| invalid(format!("not a tokenizer: {panic}")))?
+            .map_err(|error| invalid(format!("not a tokenizer: {error}")))?;
         let largest = inner.get_vocab(true).into_values().max();
         let vocabulary_size = largest.map_or(0, |id| id as usize + 1);
         if vocabulary_size == 0 {
@@ -54,7 +61,9 @@ impl Tokenizer {
     /// # Errors
     /// `ERR_TOKENIZER_INVALID` when the text has a part for which the vocabulary has no token.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
-        let encoding = self.inner.encode_fast(text, add_special).map_err(|error| self.failure(&error))?;
+        let encoding = contained(|| self.inner.encode_fast(text, add_special))
+            .map_err(|panic| self.failure(&panic))?
+            .map_err(|error| self.failure(&error))?;
         Ok(encoding.get_ids().to_vec())
     }
 
@@ -69,7 +78,9 @@ impl Tokenizer {
             tokens = join_bytes(tokens);
         }
         match self.inner.get_decoder() {
-            Some(decoder) => decoder.decode(tokens).map_err(|error| self.failure(&error)),
+            Some(decoder) => contained(|| decoder.decode(tokens))
+                .map_err(|panic| self.failure(&panic))?
+                .map_err(|error| self.failure(&error)),
             None => Ok(tokens.join(" ")),
         }
     }
@@ -82,8 +93,10 @@ impl Tokenizer {
         }
     }
 
-    fn failure(&self, error: &tokenizers::Error) -> Error {
-        Error::new(ErrorCode::TokenizerInvalid, error.to_string()).subject(&self.subject)
+    fn failure(&self, error: &dyn Display) -> Error {
+        Error::new(ErrorCode::TokenizerInvalid, error.to_string())
+            .subject(&self.subject)
+            .hint("Take tokenizer.json from the folder that the weights come from")
     }
 }
 

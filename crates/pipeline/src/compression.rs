@@ -1,5 +1,4 @@
 use std::collections::HashSet;
-use std::path::Path;
 use std::time::Instant;
 
 use kintsugi_checkpoint::{
@@ -299,7 +298,7 @@ impl Compression<'_> {
             let folder = self.writer.folder().join(&name);
             // An earlier run may have been interrupted between this folder and its record.
             if folder.exists() {
-                std::fs::remove_dir_all(&folder).map_err(|error| unwritable(&folder, &error))?;
+                std::fs::remove_dir_all(&folder).map_err(|error| Error::unwritable(&folder, &error))?;
             }
             write_adapter(&folder, &adapter, "partial")?;
             files.factors = Some(name);
@@ -329,7 +328,7 @@ impl Compression<'_> {
             }
             Ok(())
         };
-        remove().map_err(|error| unwritable(folder, &error))
+        remove().map_err(|error| Error::unwritable(folder, &error))
     }
 }
 
@@ -338,10 +337,6 @@ impl Compression<'_> {
 struct CompressedBlockFiles {
     activations: Option<String>,
     factors: Option<String>,
-}
-
-fn unwritable(path: &Path, error: &std::io::Error) -> Error {
-    Error::io(ErrorCode::OutputUnwritable, path, error).hint("Check that the folder exists, is writable and has space")
 }
 
 /// Copies every tensor that does not belong to a block.

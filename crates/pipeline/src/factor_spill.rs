@@ -2,7 +2,7 @@ use std::fs::{self, File};
 use std::io::{self, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
-use kintsugi_runtime::{Error, ErrorCode, Result};
+use kintsugi_runtime::{Error, Result};
 use kintsugi_weights::{ElementType, LowRank};
 
 /// Factors on the disk, for as long as the ranks of the file that they belong into are not known. The file lies beside
@@ -19,7 +19,7 @@ pub(crate) struct FactorSpill {
 impl FactorSpill {
     pub(crate) fn create(out: &Path) -> Result<Self> {
         if let Some(parent) = out.parent() {
-            fs::create_dir_all(parent).map_err(|error| unwritable(parent, &error))?;
+            fs::create_dir_all(parent).map_err(|error| Error::unwritable(parent, &error))?;
         }
         let mut number = 0;
         loop {
@@ -32,7 +32,7 @@ impl FactorSpill {
                 }
                 // Another merge of this process, or what a killed one left.
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => number += 1,
-                Err(error) => return Err(unwritable(&path, &error)),
+                Err(error) => return Err(Error::unwritable(&path, &error)),
             }
         }
     }
@@ -43,7 +43,7 @@ impl FactorSpill {
         let Some(factors) = factors else { return Ok(()) };
         for values in [factors.b(), factors.a()] {
             let bytes: &[u8] = bytemuck::cast_slice(values);
-            self.output.write_all(bytes).map_err(|error| unwritable(&self.path, &error))?;
+            self.output.write_all(bytes).map_err(|error| Error::unwritable(&self.path, &error))?;
             self.end += bytes.len() as u64;
         }
         Ok(())
@@ -72,7 +72,7 @@ impl FactorSpill {
             input.seek(SeekFrom::Start(start))?;
             Ok((read(out_features * rank, &mut input)?, read(rank * in_features, &mut input)?))
         };
-        let (b, a) = both().map_err(|error: io::Error| unwritable(&self.path, &error))?;
+        let (b, a) = both().map_err(|error: io::Error| Error::unwritable(&self.path, &error))?;
         Ok(Some(LowRank::new(out_features, in_features, rank, b, a, factor_type)))
     }
 }
@@ -81,10 +81,6 @@ impl Drop for FactorSpill {
     fn drop(&mut self) {
         let _ = fs::remove_file(&self.path);
     }
-}
-
-fn unwritable(path: &Path, error: &io::Error) -> Error {
-    Error::io(ErrorCode::OutputUnwritable, path, error).hint("Check that the folder exists, is writable and has space")
 }
 
 #[cfg(test)]

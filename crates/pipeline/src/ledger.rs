@@ -1,7 +1,7 @@
 use std::fs::{self, File};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::{Read, Write};
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
 use kintsugi_checkpoint::{Checkpoint, UnitRecord};
@@ -43,6 +43,13 @@ pub(crate) struct LedgerUnit {
     pub(crate) phases: PhaseSeconds,
 }
 
+impl LedgerUnit {
+    /// What a later run opens in the folder of the ledger.
+    fn file_names(&self) -> impl Iterator<Item = &str> {
+        self.activations.iter().chain(&self.factors).map(String::as_str)
+    }
+}
+
 impl Ledger {
     const FILE_NAME: &'static str = "ledger.jsonl";
 
@@ -52,7 +59,7 @@ impl Ledger {
     /// `ERR_OUTPUT_UNWRITABLE`.
     pub(crate) fn create(folder: &Path, identity: &Value) -> Result<Self> {
         let path = folder.join(Self::FILE_NAME);
-        let file = File::create(&path).map_err(|error| unwritable(&path, &error))?;
+        let file = File::create(&path).map_err(|error| Error::unwritable(&path, &error))?;
         let mut ledger = Ledger { file, path, bytes: 0 };
         ledger.lock()?;
         ledger.append_line(identity)?;
@@ -70,12 +77,16 @@ impl Ledger {
         name.push(".partial");
         let folder = out.with_file_name(name);
         let path = folder.join(Self::FILE_NAME);
+        // A pipe would open and never end.
+        if !path.is_file() {
+            return Ok(None);
+        }
         let Ok(file) = File::options().read(true).append(true).open(&path) else { return Ok(None) };
         let mut ledger = Ledger { file, path, bytes: 0 };
         ledger.lock()?;
         let mut text = Vec::new();
         let read = Read::by_ref(&mut ledger.file).take(LEDGER_LIMIT).read_to_end(&mut text);
-        read.map_err(|error| unwritable(&ledger.path, &error))?;
+        read.map_err(|error| Error::unwritable(&ledger.path, &error))?;
 
         let mut lines = text.split_inclusive(|&byte| byte == b'\n').filter(|line| line.ends_with(b"\n"));
         let Some(first) = lines.next() else { return Ok(None) };
@@ -91,11 +102,17 @@ impl Ledger {
         }
         let mut units = Vec::new();
         for line in lines {
-            let Ok(unit) = serde_json::from_slice(line) else { break };
+            let Ok(unit) = serde_json::from_slice::<LedgerUnit>(line) else { break };
+            if let Some(name) = unit.file_names().find(|name| !is_plain_name(name)) {
+                let message = format!("the ledger names '{name}', which is not the name of a file beside it");
+                return Err(Error::new(ErrorCode::ResumeMismatch, message)
+                    .subject(ledger.path.display())
+                    .hint("Somebody has changed the ledger; discard it with fresh (--fresh)"));
+            }
             units.push(unit);
             ledger.bytes += line.len() as u64;
         }
-        ledger.file.set_len(ledger.bytes).map_err(|error| unwritable(&ledger.path, &error))?;
+        ledger.file.set_len(ledger.bytes).map_err(|error| Error::unwritable(&ledger.path, &error))?;
         Ok((!units.is_empty()).then_some((ledger, units)))
     }
 
@@ -117,7 +134,7 @@ impl Ledger {
     /// # Errors
     /// `ERR_OUTPUT_UNWRITABLE`.
     pub(crate) fn remove(self) -> Result<()> {
-        fs::remove_file(&self.path).map_err(|error| unwritable(&self.path, &error))
+        fs::remove_file(&self.path).map_err(|error| Error::unwritable(&self.path, &error))
     }
 
     fn append_line(&mut self, record: &impl Serialize) -> Result<()> {
@@ -125,7 +142,7 @@ impl Ledger {
             .map_err(|error| Error::new(ErrorCode::Internal, format!("a record cannot be written: {error}")))?;
         line.push(b'\n');
         let written = self.file.write_all(&line).and_then(|()| self.file.sync_data());
-        written.map_err(|error| unwritable(&self.path, &error))?;
+        written.map_err(|error| Error::unwritable(&self.path, &error))?;
         self.bytes += line.len() as u64;
         Ok(())
     }
@@ -199,8 +216,10 @@ fn differing(begun: &Value, now: &Value, name: &str) -> Option<(String, Value, V
     }
 }
 
-fn unwritable(path: &Path, error: &std::io::Error) -> Error {
-    Error::io(ErrorCode::OutputUnwritable, path, error).hint("Check that the folder exists, is writable and has space")
+/// Neither a path upwards nor an absolute one.
+fn is_plain_name(name: &str) -> bool {
+    let mut parts = Path::new(name).components();
+    matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None)) && !name.contains(['/', '\\', ':'])
 }
 
 #[cfg(test)]
@@ -242,6 +261,30 @@ mod tests {
         ledger.append(&unit(3.0)).unwrap();
         drop(ledger);
         assert_eq!(Ledger::reopen(&out, &identity).unwrap().unwrap().1.len(), 3);
+    }
+
+    #[test]
+    fn files_outside_of_the_folder_are_refused() {
+        let root = tempfile::tempdir().unwrap();
+        let (out, staging) = (root.path().join("out"), root.path().join("out.partial"));
+        fs::create_dir(&staging).unwrap();
+        for name in ["../input", "/etc/passwd", "a/../../input", "..", "", "a/b", "..\\input", "C:input"] {
+            for unit in [
+                LedgerUnit { activations: Some(name.into()), ..unit(1.0) },
+                LedgerUnit { factors: Some(name.into()), ..unit(1.0) },
+            ] {
+                let mut ledger = Ledger::create(&staging, &json!({})).unwrap();
+                ledger.append(&unit).unwrap();
+                drop(ledger);
+                let error = Ledger::reopen(&out, &json!({})).err().unwrap();
+                assert_eq!(error.code, ErrorCode::ResumeMismatch, "{name}");
+                assert!(error.subject.ends_with(Ledger::FILE_NAME) && !error.hint.is_empty(), "{error}");
+            }
+        }
+        let mut ledger = Ledger::create(&staging, &json!({})).unwrap();
+        ledger.append(&LedgerUnit { activations: Some("activations-00001".into()), ..unit(1.0) }).unwrap();
+        drop(ledger);
+        assert_eq!(Ledger::reopen(&out, &json!({})).unwrap().unwrap().1.len(), 1);
     }
 
     #[test]

@@ -83,7 +83,7 @@ fn a_bit_budget_is_kept_and_spent_where_it_does_most_good() {
     for block in widths.chunks(spec.linears.len()) {
         assert!(block[0] == block[1] && block[1] == block[2] && block[4] == block[5], "{block:?}");
     }
-    let of = |path: &Path| perplexity(path, "eval-shakespeare.txt", 256);
+    let of = |path: &Path| perplexity(path, "eval-stories.txt", 256);
     let (before, after) = (of(&root.path().join("uniform")), of(&root.path().join("mixed")));
     assert!(after < before, "{after} at the same bits as {before}");
 

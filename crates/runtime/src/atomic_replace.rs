@@ -20,7 +20,7 @@ pub fn replace_file(path: &Path, bytes: &[u8]) -> Result<()> {
     })();
     written.map_err(|error| {
         let _ = fs::remove_file(&temporary);
-        unwritable(path, &error)
+        Error::unwritable(path, &error)
     })
 }
 
@@ -44,9 +44,9 @@ impl StagedFolder {
     pub fn create(target: &Path) -> Result<Self> {
         let staging = Self::staging(target)?;
         if staging.exists() {
-            fs::remove_dir_all(&staging).map_err(|error| unwritable(&staging, &error))?;
+            fs::remove_dir_all(&staging).map_err(|error| Error::unwritable(&staging, &error))?;
         }
-        fs::create_dir_all(&staging).map_err(|error| unwritable(&staging, &error))?;
+        fs::create_dir_all(&staging).map_err(|error| Error::unwritable(&staging, &error))?;
         Ok(StagedFolder { staging, target: target.to_path_buf(), kept: false })
     }
 
@@ -109,7 +109,7 @@ impl StagedFolder {
         let renamed = sync_folder(&self.staging)
             .and_then(|()| if self.target.exists() { fs::remove_dir(&self.target) } else { Ok(()) })
             .and_then(|()| fs::rename(&self.staging, &self.target));
-        renamed.map_err(|error| unwritable(&self.target, &error))?;
+        renamed.map_err(|error| Error::unwritable(&self.target, &error))?;
         self.kept = true;
         if let Some(parent) = self.target.parent().filter(|parent| !parent.as_os_str().is_empty()) {
             // The rename itself has happened; a file system that cannot sync a folder does not undo it.
@@ -133,10 +133,6 @@ fn sync_folder(path: &Path) -> std::io::Result<()> {
     #[cfg(not(unix))]
     let _ = path;
     Ok(())
-}
-
-fn unwritable(path: &Path, error: &std::io::Error) -> Error {
-    Error::io(ErrorCode::OutputUnwritable, path, error).hint("Check that the folder exists, is writable and has space")
 }
 
 #[cfg(test)]

@@ -139,6 +139,12 @@ impl Error {
     pub fn io(code: ErrorCode, path: &std::path::Path, error: &std::io::Error) -> Self {
         Error::new(code, error.to_string()).subject(path.display())
     }
+
+    /// `ERR_OUTPUT_UNWRITABLE` for `path`.
+    pub fn unwritable(path: &std::path::Path, error: &std::io::Error) -> Self {
+        Error::io(ErrorCode::OutputUnwritable, path, error)
+            .hint("Check that the folder exists, is writable and has space")
+    }
 }
 
 impl fmt::Display for Error {

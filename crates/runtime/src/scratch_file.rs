@@ -1,5 +1,4 @@
 use std::fs::{File, OpenOptions, TryLockError};
-use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::{Error, ErrorCode, Result};
@@ -41,12 +40,12 @@ impl ScratchFile {
             Err(TryLockError::WouldBlock) => Err(Error::new(ErrorCode::OutputBusy, "another job is writing this file")
                 .subject(path.display())
                 .hint("Wait for it, or choose another file")),
-            Err(TryLockError::Error(error)) => Err(unwritable(path, &error)),
+            Err(TryLockError::Error(error)) => Err(Error::unwritable(path, &error)),
         }
     }
 
     fn with(path: &Path, options: &OpenOptions) -> Result<Self> {
-        let file = options.open(path).map_err(|error| unwritable(path, &error))?;
+        let file = options.open(path).map_err(|error| Error::unwritable(path, &error))?;
         Ok(ScratchFile { file, path: path.to_path_buf() })
     }
 
@@ -60,7 +59,7 @@ impl ScratchFile {
     /// # Errors
     /// `ERR_OUTPUT_UNWRITABLE`.
     pub fn length(&self) -> Result<u64> {
-        Ok(self.file.metadata().map_err(|error| unwritable(&self.path, &error))?.len())
+        Ok(self.file.metadata().map_err(|error| Error::unwritable(&self.path, &error))?.len())
     }
 
     /// Sets its length; what is new is zero.
@@ -68,7 +67,7 @@ impl ScratchFile {
     /// # Errors
     /// `ERR_OUTPUT_UNWRITABLE`.
     pub fn set_length(&self, bytes: u64) -> Result<()> {
-        self.file.set_len(bytes).map_err(|error| unwritable(&self.path, &error))
+        self.file.set_len(bytes).map_err(|error| Error::unwritable(&self.path, &error))
     }
 
     /// Fills `buffer` from byte `offset` on.
@@ -76,7 +75,7 @@ impl ScratchFile {
     /// # Errors
     /// `ERR_OUTPUT_UNWRITABLE` when the file is shorter or the system refuses.
     pub fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
-        positional::read_exact(&self.file, buffer, offset).map_err(|error| unwritable(&self.path, &error))
+        positional::read_exact(&self.file, buffer, offset).map_err(|error| Error::unwritable(&self.path, &error))
     }
 
     /// Writes all of `bytes` from byte `offset` on.
@@ -84,7 +83,7 @@ impl ScratchFile {
     /// # Errors
     /// `ERR_OUTPUT_UNWRITABLE`.
     pub fn write_at(&self, bytes: &[u8], offset: u64) -> Result<()> {
-        positional::write_all(&self.file, bytes, offset).map_err(|error| unwritable(&self.path, &error))
+        positional::write_all(&self.file, bytes, offset).map_err(|error| Error::unwritable(&self.path, &error))
     }
 
     /// Returns when what was written is on the disk.
@@ -92,12 +91,8 @@ impl ScratchFile {
     /// # Errors
     /// `ERR_OUTPUT_UNWRITABLE`.
     pub fn sync(&self) -> Result<()> {
-        self.file.sync_all().map_err(|error| unwritable(&self.path, &error))
+        self.file.sync_all().map_err(|error| Error::unwritable(&self.path, &error))
     }
-}
-
-fn unwritable(path: &Path, error: &io::Error) -> Error {
-    Error::io(ErrorCode::OutputUnwritable, path, error).hint("Check that the folder exists, is writable and has space")
 }
 
 #[cfg(unix)]

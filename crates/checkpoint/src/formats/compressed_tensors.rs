@@ -1,12 +1,15 @@
-//! The `quantization_config` of compressed-tensors: `QuantizationConfig`, `QuantizationScheme` and `QuantizationArgs`
-//! of <https://github.com/vllm-project/compressed-tensors>.
+//! What the layouts of compressed-tensors share: the `quantization_config` (`QuantizationConfig`, `QuantizationScheme`
+//! and `QuantizationArgs` of <https://github.com/vllm-project/compressed-tensors>), and what stands beside the codes of
+//! a Linear.
 
 use kintsugi_runtime::Result;
-use kintsugi_weights::{GroupAxis, GroupSize};
+use kintsugi_weights::{GroupAxis, GroupSize, QuantizedMatrix, QuantizedParts};
 use serde_json::{Map, Value, json};
 
+use super::assemble;
 use crate::config_fields::{bool_or, integer, invalid, object, require_empty, string_or, strings, unsupported};
-use crate::{LinearFormat, LinearTarget, QuantizationConfig, Scheme, SchemeException};
+use crate::scheme::ExpressionReader;
+use crate::{LinearFormat, LinearTarget, LinearTensors, QuantizationConfig, Scheme, SchemeException};
 
 /// What `quant_method` says.
 pub(super) const METHOD: &str = "compressed-tensors";
@@ -16,6 +19,55 @@ pub(super) const LAYOUT_FIELD: &str = "format";
 const CLASS: &str = "Linear";
 /// The release of compressed-tensors whose layout is written: dense packing of every width, packed zero points.
 const VERSION: &str = "0.18.0";
+
+/// Suffixes of the tensors beside the codes.
+pub(super) const SCALE: &str = "weight_scale";
+pub(super) const ZERO_POINT: &str = "weight_zero_point";
+pub(super) const GROUP_INDEX: &str = "weight_g_idx";
+
+/// Joins `codes` `[rows, columns]` with the scales `[rows, groups]`, the zero points that `zero_points` reads for so many
+/// groups, and the group index. Zero points and index are there if, and only if, the configuration speaks of them; of
+/// the index that it may.
+///
+/// # Errors
+/// As [`LinearFormat::decode`].
+pub(super) fn join(
+    config: &QuantizationConfig,
+    linear: &LinearTensors<'_>,
+    [rows, columns]: [usize; 2],
+    codes: Vec<u8>,
+    zero_points: impl FnOnce(usize) -> Result<Vec<u8>>,
+) -> Result<QuantizedMatrix> {
+    let groups = config.group_size.groups(columns);
+    let (scales, scale_type) = linear.scales(SCALE, [rows, groups])?;
+    let zero_points = if config.symmetric {
+        linear.refuse_unannounced(ZERO_POINT, "the grid is asymmetric")?;
+        None
+    } else {
+        Some(zero_points(groups)?)
+    };
+    let group_index = if !config.group_index {
+        linear.refuse_unannounced(GROUP_INDEX, "columns have groups of their own")?;
+        None
+    } else if linear.has(GROUP_INDEX) {
+        linear.group_index(GROUP_INDEX, columns, groups)?
+    } else {
+        None
+    };
+    let parts = QuantizedParts {
+        rows,
+        columns,
+        bits: config.bits,
+        group_size: config.group_size,
+        codes,
+        scales,
+        scale_type,
+        zero_points,
+        group_index,
+        ..QuantizedParts::default()
+    };
+    assemble(linear, parts)
+}
 
 /// Understands the configuration of a checkpoint that is laid out as `format`.
 ///
@@ -72,6 +124,7 @@ fn read_schemes(
     // Groups that name Linears go before the one for the class of all Linears.
     let mut usual: Option<Scheme> = None;
     let mut exceptions = Vec::new();
+    let mut expressions = ExpressionReader::new("config_groups");
     for (name, group) in object(groups, "config_groups")? {
         let scheme = read_scheme(format, number, name, group)?;
         let targets = strings(object(group, name)?, "targets")?;
@@ -83,7 +136,7 @@ fn read_schemes(
                     }
                 }
                 Some(expression) => {
-                    exceptions.push(SchemeException { linears: LinearTarget::expression(expression)?, scheme });
+                    exceptions.push(SchemeException { linears: expressions.read(expression)?, scheme });
                 }
                 None => exceptions.push(SchemeException { linears: LinearTarget::name(target), scheme }),
             }

@@ -1,4 +1,4 @@
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use kintsugi_runtime::Result;
 use kintsugi_weights::{ElementType, GroupAxis, GroupSize, QuantizedMatrix, QuantizedParts};
@@ -10,7 +10,7 @@ use crate::config_fields::{bool_or, integer, invalid, object, string_or, unsuppo
 use crate::linear_format::{EncodedTensor, LinearFormat, MatrixForm};
 use crate::packed_rows::{pack_rows, transposed, unpack_rows};
 use crate::safetensors_writer::{float_bytes, float_dtype};
-use crate::scheme::group_size_number;
+use crate::scheme::{ExpressionReader, group_size_number};
 use crate::{LinearTarget, LinearTensors, QuantizationConfig, Scheme, SchemeException};
 
 const CODES: &str = "qweight";
@@ -20,6 +20,10 @@ const GROUP_INDEX: &str = "g_idx";
 
 /// Widths of a code that programs for the format know.
 const BITS: [u8; 4] = [2, 3, 4, 8];
+
+/// Linears that vLLM joins, and the name it gives them.
+const JOINED: [(&str, &[&str]); 2] =
+    [("qkv_proj", &["q_proj", "k_proj", "v_proj"]), ("gate_up_proj", &["gate_proj", "up_proj"])];
 
 /// The head, which the format speaks of in a field of its own.
 const HEAD: &str = "lm_head";
@@ -145,11 +149,12 @@ impl LinearFormat for Gptq {
         let (symmetric, group_index) = (bool_or(config, "sym", true)?, bool_or(config, "desc_act", false)?);
         let usual = Scheme { bits, group_size, group_axis: GroupAxis::Input, symmetric, group_index };
         let mut exceptions = Vec::new();
+        let mut expressions = ExpressionReader::new("dynamic");
         if let Some(rules) = config.get("dynamic").filter(|rules| !rules.is_null()) {
             for (rule, fields) in object(rules, "dynamic")? {
                 match rule.strip_prefix("-:") {
                     Some(excluded) => ignore.push(format!("re:{excluded}")),
-                    None => exceptions.push(read_rule(rule, object(fields, rule)?, usual)?),
+                    None => exceptions.push(read_rule(rule, object(fields, rule)?, usual, &mut expressions)?),
                 }
             }
         }
@@ -170,13 +175,11 @@ impl LinearFormat for Gptq {
         for SchemeException { linears, scheme } in
             config.exceptions.iter().filter(|other| other.scheme != config.scheme())
         {
-            let fields = json!({
-                "bits": scheme.bits,
-                "group_size": group_size_number(scheme.group_size),
-                "desc_act": scheme.group_index,
-                "sym": scheme.symmetric,
-            });
-            rules.insert(format!("+:{}", linears.to_expression()), fields);
+            rules.insert(format!("+:{}", linears.to_expression()), rule_fields(*scheme));
+        }
+        for (name, scheme) in fused(config) {
+            let fields = rule_fields(scheme);
+            rules.insert(format!("+:{}", LinearTarget::name(name).to_expression()), fields);
         }
         let mut json = json!({
             "quant_method": self.method(),
@@ -341,11 +344,54 @@ pub(super) fn check_groups_and_scales(form: &MatrixForm) -> Result<(), String> {
     Ok(())
 }
 
+/// What a rule of `dynamic` says.
+fn rule_fields(scheme: Scheme) -> Value {
+    json!({
+        "bits": scheme.bits,
+        "group_size": group_size_number(scheme.group_size),
+        "desc_act": scheme.group_index,
+        "sym": scheme.symmetric,
+    })
+}
+
+/// The names under which vLLM asks for the scheme of Linears that it joins, where all of these have one and it is not
+/// the usual one: it matches rules against `qkv_proj`, `gate_up_proj` and `experts`, never against their parts.
+fn fused(config: &QuantizationConfig) -> BTreeMap<String, Scheme> {
+    // By joined name: the scheme of all parts, and which of them are there.
+    let mut joined: BTreeMap<String, (Option<Scheme>, BTreeSet<&str>)> = BTreeMap::new();
+    for exception in config.exceptions.iter().filter(|exception| !exception.linears.is_expression()) {
+        let Some((place, part)) = exception.linears.text().rsplit_once('.') else { continue };
+        let name = if let Some((experts, _)) = place.rsplit_once(".experts.") {
+            Some((format!("{experts}.experts"), ""))
+        } else {
+            let whole = JOINED.iter().find(|(_, parts)| parts.contains(&part));
+            whole.map(|(whole, _)| (format!("{place}.{whole}"), part))
+        };
+        let Some((name, part)) = name else { continue };
+        let (scheme, parts) = joined.entry(name).or_insert((Some(exception.scheme), BTreeSet::new()));
+        *scheme = scheme.filter(|scheme| *scheme == exception.scheme);
+        parts.insert(part);
+    }
+    let whole = |name: &str, parts: &BTreeSet<&str>| {
+        JOINED.iter().all(|(whole, all)| !name.ends_with(whole) || parts.len() == all.len())
+    };
+    let uniform = joined.into_iter().filter_map(|(name, (scheme, parts))| {
+        let scheme = scheme.filter(|scheme| *scheme != config.scheme() && whole(&name, &parts))?;
+        Some((name, scheme))
+    });
+    uniform.collect()
+}
+
 /// A rule of `dynamic`: an expression, marked as positive or not at all, and the fields in which its Linears differ.
 ///
 /// # Errors
 /// `ERR_QUANTIZATION_UNSUPPORTED`, `ERR_CONFIG_INVALID`.
-fn read_rule(rule: &str, fields: &Map<String, Value>, usual: Scheme) -> Result<SchemeException> {
+fn read_rule(
+    rule: &str,
+    fields: &Map<String, Value>,
+    usual: Scheme,
+    expressions: &mut ExpressionReader<'_>,
+) -> Result<SchemeException> {
     let known = ["bits", "group_size", "sym", "desc_act"];
     if let Some(stranger) = fields.keys().find(|field| !known.contains(&field.as_str())) {
         return Err(unsupported("dynamic", &format!("{rule} with {stranger}")));
@@ -358,14 +404,58 @@ fn read_rule(rule: &str, fields: &Map<String, Value>, usual: Scheme) -> Result<S
     }
     let symmetric = bool_or(fields, "sym", usual.symmetric)?;
     let group_index = bool_or(fields, "desc_act", usual.group_index)?;
-    let linears = LinearTarget::expression(rule.strip_prefix("+:").unwrap_or(rule))?;
-    Ok(SchemeException {
-        linears,
-        scheme: Scheme { bits, group_size, group_axis: GroupAxis::Input, symmetric, group_index },
-    })
+    let linears = expressions.read(rule.strip_prefix("+:").unwrap_or(rule))?;
+    let scheme = Scheme { bits, group_size, group_axis: GroupAxis::Input, symmetric, group_index };
+    Ok(SchemeException { linears, scheme })
 }
 
 /// Words that `count` codes fill without a rest.
 fn exact_words(count: usize, bits: u8) -> Option<usize> {
     count.checked_mul(usize::from(bits)).filter(|total| total.is_multiple_of(32)).map(|total| total / 32)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rules_name_what_vllm_joins() {
+        let usual = Scheme {
+            bits: 4,
+            group_size: GroupSize::Columns(64),
+            group_axis: GroupAxis::Input,
+            symmetric: true,
+            group_index: false,
+        };
+        let eight = Scheme { bits: 8, ..usual };
+        let mut linears = BTreeMap::new();
+        let mut put = |name: &str, scheme| linears.insert(format!("model.layers.0.{name}"), scheme);
+        for name in ["q_proj", "k_proj", "v_proj", "o_proj"] {
+            put(&format!("self_attn.{name}"), eight);
+        }
+        for (name, scheme) in [("gate_proj", usual), ("up_proj", eight), ("down_proj", eight)] {
+            put(&format!("mlp.{name}"), scheme);
+        }
+        for expert in 0..3 {
+            for name in ["gate_proj", "up_proj", "down_proj"] {
+                put(&format!("mlp.experts.{expert}.{name}"), if expert < 3 { eight } else { usual });
+                put(&format!("other.experts.{expert}.{name}"), if expert < 2 { eight } else { usual });
+            }
+        }
+        for other in 0..40 {
+            put(&format!("rest.{other}"), usual);
+        }
+        let config = QuantizationConfig::describing(&Gptq::V2, &linears, Vec::new()).unwrap();
+        assert_eq!(config.scheme(), usual);
+        let names: Vec<String> = fused(&config).into_keys().collect();
+        assert_eq!(names, ["model.layers.0.mlp.experts", "model.layers.0.self_attn.qkv_proj"]);
+        let json = config.to_json().unwrap();
+        let rules = json["dynamic"].as_object().unwrap();
+        assert_eq!(rules[r"+:^model\.layers\.0\.self_attn\.qkv_proj$"]["bits"], 8);
+        assert_eq!(rules[r"+:^model\.layers\.0\.self_attn\.q_proj$"]["bits"], 8);
+        let read = QuantizationConfig::from_json(&json).unwrap();
+        for (name, scheme) in &linears {
+            assert_eq!(read.scheme_of(name), *scheme, "{name}");
+        }
+    }
 }

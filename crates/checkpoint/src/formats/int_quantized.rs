@@ -1,16 +1,13 @@
 use kintsugi_runtime::Result;
-use kintsugi_weights::{QuantizedMatrix, QuantizedParts};
+use kintsugi_weights::QuantizedMatrix;
 use safetensors::Dtype;
 use serde_json::{Map, Value};
 
-use super::{assemble, compressed_tensors, read_only};
+use super::{compressed_tensors, read_only};
 use crate::linear_format::{EncodedTensor, LinearFormat, MatrixForm};
 use crate::{LinearTensors, QuantizationConfig};
 
 const CODES: &str = "weight";
-const SCALE: &str = "weight_scale";
-const ZERO_POINT: &str = "weight_zero_point";
-const GROUP_INDEX: &str = "weight_g_idx";
 
 /// compressed-tensors `int-quantized` and `naive-quantized`: one signed byte per weight, whatever the width of a code.
 /// Read only: `pack-quantized` holds the same in fewer or equal bytes.
@@ -65,37 +62,11 @@ impl LinearFormat for IntQuantized {
     }
 
     fn decode(&self, config: &QuantizationConfig, linear: &LinearTensors<'_>) -> Result<QuantizedMatrix> {
-        let bits = config.bits;
         let (rows, columns) = self.shape(config, linear)?;
-        let groups = config.group_size.groups(columns);
-        let codes = unsigned(linear, CODES, [rows, columns], bits)?;
-        let (scales, scale_type) = linear.scales(SCALE, [rows, groups])?;
-        let zero_points = if config.symmetric {
-            linear.refuse_unannounced(ZERO_POINT, "the grid is asymmetric")?;
-            None
-        } else {
-            Some(unsigned(linear, ZERO_POINT, [rows, groups], bits)?)
-        };
-        let group_index = if config.group_index {
-            if linear.has(GROUP_INDEX) { linear.group_index(GROUP_INDEX, columns, groups)? } else { None }
-        } else {
-            linear.refuse_unannounced(GROUP_INDEX, "columns have groups of their own")?;
-            None
-        };
-        let group_size = config.group_size;
-        let parts = QuantizedParts {
-            rows,
-            columns,
-            bits,
-            group_size,
-            codes,
-            scales,
-            scale_type,
-            zero_points,
-            group_index,
-            ..QuantizedParts::default()
-        };
-        assemble(linear, parts)
+        let codes = unsigned(linear, CODES, [rows, columns], config.bits)?;
+        compressed_tensors::join(config, linear, [rows, columns], codes, |groups| {
+            unsigned(linear, compressed_tensors::ZERO_POINT, [rows, groups], config.bits)
+        })
     }
 
     fn encode(&self, _matrix: &QuantizedMatrix, _emit: &mut dyn FnMut(EncodedTensor<'_>) -> Result<()>) -> Result<()> {

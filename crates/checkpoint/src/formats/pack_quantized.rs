@@ -1,9 +1,9 @@
 use kintsugi_runtime::Result;
-use kintsugi_weights::{QuantizedMatrix, QuantizedParts, packed_words};
+use kintsugi_weights::{QuantizedMatrix, packed_words};
 use safetensors::Dtype;
 use serde_json::{Map, Value};
 
-use super::{assemble, compressed_tensors};
+use super::compressed_tensors::{self, GROUP_INDEX, SCALE, ZERO_POINT};
 use crate::linear_format::{EncodedTensor, LinearFormat, MatrixForm};
 use crate::packed_rows::{pack_rows, transposed, unpack_rows};
 use crate::safetensors_writer::{float_bytes, float_dtype};
@@ -11,9 +11,6 @@ use crate::{LinearTensors, QuantizationConfig};
 
 const PACKED: &str = "weight_packed";
 const SHAPE: &str = "weight_shape";
-const SCALE: &str = "weight_scale";
-const ZERO_POINT: &str = "weight_zero_point";
-const GROUP_INDEX: &str = "weight_g_idx";
 
 /// compressed-tensors `pack-quantized`, the format that is written by default.
 ///
@@ -78,47 +75,17 @@ impl LinearFormat for PackQuantized {
     fn decode(&self, config: &QuantizationConfig, linear: &LinearTensors<'_>) -> Result<QuantizedMatrix> {
         let bits = config.bits;
         let (rows, columns) = self.shape(config, linear)?;
-        let groups = config.group_size.groups(columns);
-
         let width = checked_words(columns, bits).ok_or_else(|| impossible(linear))?;
         let packed: Vec<u32> = linear.integers(PACKED, Dtype::I32, &[rows, width])?;
         // The file holds that many codes, so their number is no surprise to the memory.
         let codes = unpack_rows(&packed, columns, bits);
         drop(packed);
-
-        let (scales, scale_type) = linear.scales(SCALE, [rows, groups])?;
-
-        let zero_points = if config.symmetric {
-            linear.refuse_unannounced(ZERO_POINT, "the grid is asymmetric")?;
-            None
-        } else {
+        compressed_tensors::join(config, linear, [rows, columns], codes, |groups| {
             let height = checked_words(rows, bits).ok_or_else(|| impossible(linear))?;
             let packed: Vec<u32> = linear.integers(ZERO_POINT, Dtype::I32, &[height, groups])?;
             let by_group = unpack_rows(&transposed(&packed, height, groups), rows, bits);
-            Some(transposed(&by_group, groups, rows))
-        };
-
-        let group_index = if config.group_index {
-            if linear.has(GROUP_INDEX) { linear.group_index(GROUP_INDEX, columns, groups)? } else { None }
-        } else {
-            linear.refuse_unannounced(GROUP_INDEX, "columns have groups of their own")?;
-            None
-        };
-
-        let group_size = config.group_size;
-        let parts = QuantizedParts {
-            rows,
-            columns,
-            bits,
-            group_size,
-            codes,
-            scales,
-            scale_type,
-            zero_points,
-            group_index,
-            ..QuantizedParts::default()
-        };
-        assemble(linear, parts)
+            Ok(transposed(&by_group, groups, rows))
+        })
     }
 
     fn encode(&self, matrix: &QuantizedMatrix, emit: &mut dyn FnMut(EncodedTensor<'_>) -> Result<()>) -> Result<()> {

@@ -7,7 +7,6 @@ use kintsugi_runtime::{Error, ErrorCode, Result};
 use super::gguf_file::{ALIGNMENT, DEFAULT_ALIGNMENT, MAGIC, VERSION};
 use super::gguf_metadata::write_string;
 use super::{GgufMetadata, GgufType, GgufValue};
-use crate::safetensors_writer::unwritable;
 
 const BUFFER_BYTES: usize = 1 << 20;
 
@@ -78,7 +77,7 @@ impl GgufWriter {
         let mut name = path.file_name().unwrap_or_default().to_os_string();
         name.push(".partial");
         let temporary = path.with_file_name(name);
-        let file = File::create(&temporary).map_err(|error| unwritable(path, &error))?;
+        let file = File::create(&temporary).map_err(|error| Error::unwritable(path, &error))?;
         // From here on it removes its file when it is dropped.
         let mut writer = GgufWriter {
             output: Some(BufWriter::with_capacity(BUFFER_BYTES, file)),
@@ -127,7 +126,7 @@ impl GgufWriter {
         };
         close(output).map_err(|error| {
             let _ = fs::remove_file(&self.temporary);
-            unwritable(&self.path, &error)
+            Error::unwritable(&self.path, &error)
         })?;
         Ok(self.total)
     }
@@ -139,7 +138,7 @@ impl GgufWriter {
 
     fn put(&mut self, bytes: &[u8]) -> Result<()> {
         match &mut self.output {
-            Some(output) => output.write_all(bytes).map_err(|error| unwritable(&self.path, &error)),
+            Some(output) => output.write_all(bytes).map_err(|error| Error::unwritable(&self.path, &error)),
             None => Ok(()),
         }
     }

@@ -1,0 +1,18 @@
+import { rmSync, writeFileSync } from 'node:fs'
+import { join } from 'node:path'
+
+import { CHECKPOINT, type Attack } from '../attack.js'
+import { checkpoint } from '../forge.js'
+
+export default {
+  trick: 'The index places a tensor in a file above the folder.',
+  make: (folder) => {
+    const source = checkpoint(folder)
+    rmSync(join(source, 'model.safetensors'))
+    const index = { weight_map: { 'model.norm.weight': '../../../../etc/passwd' } }
+    writeFileSync(join(source, 'model.safetensors.index.json'), JSON.stringify(index))
+  },
+  doors: CHECKPOINT,
+  code: 'ERR_CHECKPOINT_CORRUPT',
+  subject: /model\.safetensors\.index\.json$/,
+} satisfies Attack

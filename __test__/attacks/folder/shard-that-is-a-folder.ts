@@ -1,0 +1,20 @@
+import { mkdirSync, rmSync, writeFileSync } from 'node:fs'
+import { join } from 'node:path'
+
+import { CHECKPOINT, type Attack } from '../attack.js'
+import { checkpoint } from '../forge.js'
+
+export default {
+  trick: 'A shard is a folder.',
+  make: (folder) => {
+    const source = checkpoint(folder)
+    const [whole, shard] = [join(source, 'model.safetensors'), join(source, 'one.safetensors')]
+    rmSync(whole)
+    mkdirSync(shard)
+    const index = { weight_map: { 'model.norm.weight': 'one.safetensors' } }
+    writeFileSync(join(source, 'model.safetensors.index.json'), JSON.stringify(index))
+  },
+  doors: CHECKPOINT,
+  code: 'ERR_CHECKPOINT_NOT_FOUND',
+  subject: /one\.safetensors$/,
+} satisfies Attack
