@@ -233,7 +233,7 @@ impl Page {
         let gap = 36;
         let width = map.width().max(300);
         let across = ((WIDTH - 2 * MARGIN + gap) / (width + gap)).max(1);
-        let height = 24 + map.kinds.len() * CELL + 18;
+        let height = 38 + map.kinds.len() * CELL + 18;
         for row in panels.chunks(across) {
             for (place, panel) in row.iter().enumerate() {
                 self.panel(map, panel, MARGIN + place * (width + gap));
@@ -244,14 +244,9 @@ impl Page {
     }
 
     fn panel(&mut self, map: &BlockMap, panel: &Panel, x: usize) {
-        let top = self.y + 18;
-        let title = shortened(&panel.title, 28);
-        self.put(&format!(
-            "<text x=\"{x}\" y=\"{}\">{} <tspan class=\"quiet\" dx=\"6\">{}</tspan></text>",
-            top - 4,
-            escaped(&title),
-            escaped(&panel.note)
-        ));
+        let top = self.y + 32;
+        self.text_at((x, top - 18), "", &shortened(&panel.title, 40));
+        self.text_at((x, top - 4), "quiet small", &panel.note);
         let left = x + MAP_LABELS;
         for (down, kind) in map.kinds.iter().enumerate() {
             let y = top + 4 + down * CELL;
