@@ -48,19 +48,22 @@ fn cat(folder: &Path, blocks: usize, rounds: usize) {
     // Weight 1/2 undoes the scaling of 2: everything is moved. 1/16 multiplies A.
     for weight in [0.5, 1.0 / 16.0] {
         let (mut copies, mut merges) = (Vec::new(), Vec::new());
+        let (mut copying, mut merging) = (Vec::new(), Vec::new());
         for _ in 0..rounds {
             let out = folder.join("out");
-            let started = Instant::now();
+            let (started, used) = (Instant::now(), processor_seconds());
             fs::create_dir_all(&out).unwrap();
             for (i, adapter) in adapters.iter().enumerate() {
                 copy(&adapter.join("adapter_model.safetensors"), &out.join(i.to_string()));
             }
             copies.push(started.elapsed().as_secs_f64());
+            copying.push(processor_seconds() - used);
             fs::remove_dir_all(&out).unwrap();
 
-            let started = Instant::now();
+            let (started, used) = (Instant::now(), processor_seconds());
             merge(&adapters, weight, "cat", None, false, &out);
             merges.push(started.elapsed().as_secs_f64());
+            merging.push(processor_seconds() - used);
             fs::remove_dir_all(&out).unwrap();
         }
         let bytes: u64 =
@@ -70,11 +73,13 @@ fn cat(folder: &Path, blocks: usize, rounds: usize) {
         let best = |values: &[f64]| values.iter().copied().fold(f64::INFINITY, f64::min);
         let (least_copy, least_merge) = (best(&copies), best(&merges));
         println!(
-            r#"{{"bench":"cat","weight":{weight},"megabytes":{},"copySeconds":{:.3},"catSeconds":{:.3},"shareOfCopyBandwidth":{share:.2},"leastCopySeconds":{least_copy:.3},"leastCatSeconds":{least_merge:.3},"shareOfTheLeast":{:.2}}}"#,
+            r#"{{"bench":"cat","weight":{weight},"megabytes":{},"copySeconds":{:.3},"catSeconds":{:.3},"shareOfCopyBandwidth":{share:.2},"leastCopySeconds":{least_copy:.3},"leastCatSeconds":{least_merge:.3},"shareOfTheLeast":{:.2},"copyProcessorSeconds":{:.2},"catProcessorSeconds":{:.2}}}"#,
             bytes / 1_000_000,
             median(copies),
             median(merges),
-            least_copy / least_merge
+            least_copy / least_merge,
+            median(copying),
+            median(merging),
         );
     }
 }
@@ -125,6 +130,14 @@ fn copy(from: &Path, to: &Path) {
         }
     }
     output.sync_all().unwrap();
+}
+
+/// What the process has used of all processors; 0 where the system does not tell. Fields 14 and 15 of `/proc/self/stat`,
+/// in hundredths of a second.
+fn processor_seconds() -> f64 {
+    let stat = fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    let behind_name = stat.rsplit_once(')').map_or("", |(_, fields)| fields);
+    behind_name.split_whitespace().skip(11).take(2).filter_map(|ticks| ticks.parse::<f64>().ok()).sum::<f64>() / 100.0
 }
 
 fn median(mut values: Vec<f64>) -> f64 {

@@ -19,15 +19,15 @@ impl SourcePrint {
     /// Of the factors A and B of one module.
     pub(crate) fn of_module(name: &str, scaling: f64, factors: &[DenseMatrix; 2]) -> Self {
         let mut print = Self::new();
-        name.bytes().for_each(|byte| print.add(u64::from(byte)));
-        print.add(scaling.to_bits());
+        name.bytes().for_each(|byte| print.add(u32::from(byte)));
+        print.add_wide(scaling.to_bits());
         for factor in factors {
-            print.add(factor.rows() as u64);
-            print.add(factor.columns() as u64);
+            print.add_wide(factor.rows() as u64);
+            print.add_wide(factor.columns() as u64);
             let mut row = vec![0.0; factor.columns()];
             for i in 0..ROWS.min(factor.rows()) {
                 factor.row_to_f32(i * factor.rows() / ROWS.min(factor.rows()), &mut row);
-                row.iter().for_each(|value| print.add(u64::from(value.to_bits())));
+                row.iter().for_each(|value| print.add(value.to_bits()));
             }
         }
         print
@@ -35,14 +35,17 @@ impl SourcePrint {
 
     /// With another module behind it.
     pub(crate) fn then(mut self, module: Self) -> Self {
-        self.add(module.0);
+        self.add_wide(module.0);
         self
     }
 
-    fn add(&mut self, word: u64) {
-        for half in [word as u32, (word >> 32) as u32] {
-            self.0 = (self.0 ^ u64::from(half)).wrapping_mul(0x0000_0100_0000_01b3);
-        }
+    fn add_wide(&mut self, word: u64) {
+        self.add(word as u32);
+        self.add((word >> 32) as u32);
+    }
+
+    fn add(&mut self, word: u32) {
+        self.0 = (self.0 ^ u64::from(word)).wrapping_mul(0x0000_0100_0000_01b3);
     }
 }
 
