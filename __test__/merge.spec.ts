@@ -174,7 +174,7 @@ test('sources join a merge and leave it', async (t) => {
   const folder = temporaryFolder(t)
   const path = (name: string): string => join(folder, name)
   const bytes = (name: string): Buffer => readFileSync(join(path(name), 'adapter_model.safetensors'))
-  const options = { method: 'lego', rank: 6, seed: 3, weights: [1, 0.5] } as const
+  const options = { method: 'lego' as const, rank: 6, seed: 3, weights: [1, 0.5] }
   await merge([SHAKESPEARE, PYTHON], { ...options, out: path('both') })
   const alone = await remerge(path('both'), { out: path('alone'), remove: ['python'] })
   t.deepEqual(alone.recipe.adapters, [SHAKESPEARE])
