@@ -164,6 +164,17 @@ export interface BindingLoadOptions {
   adapters: Record<string, string>
 }
 
+/** Options of `remerge`. */
+export interface BindingMergeChange {
+  merged: string
+  add: Array<string>
+  /** Of each that is added. */
+  weights: Array<number>
+  remove: Array<string>
+  out: string
+  dryRun: boolean
+}
+
 /** Options of `merge`; `src/merge.ts` fills in the defaults. */
 export interface BindingMergeOptions {
   adapters: Array<string>
@@ -194,6 +205,14 @@ export interface BindingMergeOptions {
   scale: string
   report: boolean
   allowDifferentBases: boolean
+  /** File of saved statistics. */
+  calibration?: string
+  /** Folder of a compensation. */
+  compensation?: string
+  /** 0 to keep the compensation as it is. */
+  totalRank: number
+  /** `equal`, `mean` or `refuse`. */
+  modulesToSave: string
   dryRun: boolean
 }
 
@@ -246,8 +265,11 @@ export declare function loadModel(options: BindingLoadOptions, control: BindingC
 /** Merges adapters; the promise gives the report, or the plan of a dry run. */
 export declare function merge(options: BindingMergeOptions, control: BindingControl): Promise<unknown>
 
-/** Name, summary and options of every merge method. */
+/** Name, summary and options of every merge method, and whether it reads statistics of the inputs. */
 export declare function mergeMethods(): unknown
+
+/** Merges anew what an earlier merge has merged, with some sources more or less. */
+export declare function remerge(options: BindingMergeChange, control: BindingControl): Promise<unknown>
 
 /**
  * Weights from one figure per adapter. `formula` is `softmax` (of `parameter` as temperature) or `proportional` (to

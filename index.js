@@ -773,7 +773,7 @@ if (
   }
 }
 
-const { BindingControl, BindingGeneration, BindingModel, BindingQuantizedLinear, compress, convert, doctor, fold, inspect, loadModel, merge, mergeMethods, weightsFromMetrics } = nativeBinding
+const { BindingControl, BindingGeneration, BindingModel, BindingQuantizedLinear, compress, convert, doctor, fold, inspect, loadModel, merge, mergeMethods, remerge, weightsFromMetrics } = nativeBinding
 export { BindingControl }
 export { BindingGeneration }
 export { BindingModel }
@@ -786,5 +786,6 @@ export { inspect }
 export { loadModel }
 export { merge }
 export { mergeMethods }
+export { remerge }
 export { weightsFromMetrics }
 export const __napiBindingTarget = __napiLoadedBindingTarget

@@ -3,10 +3,20 @@ import { join } from 'node:path'
 
 import test from 'ava'
 import fc from 'fast-check'
-import { fold, loadModel, merge, type MergeReport, metricWeights, type Progress } from 'kintsugi'
+import { compress, fold, loadModel, merge, type MergeReport, metricWeights, type Progress, remerge } from 'kintsugi'
 
 import { native } from '../src/native.js'
-import { asset, failsWith, LLAMA, readSafetensors, ROOT, SHAKESPEARE, temporaryFolder, textSlice } from './fixtures.js'
+import {
+  asset,
+  failsWith,
+  LLAMA,
+  readSafetensors,
+  ROOT,
+  SHAKESPEARE,
+  SHORT_CALIBRATION,
+  temporaryFolder,
+  textSlice,
+} from './fixtures.js'
 
 const PYTHON = asset('adapters/python')
 const TEXT = asset('text/eval-shakespeare.txt')
@@ -64,7 +74,8 @@ test('svd: report, folder and progress', async (t) => {
     for (const { retained } of kept!.sources) t.true(retained > 0 && retained <= 1, name)
   }
   t.true(summary.adapters.every(({ retained }) => retained! > 0.3 && retained! < 1))
-  t.deepEqual(readdirSync(out).sort(), ['adapter_config.json', 'adapter_model.safetensors', 'report.json'])
+  const files = ['adapter_config.json', 'adapter_model.safetensors', 'report.json', 'report.svg']
+  t.deepEqual(readdirSync(out).sort(), files)
   t.deepEqual(JSON.parse(readFileSync(join(out, 'report.json'), 'utf8')) as MergeReport, { recipe, summary, modules })
   const config = JSON.parse(readFileSync(join(out, 'adapter_config.json'), 'utf8'))
   t.like(config, { peft_type: 'LORA', r: 8, lora_alpha: 8, use_rslora: false, rank_pattern: {}, alpha_pattern: {} })
@@ -123,8 +134,69 @@ test('every method runs, also on adapters of other ranks, files and targets', as
   t.false(existsSync(join(folder, 'x')))
 })
 
+test('an adapter for a compressed model holds its compensation, and statistics weigh errors', async (t) => {
+  const folder = temporaryFolder(t)
+  const path = (name: string): string => join(folder, name)
+  const text = textSlice(TEXT, 8_000)
+  const [model, calibration] = [path('w3'), path('statistics.safetensors')]
+  const taken = { calibration: SHORT_CALIBRATION, saveStatistics: calibration, eora: { rank: 8 } }
+  await compress(LLAMA, { out: model, method: 'rtn', bits: 3, groupSize: 64, ...taken })
+  const compensation = join(model, 'eora')
+  const alone = await merge([SHAKESPEARE, PYTHON], { out: path('alone'), method: 'svd', rank: 8, calibration })
+  const joined = await merge([SHAKESPEARE, PYTHON], {
+    ...{ out: path('joined'), method: 'svd', rank: 8, calibration, compensation },
+  })
+  t.true(alone.summary.weightedError! > 0 && alone.summary.weightedError! < 1)
+  t.is(joined.summary.weightedError, alone.summary.weightedError)
+  t.is(joined.summary.rank, 16)
+  t.true(joined.modules.every((module) => module.joined!.compensationRank === 8 && module.joined!.error === 0))
+  const cut = await merge([SHAKESPEARE, PYTHON], {
+    ...{ out: path('cut'), method: 'cat', totalRank: 12, padding: 'vllm', calibration, compensation },
+  })
+  t.is(cut.summary.rank, 16)
+  t.true(cut.modules.every(({ rank, joined }) => rank === 12 && joined!.weightedError! < joined!.error))
+
+  using beside = await loadModel(model, { precision: 'f32', adapters: { alone: path('alone') } })
+  using within = await loadModel(model, { precision: 'f32', compensation: false, adapters: { joined: path('joined') } })
+  const apart = await beside.perplexity(text, { length: 128, adapter: 'alone' })
+  const together = await within.perplexity(text, { length: 128, adapter: 'joined' })
+  t.true(Math.abs(together.perplexity / apart.perplexity - 1) < 1e-5, `${together.perplexity} ${apart.perplexity}`)
+
+  const out = path('x')
+  await failsWith(t, () => merge([PYTHON], { out, method: 'lego', calibration }), 'ERR_OPTION_INVALID', 'calibration')
+  await failsWith(t, () => merge([PYTHON], { out, method: 'svd', totalRank: 4 }), 'ERR_OPTION_INVALID', 'totalRank')
+  const wrong = { out, method: 'svd' as const, calibration: join(model, 'model.safetensors') }
+  await failsWith(t, () => merge([PYTHON], wrong), 'ERR_STATISTICS_MISMATCH', wrong.calibration)
+  t.false(existsSync(out))
+})
+
+test('sources join a merge and leave it', async (t) => {
+  const folder = temporaryFolder(t)
+  const path = (name: string): string => join(folder, name)
+  const bytes = (name: string): Buffer => readFileSync(join(path(name), 'adapter_model.safetensors'))
+  const options = { method: 'lego' as const, rank: 6, seed: 3, weights: [1, 0.5] }
+  await merge([SHAKESPEARE, PYTHON], { ...options, out: path('both') })
+  const alone = await remerge(path('both'), { out: path('alone'), remove: ['python'] })
+  t.deepEqual(alone.recipe.adapters, [SHAKESPEARE])
+  const plan = await remerge(path('alone'), { out: path('x'), add: { [PYTHON]: 0.5 }, dryRun: true })
+  t.deepEqual(plan.recipe.weights, [1, 0.5])
+  await remerge(path('alone'), { out: path('again'), add: { [PYTHON]: 0.5 } })
+  t.deepEqual(bytes('again'), bytes('both'))
+  await failsWith(t, () => remerge(path('both'), { out: path('x') }), 'ERR_OPTION_INVALID', 'add')
+  await failsWith(t, () => remerge(path('both'), { out: path('x'), remove: ['legal'] }), 'ERR_OPTION_INVALID', 'remove')
+  const nan = { out: path('x'), add: { [PYTHON]: Number.NaN } }
+  await failsWith(t, () => remerge(path('both'), nan), 'ERR_OPTION_INVALID', `add.${PYTHON}`)
+  await failsWith(t, () => remerge(SHAKESPEARE, { out: path('x'), remove: ['a'] }), 'ERR_ADAPTER_INVALID', /report.json/)
+  t.false(existsSync(path('x')))
+})
+
 test('the table of methods is that of the engine, and docs have a row for each', (t) => {
-  const methods = native().mergeMethods() as { name: string; summary: string; options: string[] }[]
+  const methods = native().mergeMethods() as {
+    name: string
+    summary: string
+    options: string[]
+    weighsInputs: boolean
+  }[]
   t.deepEqual(
     methods.map(({ name }) => name),
     [...METHODS],
@@ -135,12 +207,14 @@ test('the table of methods is that of the engine, and docs have a row for each',
     t.not(summary, '')
     t.true(options.every((option) => option in EVERY_OPTION), name)
   }
+  const weighing = methods.filter(({ weighsInputs }) => weighsInputs).map(({ name }) => name)
+  t.deepEqual(weighing, ['svd'])
 })
 
 test('a dry run plans and writes nothing', async (t) => {
   const folder = temporaryFolder(t)
   const plan = await merge([SHAKESPEARE, PYTHON], { out: join(folder, 'x'), method: 'cat', dryRun: true })
-  t.like(plan, { baseModel: 'llama-7m', factorType: 'f32' })
+  t.like(plan, { baseModel: 'llama-7m', factorType: 'f32', wholeTensors: [] })
   t.is(plan.modules.length, MODULES)
   t.true(plan.modules.every(({ rank, ranks }) => rank === 16 && ranks.join() === '8,8'))
   t.true(plan.memoryBytes > 0)
@@ -160,6 +234,9 @@ test('wrong options are refused before anything runs', async (t) => {
   await refused({ density: 0 }, 'density')
   await refused({ coordinates: 'polar' }, 'coordinates')
   await refused({ padding: 'all' }, 'padding')
+  await refused({ modulesToSave: 'first' }, 'modulesToSave')
+  await refused({ totalRank: 0 }, 'totalRank')
+  await refused({ calibration: '' }, 'calibration')
   await failsWith(t, () => merge(both, { out, rnak: 4 } as never), 'ERR_OPTION_UNKNOWN', 'rnak')
   await failsWith(t, () => merge([], { out }), 'ERR_OPTION_INVALID', 'adapters')
   await failsWith(t, () => merge([join(out, 'missing')], { out }), 'ERR_ADAPTER_INVALID', /missing/)

@@ -40,6 +40,8 @@ export {
   metricWeights,
   type ModuleKept,
   type PlannedMerge,
+  remerge,
+  type RemergeOptions,
 } from './merge.js'
 export {
   type DivergenceReport,

@@ -8,12 +8,14 @@ import {
   integer,
   number,
   numbers,
+  numbersByName,
   oneOf,
   optional,
   signalOf,
   text,
   texts,
   withDefault,
+  withoutUndefined,
 } from './options.js'
 
 const METHODS = [
@@ -84,6 +86,23 @@ export interface MergeOptions {
   report?: boolean
   /** Merge adapters whose configs name different base models; default false. */
   allowDifferentBases?: boolean
+  /**
+   * Statistics of the base model that `compress` has saved (`saveStatistics`): errors count by what they do to the
+   * outputs. `svd` reads them, and the `scale` of the methods that approximate; see docs/merging.md.
+   */
+  calibration?: string
+  /**
+   * The compensation of a compressed base (its folder `eora/`), which becomes part of the result: one adapter to serve on
+   * the compressed model without its own compensation. It is kept exactly, and its rank comes on top.
+   */
+  compensation?: string
+  /** With `compensation`: cut both together to this rank, the best one for the outputs with `calibration`. */
+  totalRank?: number
+  /**
+   * Modules that adapters hold whole (`modules_to_save` of peft): carried over where one has them or all agree (`equal`,
+   * the default), averaged by weight (`mean`), or refused.
+   */
+  modulesToSave?: 'equal' | 'mean' | 'refuse'
   /** Check everything and return the plan; nothing is written. */
   dryRun?: boolean
   /** Aborting it cancels the job. */
@@ -115,15 +134,21 @@ export interface MergeRecipe {
   factorType: string | null
   padding: string
   allowDifferentBases: boolean
+  calibration: string | null
+  compensation: string | null
+  totalRank: number | null
+  modulesToSave: string
 }
 
 /** What will be merged. */
 export interface MergePlan {
   recipe: MergeRecipe
-  /** The base model that the adapters name. */
+  /** The base model that the result names: that of the adapters, or of the compensation. */
   baseModel: string | null
   factorType: string
   modules: PlannedMerge[]
+  /** Tensors of modules that are saved whole. */
+  wholeTensors: string[]
   /** Bytes of tensors that will be written; an upper bound with an energy target. */
   bytes: number
   sourceBytes: number
@@ -140,6 +165,10 @@ export interface PlannedMerge {
   adapters: number[]
   /** Their ranks. */
   ranks: number[]
+  /** Rank of the compensation that is joined, 0 without. */
+  compensationRank: number
+  /** Whether the calibration has statistics of its inputs. */
+  weighted: boolean
   /** Most that the rank of the result can be. */
   rank: number
 }
@@ -161,6 +190,8 @@ export interface MergeSummary {
   sourceBytes: number
   /** ‖M − T‖ / ‖T‖ over all modules, T the exact weighted sum; `null` without report. */
   error: number | null
+  /** The same for the outputs, over the modules with statistics; `null` without report or calibration. */
+  weightedError: number | null
   adapters: AdapterShare[]
   seconds: number
   /** Largest resident set of the process so far; `null` where the system does not tell. */
@@ -173,6 +204,8 @@ export interface AdapterShare {
   weight: number
   /** Modules that it has factors for. */
   modules: number
+  /** Of scalings, shapes and a sample of its factors: what {@link remerge} holds it against. */
+  fingerprint: string
   /** Share of its energy in the row and column spaces of the result, from 0 to 1; `null` without report. */
   retained: number | null
   /** The multiple of it in the result: its weight, where the sum is exact and the adapters are unrelated. */
@@ -193,7 +226,17 @@ export interface MergedModule {
   scales: number[]
   /** What the closed-form scale multiplied the update with, else 1. */
   scale: number
+  /** What the merge of the adapters kept, a compensation aside. */
   kept: ModuleKept | null
+  /** How a compensation was joined; `null` without. */
+  joined: {
+    compensationRank: number
+    mergedRank: number
+    /** What cutting both to the total rank costs, relative; 0 where both are kept. */
+    error: number
+    /** The same for the outputs; `null` without calibration. */
+    weightedError: number | null
+  } | null
 }
 
 /** What was kept of the exact weighted sum T and of its sources. */
@@ -205,6 +248,10 @@ export interface ModuleKept {
   normRatio: number | null
   /** ‖T‖. */
   sumNorm: number
+  /** ‖(M − T) S^½‖ / ‖T S^½‖, S the second moment of the inputs: the error of the outputs; `null` without calibration. */
+  weightedError: number | null
+  /** ‖T S^½‖. */
+  weightedSumNorm: number | null
   /** In the order of `adapters` of the module. */
   sources: { retained: number; multiple: number; norm: number }[]
   /** Share of common directions of each pair, of outputs and of inputs. */
@@ -233,14 +280,19 @@ const schema = {
   scale: withDefault(oneOf(['method', 'closed-form', 'refit']), 'method'),
   report: withDefault(boolean, true),
   allowDifferentBases: withDefault(boolean, false),
+  calibration: optional(text),
+  compensation: optional(text),
+  totalRank: optional(integer({ min: 1, max: 2 ** 16 })),
+  modulesToSave: withDefault(oneOf(['equal', 'mean', 'refuse']), 'equal'),
   dryRun: withDefault(boolean, false),
   signal: optional(abortSignal),
 }
 
 /**
- * Merges LoRA adapters of one base model into one, module by module, and writes a PEFT folder with scaling 1 and
- * `report.json`. The base model is not needed. Adapters are PEFT folders; ranks, scalings and targets may differ. The
- * folder appears whole or not at all, and its bytes do not depend on the order of the adapters.
+ * Merges LoRA adapters of one base model into one, module by module, and writes a PEFT folder with scaling 1, with
+ * `report.json` and the same as a picture, `report.svg`. The base model is not needed. Adapters are PEFT folders; ranks,
+ * scalings and targets may differ. The folder appears whole or not at all, and what is merged does not depend on the
+ * order of the adapters.
  */
 export function merge(adapters: readonly string[], options: MergeOptions & { dryRun: true }): Job<MergePlan>
 export function merge(adapters: readonly string[], options: MergeOptions & { dryRun?: false }): Job<MergeReport>
@@ -248,23 +300,66 @@ export function merge(adapters: readonly string[], options: MergeOptions): Job<M
 export function merge(adapters: readonly string[], options: MergeOptions): Job<MergeReport | MergePlan> {
   return new Job(() => {
     const folders = texts(adapters, 'adapters')
-    const { signal: _, weights, rank, energy, coordinates, referenceRank, ...given } = checkOptions(options, schema)
+    const { signal: _, weights, rank, energy, coordinates, referenceRank, totalRank, ...given } = checkOptions(
+      options,
+      schema,
+    )
     if (folders.length === 0) throw wrong('adapters', 'there is nothing to merge', 'Give at least one adapter folder.')
     if (weights && weights.length !== folders.length) {
       const message = `${weights.length} weights for ${folders.length} adapters`
       throw wrong('weights', message, 'Give one weight for each adapter.')
     }
     const request = {
-      ...given,
+      ...withoutUndefined(given),
       adapters: folders,
       weights: weights ?? folders.map(() => 1),
       rank: rank ?? 0,
       energy: energy ?? 0,
       coordinates: coordinates ?? 'auto',
       referenceRank: referenceRank ?? 0,
+      totalRank: totalRank ?? 0,
     }
     const control = new (native().BindingControl)()
     return { control, result: native().merge(request, control) as Promise<MergeReport | MergePlan> }
+  }, [signalOf(options)])
+}
+
+/** What becomes of an earlier merge. */
+export interface RemergeOptions {
+  /** Folder to write. It must not exist, or be empty. */
+  out: string
+  /** Adapters that join, by folder, with their weights. */
+  add?: Record<string, number>
+  /** Adapters that leave: their folders as the earlier report names them, or the last part of these. */
+  remove?: string[]
+  /** Check everything and return the plan; nothing is written. */
+  dryRun?: boolean
+  /** Aborting it cancels the job. */
+  signal?: AbortSignal
+}
+
+const remergeSchema = {
+  out: text,
+  add: withDefault(numbersByName, {}),
+  remove: withDefault(texts, []),
+  dryRun: withDefault(boolean, false),
+  signal: optional(abortSignal),
+}
+
+/**
+ * Merges anew what an earlier merge has merged, with some adapters more or less: by the recipe in its `report.json`, from
+ * its sources, which must still be where and what they were. The result is that of a merge that never knew the removed
+ * ones, byte for byte; the weights of the others stay as they were.
+ */
+export function remerge(merged: string, options: RemergeOptions & { dryRun: true }): Job<MergePlan>
+export function remerge(merged: string, options: RemergeOptions & { dryRun?: false }): Job<MergeReport>
+export function remerge(merged: string, options: RemergeOptions): Job<MergeReport | MergePlan>
+export function remerge(merged: string, options: RemergeOptions): Job<MergeReport | MergePlan> {
+  return new Job(() => {
+    const { signal: _, add, ...given } = checkOptions(options, remergeSchema)
+    const request = { ...given, merged: text(merged, 'merged'), add: Object.keys(add), weights: Object.values(add) }
+    const control = new (native().BindingControl)()
+    return { control, result: native().remerge(request, control) as Promise<MergeReport | MergePlan> }
   }, [signalOf(options)])
 }
 

@@ -105,6 +105,15 @@ export const textsByName: Rule<Record<string, string>> = (value, name) => {
   throw invalid(name, 'must be an object of strings', value)
 }
 
+/** Finite numbers by name. */
+export const numbersByName: Rule<Record<string, number>> = (value, name) => {
+  if (typeof value === 'object' && value !== null && !Array.isArray(value)) {
+    const finite = number({ min: -Number.MAX_VALUE })
+    return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, finite(item, `${name}.${key}`)]))
+  }
+  throw invalid(name, 'must be an object of numbers', value)
+}
+
 /** An `AbortSignal`, of this or another realm. */
 export const abortSignal: Rule<AbortSignal> = (value, name) => {
   if (isAbortSignal(value)) return value

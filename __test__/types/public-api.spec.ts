@@ -20,6 +20,7 @@ import {
   type Plan,
   type Progress,
   QuantizedLinear,
+  remerge,
 } from 'kintsugi'
 
 // Checked by `tsc`, which is part of `npm test`; this function is never called.
@@ -38,6 +39,7 @@ export async function publicTypes(model: Model, signal: AbortSignal): Promise<vo
 
   expectTypeOf(merge(['a'], { out: 'b' })).toEqualTypeOf<Job<MergeReport>>()
   expectTypeOf(merge(['a'], { out: 'b', dryRun: true })).toEqualTypeOf<Job<MergePlan>>()
+  expectTypeOf(remerge('a', { out: 'b', add: { c: 0.5 } })).toEqualTypeOf<Job<MergeReport>>()
   // @ts-expect-error no such method
   merge(['a'], { out: 'b', method: 'mean' })
   expectTypeOf(fold('a', 'b', { out: 'c' })).toEqualTypeOf<Job<FoldReport>>()
@@ -66,6 +68,6 @@ export async function publicTypes(model: Model, signal: AbortSignal): Promise<vo
 }
 
 test('everything public is there at run time', (t) => {
-  for (const item of [Checkpoint, compress, fold, Job, KintsugiError, loadModel, merge, metricWeights, QuantizedLinear])
-    t.is(typeof item, 'function')
+  const functions = [compress, fold, loadModel, merge, metricWeights, remerge]
+  for (const item of [...functions, Checkpoint, Job, KintsugiError, QuantizedLinear]) t.is(typeof item, 'function')
 })

@@ -11,6 +11,7 @@ import { registerFold } from './fold.js'
 import { registerGenerate } from './generate.js'
 import { registerInspect } from './inspect.js'
 import { registerMerge } from './merge.js'
+import { registerRemerge } from './remerge.js'
 import { reportFailure } from './run-command.js'
 
 const { version } = JSON.parse(readFileSync(new URL('../../package.json', import.meta.url), 'utf8')) as {
@@ -28,6 +29,7 @@ registerInspect(program)
 registerCompress(program)
 registerConvert(program)
 registerMerge(program)
+registerRemerge(program)
 registerFold(program)
 registerEval(program)
 registerGenerate(program)

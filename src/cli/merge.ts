@@ -40,6 +40,10 @@ export function registerMerge(program: Command): void {
     .option('--reference-rank <n>', 'LEGO: reference of the output reweighting', numberArgument)
     .option('--scale <name>', 'at the end: method, closed-form or refit', 'method')
     .option('--no-report', 'do not measure what was kept')
+    .option('--calibration <file>', 'saved statistics of the base model: count errors by what they do to outputs')
+    .option('--compensation <folder>', 'eora/ of a compressed base, to be part of the result')
+    .option('--total-rank <n>', 'with --compensation: rank of both together; exact and added without', numberArgument)
+    .option('--modules-to-save <name>', 'modules that adapters hold whole: equal, mean or refuse', 'equal')
     .option('--allow-different-bases', 'merge adapters that name different base models', false)
     .option('--dry-run', 'check everything and print the plan; write nothing', false)
     .option('--json', 'print one JSON document')
@@ -56,13 +60,15 @@ export function registerMerge(program: Command): void {
     )
 }
 
-function describePlan(plan: MergePlan): string {
+/** A plan, for a reader. */
+export function describePlan(plan: MergePlan): string {
   const ranks = plan.modules.map(({ rank }) => rank)
   return formatPairs(
     [
       ['base model', plan.baseModel ?? undefined],
       ['method', plan.recipe.method],
       ['modules', String(plan.modules.length)],
+      ['whole tensors', plan.wholeTensors.length === 0 ? undefined : String(plan.wholeTensors.length)],
       ['rank', plan.recipe.options.rank && 'energy' in plan.recipe.options.rank ? 'by energy' : String(Math.max(...ranks))],
       ['factors', plan.factorType],
       ['size', `${formatBytes(plan.sourceBytes)} → ${formatBytes(plan.bytes)}`],
@@ -73,7 +79,8 @@ function describePlan(plan: MergePlan): string {
   )
 }
 
-function describeReport({ recipe, summary, modules }: MergeReport): string {
+/** A report, for a reader. */
+export function describeReport({ recipe, summary, modules }: MergeReport): string {
   const pairs = formatPairs(
     [
       ['written', recipe.out],
@@ -82,6 +89,7 @@ function describeReport({ recipe, summary, modules }: MergeReport): string {
       ['rank', String(summary.rank)],
       ['size', `${formatBytes(summary.sourceBytes)} → ${formatBytes(summary.bytes)}`],
       ['distance from the sum', summary.error === null ? undefined : formatShare(summary.error)],
+      ['of the outputs', summary.weightedError === null ? undefined : formatShare(summary.weightedError)],
       ['time', formatSeconds(summary.seconds)],
       ['peak memory', summary.peakMemoryBytes === null ? undefined : formatBytes(summary.peakMemoryBytes)],
     ],

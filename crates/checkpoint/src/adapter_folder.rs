@@ -52,6 +52,19 @@ pub struct AdapterModule {
     pub element_type: ElementType,
 }
 
+/// A tensor of a module that was trained and saved whole (`modules_to_save`), as the header tells.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WholeTensor {
+    /// Path in the base model, e.g. `lm_head.weight`.
+    pub name: String,
+    /// F32, F16 or BF16.
+    pub element_type: ElementType,
+    /// Sizes, outermost first.
+    pub shape: Vec<usize>,
+    /// Length of the data.
+    pub bytes: u64,
+}
+
 /// A PEFT folder, opened and checked; factors are read module by module.
 ///
 /// It holds `adapter_config.json` and `adapter_model.safetensors`, or the older `adapter_model.bin`. Tensors are
@@ -65,6 +78,8 @@ pub struct AdapterFolder {
     modules: Vec<AdapterModule>,
     /// Names of A and B by module.
     keys: BTreeMap<String, [String; 2]>,
+    /// In name order.
+    whole: Vec<WholeTensor>,
 }
 
 #[derive(Debug)]
@@ -108,6 +123,26 @@ impl Weights {
             Weights::Torch(archive) => archive.matrix(name),
         }
     }
+
+    /// What the header says about a tensor of a module that is saved whole.
+    fn whole_tensor(&self, key: &str, path: &str, shape: Vec<usize>) -> Result<WholeTensor> {
+        let Weights::Safetensors(set) = self else { return Err(no_whole_tensors(key)) };
+        let info = set.get(key).ok_or_else(|| not_a_factor(key))?;
+        let element_type = ElementType::from_name(&info.dtype.to_ascii_lowercase()).ok_or_else(|| {
+            invalid("the tensor is neither F32 nor F16 nor BF16", key).hint("Save the adapter in one of these")
+        })?;
+        Ok(WholeTensor { name: path.to_string(), element_type, shape, bytes: info.bytes })
+    }
+}
+
+/// Whether a tensor belongs to what `modules_to_save` calls `name`.
+fn saves(name: &str, tensor: &WholeTensor) -> bool {
+    format!(".{}", tensor.name).contains(&format!(".{name}."))
+}
+
+fn no_whole_tensors(tensor: &str) -> Error {
+    invalid("modules that are saved whole are read from safetensors only", tensor)
+        .hint("Save the adapter again with PEFT, which writes safetensors")
 }
 
 impl AdapterFolder {
@@ -117,12 +152,35 @@ impl AdapterFolder {
     /// `ERR_ADAPTER_INVALID` for everything that is missing, damaged or not a plain LoRA.
     pub fn open(folder: &Path) -> Result<Self> {
         let config = PeftConfig::read(&folder.join(PeftConfig::FILE_NAME))?;
+        if !config.modules_to_save.is_empty() {
+            return Err(invalid("'modules_to_save' is set: fully trained modules are not supported", folder.display())
+                .hint("Merge it into the base model with PEFT, or train a plain LoRA"));
+        }
+        Self::with_config(folder, config)
+    }
+
+    /// As [`AdapterFolder::open`], but modules that are saved whole may be there beside the factors.
+    ///
+    /// # Errors
+    /// As [`AdapterFolder::open`], also when `modules_to_save` names what the weights do not hold.
+    pub fn open_with_whole_modules(folder: &Path) -> Result<Self> {
+        Self::with_config(folder, PeftConfig::read(&folder.join(PeftConfig::FILE_NAME))?)
+    }
+
+    fn with_config(folder: &Path, config: PeftConfig) -> Result<Self> {
         let weights = Weights::open(folder)?;
+        let mut whole = Vec::new();
         let mut pairs: BTreeMap<(String, bool), FactorPair> = BTreeMap::new();
         let mut tables = Vec::new();
         for (name, shape, element_type) in weights.tensors() {
             if let Some(module) = base_table(&name) {
                 tables.push((module.to_string(), name));
+                continue;
+            }
+            if let Some(path) = name.strip_prefix(PREFIX).filter(|path| config.saves_whole(path))
+                && parse_key(&name).is_none()
+            {
+                whole.push(weights.whole_tensor(&name, path, shape)?);
                 continue;
             }
             let (module, kind, factor) = parse_key(&name).ok_or_else(|| not_a_factor(&name))?;
@@ -159,7 +217,36 @@ impl AdapterFolder {
             }
             modules.push(module);
         }
-        Ok(AdapterFolder { path: folder.to_path_buf(), config, weights, modules, keys })
+        if let Some(name) = config.modules_to_save.iter().find(|name| !whole.iter().any(|found| saves(name, found))) {
+            let message = format!("'modules_to_save' names '{name}', of which the weights hold nothing");
+            return Err(invalid(message, folder.display()).hint("Config and weights may belong to different adapters"));
+        }
+        whole.sort_by(|left: &WholeTensor, right| left.name.cmp(&right.name));
+        Ok(AdapterFolder { path: folder.to_path_buf(), config, weights, modules, keys, whole })
+    }
+
+    /// The tensors of modules that are saved whole, in name order.
+    pub fn whole_tensors(&self) -> &[WholeTensor] {
+        &self.whole
+    }
+
+    /// The names under `modules_to_save`: ends of module paths.
+    pub fn modules_to_save(&self) -> &[String] {
+        &self.config.modules_to_save
+    }
+
+    /// Fills `buffer` with the bytes of a whole tensor from its byte `start` on.
+    ///
+    /// # Errors
+    /// `ERR_ADAPTER_INVALID` when there is no such tensor, and what reading reports.
+    pub fn read_whole(&self, tensor: &str, start: u64, buffer: &mut [u8]) -> Result<()> {
+        match &self.weights {
+            Weights::Safetensors(set) => {
+                let (file, stored) = set.require(&format!("{PREFIX}{tensor}")).map_err(as_adapter_error)?;
+                file.read_part(stored, start, buffer).map_err(as_adapter_error)
+            }
+            Weights::Torch(_) => Err(no_whole_tensors(tensor)),
+        }
     }
 
     /// The folder.
@@ -197,15 +284,23 @@ impl AdapterFolder {
         self.modules.iter().find(|module| module.name == name)
     }
 
-    /// The factors of a module in their own type; a pair of two types becomes f32.
+    /// A `[rank, in]` and B `[out, rank]` of a module as they are stored.
     ///
     /// # Errors
     /// `ERR_ADAPTER_INVALID` when they are damaged, hold NaN or infinite values, or the module has none.
-    pub fn factors(&self, module: &str) -> Result<LowRank> {
+    pub fn stored_factors(&self, module: &str) -> Result<[DenseMatrix; 2]> {
         let Some([a, b]) = self.keys.get(module) else {
             return Err(invalid("the adapter has no such module", module).hint("Check the name"));
         };
-        let (a, b) = (self.weights.matrix(a)?, self.weights.matrix(b)?);
+        Ok([self.weights.matrix(a)?, self.weights.matrix(b)?])
+    }
+
+    /// The factors of a module in their own type; a pair of two types becomes f32.
+    ///
+    /// # Errors
+    /// As [`AdapterFolder::stored_factors`].
+    pub fn factors(&self, module: &str) -> Result<LowRank> {
+        let [a, b] = self.stored_factors(module)?;
         let factor_type = if a.element_type() == b.element_type() { a.element_type() } else { ElementType::F32 };
         Ok(LowRank::new(b.rows(), a.columns(), a.rows(), b.to_f32(), a.to_f32(), factor_type))
     }

@@ -1,14 +1,14 @@
 use std::path::Path;
 
 use kintsugi_runtime::{Error, ErrorCode, Result, StagedFolder};
-use kintsugi_weights::{ElementType, LowRank};
+use kintsugi_weights::{DenseMatrix, DenseValues, ElementType, LowRank};
 use serde_json::{Map, Value, json};
 
-use crate::ModuleKind;
 use crate::adapter_folder::{PREFIX, WEIGHTS};
 use crate::peft_adapter::invalid;
 use crate::peft_config::PeftConfig;
 use crate::safetensors_writer::{SafetensorsWriter, TensorHeader, file_order, float_bytes, float_dtype, write_synced};
+use crate::{ModuleKind, WholeTensor};
 
 /// What is said about an adapter that will be written; every scaling is 1.
 #[derive(Clone, Debug, PartialEq)]
@@ -23,6 +23,8 @@ pub struct AdapterDescription {
     pub targets_by_suffix: bool,
     /// Type of the factors.
     pub element_type: ElementType,
+    /// `modules_to_save`: ends of the paths of modules that are saved whole.
+    pub modules_to_save: Vec<String>,
 }
 
 /// A module of an adapter that will be written.
@@ -51,15 +53,23 @@ pub struct AdapterWriter {
     description: AdapterDescription,
     modules: Vec<MergedModule>,
     next: usize,
+    /// With the number of modules before each.
+    whole: Vec<(WholeTensor, usize)>,
+    next_whole: usize,
 }
 
 impl AdapterWriter {
-    /// Begins a folder that will hold `modules`, which are sorted by name.
+    /// Begins a folder that will hold `modules`, which are sorted by name, and tensors that are `whole`.
     ///
     /// # Errors
     /// `ERR_ADAPTER_INVALID` when there are no modules, a name cannot be written or a rank is 0,
     /// `ERR_OUTPUT_NOT_EMPTY`, `ERR_OUTPUT_UNWRITABLE`.
-    pub fn create(folder: &Path, description: AdapterDescription, mut modules: Vec<MergedModule>) -> Result<Self> {
+    pub fn create(
+        folder: &Path,
+        description: AdapterDescription,
+        mut modules: Vec<MergedModule>,
+        whole: &[WholeTensor],
+    ) -> Result<Self> {
         // As the keys of the factors sort, in which a dot follows the name.
         modules.sort_by_cached_key(|module| format!("{}.", module.name));
         if modules.is_empty() {
@@ -76,11 +86,24 @@ impl AdapterWriter {
             }
         }
         let staged = StagedFolder::create(folder)?;
-        let headers: Vec<TensorHeader> =
-            modules.iter().flat_map(|module| headers(module, description.element_type)).collect();
+        let mut headers: Vec<TensorHeader> =
+            modules.iter().flat_map(|module| factor_headers(module, description.element_type)).collect();
         debug_assert!(headers.is_sorted_by(|left, right| file_order(left, right).is_le()));
-        let writer = SafetensorsWriter::create(&staged.path().join(WEIGHTS), headers.iter())?;
-        Ok(AdapterWriter { staged, writer, description, modules, next: 0 })
+        let factors = headers.len();
+        headers.extend(whole.iter().map(whole_header));
+        let mut places: Vec<usize> = (0..headers.len()).collect();
+        places.sort_by(|&left, &right| file_order(&headers[left], &headers[right]));
+        let mut before = 0;
+        let mut placed = Vec::new();
+        for &place in &places {
+            match place.checked_sub(factors) {
+                Some(index) => placed.push((whole[index].clone(), before / 2)),
+                None => before += 1,
+            }
+        }
+        let ordered = places.iter().map(|&place| &headers[place]);
+        let writer = SafetensorsWriter::create(&staged.path().join(WEIGHTS), ordered)?;
+        Ok(AdapterWriter { staged, writer, description, modules, next: 0, whole: placed, next_whole: 0 })
     }
 
     /// The modules in the order in which they are written.
@@ -96,6 +119,49 @@ impl AdapterWriter {
     /// Bytes of the weights file when it is whole.
     pub fn total_bytes(&self) -> u64 {
         self.writer.total()
+    }
+
+    /// Writes the whole tensors that come before the next module in the file, or at its end: `copy` hands their bytes
+    /// on. Must be called before each module and before [`AdapterWriter::finish`] where there are any.
+    ///
+    /// # Errors
+    /// `ERR_OUTPUT_UNWRITABLE`, and what `copy` reports.
+    pub fn write_whole(
+        &mut self,
+        mut copy: impl FnMut(&WholeTensor, &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()>,
+    ) -> Result<()> {
+        while let Some((tensor, before)) = self.whole.get(self.next_whole)
+            && *before <= self.next
+        {
+            let writer = &mut self.writer;
+            copy(tensor, &mut |bytes| writer.write(bytes))?;
+            self.next_whole += 1;
+        }
+        Ok(())
+    }
+
+    /// Writes A `[rank, in]` and B `[out, rank]` of the next module as they are.
+    ///
+    /// # Errors
+    /// `ERR_OUTPUT_UNWRITABLE`; `ERR_INTERNAL` for factors that are not those of the module, or of another type or rank
+    /// than announced.
+    pub fn write_stored(&mut self, [a, b]: [&DenseMatrix; 2]) -> Result<()> {
+        let module = self.modules.get(self.next).ok_or_else(|| internal("more modules than were announced"))?;
+        let shapes = [(a.rows(), a.columns()), (b.rows(), b.columns())];
+        if shapes != [(module.rank, module.in_features), (module.out_features, module.rank)]
+            || [a, b].iter().any(|factor| factor.element_type() != self.description.element_type)
+        {
+            return Err(internal("factors that do not fit their module"));
+        }
+        self.next += 1;
+        for factor in [a, b] {
+            self.writer.write(match factor.values() {
+                DenseValues::F32(values) => bytemuck::cast_slice(values),
+                DenseValues::F16(values) => bytemuck::cast_slice(values),
+                DenseValues::Bf16(values) => bytemuck::cast_slice(values),
+            })?;
+        }
+        Ok(())
     }
 
     /// Writes the factors of the next module, `None` for zeros.
@@ -138,8 +204,17 @@ impl AdapterWriter {
     }
 }
 
+fn whole_header(tensor: &WholeTensor) -> TensorHeader {
+    TensorHeader {
+        name: format!("{PREFIX}{}", tensor.name),
+        dtype: float_dtype(tensor.element_type),
+        shape: tensor.shape.clone(),
+        bytes: tensor.bytes,
+    }
+}
+
 /// A and B, in the order of the file.
-fn headers(module: &MergedModule, element_type: ElementType) -> [TensorHeader; 2] {
+fn factor_headers(module: &MergedModule, element_type: ElementType) -> [TensorHeader; 2] {
     let MergedModule { name, kind, out_features, in_features, rank } = module;
     let header = |key: &str, rows: usize, columns: usize| TensorHeader {
         name: format!("{PREFIX}{name}.{key}"),
@@ -177,7 +252,7 @@ fn config(description: &AdapterDescription, modules: &[MergedModule]) -> Value {
         "init_lora_weights": true,
         "use_rslora": false,
         "use_dora": false,
-        "modules_to_save": null,
+        "modules_to_save": (!description.modules_to_save.is_empty()).then_some(&description.modules_to_save),
         "layers_pattern": null,
         "layers_to_transform": null,
         "target_modules": targets,

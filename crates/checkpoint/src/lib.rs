@@ -36,7 +36,7 @@ mod tensor_set;
 mod torch_archive;
 mod torch_pickle;
 
-pub use adapter_folder::{AdapterFolder, AdapterModule, ModuleKind};
+pub use adapter_folder::{AdapterFolder, AdapterModule, ModuleKind, WholeTensor};
 pub use adapter_writer::{AdapterDescription, AdapterWriter, MergedModule};
 pub use byte_source::ByteSource;
 pub use checkpoint::Checkpoint;

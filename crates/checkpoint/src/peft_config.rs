@@ -16,7 +16,6 @@ const VARIANTS: &[(&str, &str)] = &[
     ("use_qalora", "QALoRA"),
     ("use_bdlora", "block-diagonal LoRA"),
     ("lora_bias", "a bias beside B"),
-    ("modules_to_save", "fully trained modules"),
     ("layer_replication", "replicated layers"),
     ("target_parameters", "parameters that are not Linears"),
     ("trainable_token_indices", "trained token embeddings"),
@@ -46,6 +45,8 @@ pub(crate) struct PeftConfig {
     pub(crate) task_type: Option<String>,
     /// The base keeps the adapted weights as `[in, out]`. The factors have the same orientation all the same.
     pub(crate) fan_in_fan_out: bool,
+    /// Modules that are saved whole: the ends of their paths.
+    pub(crate) modules_to_save: Vec<String>,
     /// `target_modules` is a list of last parts of paths, and no layers are left out.
     pub(crate) targets_by_suffix: bool,
 }
@@ -110,7 +111,20 @@ impl PeftConfig {
             base_model: text(config, "base_model_name_or_path"),
             task_type: text(config, "task_type"),
             fan_in_fan_out: config.get("fan_in_fan_out") == Some(&Value::Bool(true)),
+            modules_to_save: modules_to_save(config)
+                .ok_or(("'modules_to_save' is not a list of names".into(), SAVE_AGAIN))?,
             targets_by_suffix: targets_by_suffix(config),
+        })
+    }
+
+    /// Whether the tensor of that path (`lm_head.weight`) is part of a module that is saved whole.
+    pub(crate) fn saves_whole(&self, tensor: &str) -> bool {
+        let modules = tensor.match_indices('.').map(|(at, _)| &tensor[..at]);
+        modules.into_iter().any(|module| {
+            let ends_with = |name: &String| {
+                module.strip_suffix(name.as_str()).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
+            };
+            self.modules_to_save.iter().any(ends_with)
         })
     }
 
@@ -176,6 +190,17 @@ impl PeftConfig {
 
 fn text(config: &Map<String, Value>, field: &str) -> Option<String> {
     config.get(field).and_then(Value::as_str).filter(|text| !text.is_empty()).map(str::to_string)
+}
+
+fn modules_to_save(config: &Map<String, Value>) -> Option<Vec<String>> {
+    match config.get("modules_to_save") {
+        None | Some(Value::Null) => Some(Vec::new()),
+        Some(Value::Array(names)) => {
+            let name = |name: &Value| name.as_str().filter(|name| !name.is_empty()).map(str::to_string);
+            names.iter().map(name).collect()
+        }
+        Some(_) => None,
+    }
 }
 
 fn targets_by_suffix(config: &Map<String, Value>) -> bool {

@@ -28,6 +28,10 @@ impl MergeMethod for Cat {
         true
     }
 
+    fn is_exact(&self) -> bool {
+        true
+    }
+
     fn rank_of(&self, ranks: &[usize], _smaller_side: usize) -> usize {
         ranks.iter().sum()
     }

@@ -1,10 +1,12 @@
 use std::cmp::Ordering;
 use std::sync::OnceLock;
 
-use kintsugi_runtime::{Error, ErrorCode, Result};
+use kintsugi_linalg::UpperTriangle;
+use kintsugi_runtime::{Error, ErrorCode, Result, ThreadPool};
 use kintsugi_weights::LowRank;
 
 use crate::UnitStack;
+use crate::weighted_units::WeightedUnits;
 
 /// What one adapter has for a Linear: the update `weight · scaling · B A` is its part of the sum.
 #[derive(Clone, Copy, Debug)]
@@ -42,6 +44,8 @@ pub struct LinearSources<'a> {
     given: Vec<usize>,
     alone: bool,
     stack: OnceLock<UnitStack>,
+    second_moment: Option<&'a UpperTriangle<f64>>,
+    weighted: OnceLock<WeightedUnits>,
 }
 
 impl<'a> LinearSources<'a> {
@@ -79,7 +83,42 @@ impl<'a> LinearSources<'a> {
         let mut given: Vec<usize> = (0..sources.len()).collect();
         given.sort_by(|&i, &j| by_content(&sources[i], &sources[j]));
         let sources: Vec<MergeSource<'a>> = given.iter().map(|&i| sources[i]).collect();
-        Ok(LinearSources { name, sources, given, alone: adapters == 1, stack: OnceLock::new() })
+        Ok(LinearSources {
+            name,
+            sources,
+            given,
+            alone: adapters == 1,
+            stack: OnceLock::new(),
+            second_moment: None,
+            weighted: OnceLock::new(),
+        })
+    }
+
+    /// Weights every error by what the Linear reads: `second_moment` is `S = Σ x xᵀ` over its inputs x.
+    ///
+    /// # Errors
+    /// `ERR_STATISTICS_MISMATCH` when the statistics are of a Linear with another number of inputs.
+    pub fn weighted_by(mut self, second_moment: &'a UpperTriangle<f64>) -> Result<Self> {
+        let (found, expected) = (second_moment.side(), self.in_features());
+        if found != expected {
+            let message = format!("the statistics are of {found} inputs, the adapters update a Linear of {expected}");
+            return Err(Error::new(ErrorCode::StatisticsMismatch, message)
+                .subject(self.name)
+                .hint("Give statistics of the base model of the adapters"));
+        }
+        self.second_moment = Some(second_moment);
+        Ok(self)
+    }
+
+    /// The second moment that errors are weighted by.
+    pub fn second_moment(&self) -> Option<&'a UpperTriangle<f64>> {
+        self.second_moment
+    }
+
+    /// The units in the metric of the inputs, where there is one.
+    pub(crate) fn weighted(&self, pool: &ThreadPool) -> Option<&WeightedUnits> {
+        let second_moment = self.second_moment?;
+        Some(self.weighted.get_or_init(|| WeightedUnits::new(self.stack(), second_moment, pool)))
     }
 
     /// The name of the Linear.

@@ -1,8 +1,10 @@
 use kintsugi_linalg::combine_rows;
-use kintsugi_runtime::{Error, ErrorCode, Result, ThreadPool};
+use kintsugi_runtime::{Result, ThreadPool};
 use kintsugi_weights::LowRank;
 
+use crate::merge_method::check_statistics;
 use crate::merge_report::MergeProducts;
+use crate::stored_cat::beyond;
 use crate::{LinearMergeReport, LinearSources, MergeMethod, MergeOptions, RankRule, ScaleRule, Solution, Svd};
 
 /// The merged factors of one Linear.
@@ -22,6 +24,9 @@ pub struct MergedLinear {
 
 /// Merges what several adapters have for one Linear.
 ///
+/// With statistics of the inputs ([`LinearSources::weighted_by`]) methods that weigh inputs, the closed-form scale, the
+/// best B and the report use the metric of the outputs, `‖(M − T) S^½‖`.
+///
 /// A single adapter has nothing to merge with: methods that need several leave it as it is, or cut it to the rank.
 ///
 /// # Errors
@@ -34,6 +39,9 @@ pub fn merge_linear(
     pool: &ThreadPool,
 ) -> Result<MergedLinear> {
     options.validate()?;
+    if linear.second_moment().is_some() {
+        check_statistics(method, options.scale)?;
+    }
     let cut = match options.rank {
         Some(RankRule::Fixed(rank)) => rank < linear.largest_rank(),
         Some(RankRule::Energy { .. }) => true,
@@ -46,15 +54,13 @@ pub fn merge_linear(
         None => solve(method, linear, options, pool)?,
     };
     if !factors.b().iter().chain(factors.a()).all(|value| value.is_finite()) {
-        let message = format!("the merged factors have values that {} cannot hold", options.factor_type.name());
-        return Err(Error::new(ErrorCode::ValueNotFinite, message)
-            .subject(linear.name())
-            .hint("Store the factors as bf16 or f32, or give smaller weights"));
+        return Err(beyond(linear.name(), options.factor_type));
     }
     let report = match options.report {
         true => {
             let products = MergeProducts::new(&factors, linear.stack(), pool);
-            Some(LinearMergeReport::new(linear, &products, pool)?)
+            let weighted = products.weighted(&factors, linear, pool);
+            Some(LinearMergeReport::new(linear, &products, weighted.as_ref(), pool)?)
         }
         false => None,
     };
@@ -72,8 +78,9 @@ fn solve(
     let Solution { mut update, cluster_sizes, scales } = method.solve(linear, options, pool)?;
     let mut scale = 1.0;
     if update.rank() > 0 && options.scale != ScaleRule::Method {
-        let products =
-            MergeProducts::new(&update.to_low_rank(kintsugi_weights::ElementType::F32), linear.stack(), pool);
+        let merged = update.to_low_rank(kintsugi_weights::ElementType::F32);
+        let products = MergeProducts::new(&merged, linear.stack(), pool);
+        let products = products.weighted(&merged, linear, pool).unwrap_or(products);
         match options.scale {
             ScaleRule::ClosedForm => {
                 let energy = products.energy();

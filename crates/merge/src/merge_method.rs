@@ -2,7 +2,7 @@ use kintsugi_runtime::{Error, ErrorCode, Result, ThreadPool, nearest};
 use kintsugi_weights::{ElementType, LowRank};
 
 use crate::elementwise::{DARE_LINEAR, DARE_TIES, KNOTS, MAGNITUDE_PRUNE, TIES};
-use crate::{Cat, FactorUpdate, GaugeFreeLego, IsoC, Lego, Linear, LinearSources, MergeOptions, Svd, Tsv};
+use crate::{Cat, FactorUpdate, GaugeFreeLego, IsoC, Lego, Linear, LinearSources, MergeOptions, ScaleRule, Svd, Tsv};
 
 /// What a method makes of one Linear, before it is rounded to the type that is stored.
 #[derive(Clone, Debug)]
@@ -44,6 +44,17 @@ pub trait MergeMethod: Sync {
         false
     }
 
+    /// Whether statistics of the inputs change what it finds. With those, others only know
+    /// [`crate::ScaleRule::ClosedForm`] and [`crate::ScaleRule::Refit`] in the metric of the inputs.
+    fn weighs_inputs(&self) -> bool {
+        false
+    }
+
+    /// Whether it gives the exact sum, so that there is nothing to weigh.
+    fn is_exact(&self) -> bool {
+        false
+    }
+
     /// The most that the rank of the result can be for sources of these ranks, whatever the rank option says; the
     /// update has `smaller_side` rows or columns, whichever are fewer.
     fn rank_of(&self, ranks: &[usize], smaller_side: usize) -> usize;
@@ -75,6 +86,26 @@ pub const METHODS: &[&dyn MergeMethod] = &[
     &Tsv,
     &IsoC,
 ];
+
+/// Refuses statistics of the inputs where nothing would read them.
+///
+/// # Errors
+/// `ERR_OPTION_INVALID` with the name of the method and what would read them.
+pub fn check_statistics(method: &dyn MergeMethod, scale: ScaleRule) -> Result<()> {
+    if method.weighs_inputs() || (scale != ScaleRule::Method && !method.is_exact()) {
+        return Ok(());
+    }
+    let weighing: Vec<&str> = METHODS.iter().filter(|method| method.weighs_inputs()).map(|m| m.name()).collect();
+    let name = method.name();
+    let message = match method.is_exact() {
+        true => format!("{name} is the exact sum, statistics of the inputs change nothing of it"),
+        false => format!("{name} does not read statistics of the inputs"),
+    };
+    Err(Error::new(ErrorCode::OptionInvalid, message).subject("calibration").hint(format!(
+        "Use {}, or a method that approximates with scale \"closed-form\" or \"refit\"",
+        weighing.join(", ")
+    )))
+}
 
 /// The method of that name.
 ///

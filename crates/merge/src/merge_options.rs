@@ -115,7 +115,8 @@ named! {
     ScaleRule: "scale" {
         /// Nothing.
         Method = "method",
-        /// One factor for the whole update, the best one: `⟨M, T⟩ / ⟨M, M⟩`.
+        /// One factor for the whole update, the best one: `⟨M, T⟩ / ⟨M, M⟩`. With statistics of the inputs, as in
+        /// [`ScaleRule::Refit`], products are `⟨M S, T⟩`.
         ClosedForm = "closed-form",
         /// The best B for this A: `T Aᵀ (A Aᵀ)⁻¹`.
         Refit = "refit",
@@ -123,7 +124,7 @@ named! {
 }
 
 /// What all methods may be told; each reads its own part.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct MergeOptions {
     /// Terms of the result; `None` for the largest rank of the sources.

@@ -3,6 +3,7 @@ use kintsugi_runtime::{Result, ThreadPool};
 use kintsugi_weights::LowRank;
 use serde::{Deserialize, Serialize};
 
+use crate::weighted_units::measured;
 use crate::{LinearSources, UnitStack};
 
 /// Eigenvalues below this share of the largest belong to no direction.
@@ -20,6 +21,11 @@ pub struct LinearMergeReport {
     pub norm_ratio: Option<f64>,
     /// `‖T‖`.
     pub sum_norm: f64,
+    /// `‖(M − T) S^½‖ / ‖T S^½‖`: the error of the outputs, S the second moment of the inputs. `None` without
+    /// statistics, or where T gives no output.
+    pub weighted_error: Option<f64>,
+    /// `‖T S^½‖`; `None` without statistics.
+    pub weighted_sum_norm: Option<f64>,
     /// By source, in the order that was given.
     pub sources: Vec<SourceShare>,
     /// By pair of sources `i < j`.
@@ -79,6 +85,18 @@ impl MergeProducts {
         }
     }
 
+    /// The same in the metric of the inputs: products of the a are `xᵀ S y`. `None` without statistics.
+    pub(crate) fn weighted(&self, merged: &LowRank, linear: &LinearSources<'_>, pool: &ThreadPool) -> Option<Self> {
+        let (weighted, second_moment) = (linear.weighted(pool)?, linear.second_moment()?);
+        Some(MergeProducts {
+            b: self.b.clone(),
+            a: measured(merged.a(), self.rank, second_moment, pool).1,
+            cross_b: self.cross_b.clone(),
+            cross_a: weighted.products(merged.a(), self.rank, linear.stack().units(), pool),
+            rank: self.rank,
+        })
+    }
+
     /// `⟨M, Σ factorⱼ bⱼ aⱼᵀ⟩` over some units.
     fn with(&self, units: std::ops::Range<usize>, factors: &[f64]) -> f64 {
         let width = factors.len();
@@ -116,17 +134,27 @@ impl MergeProducts {
 }
 
 impl LinearMergeReport {
-    pub(crate) fn new(linear: &LinearSources<'_>, products: &MergeProducts, pool: &ThreadPool) -> Result<Self> {
+    pub(crate) fn new(
+        linear: &LinearSources<'_>,
+        products: &MergeProducts,
+        weighted: Option<&MergeProducts>,
+        pool: &ThreadPool,
+    ) -> Result<Self> {
         let stack = linear.stack();
         let units = stack.units();
         let (gram_b, gram_a) = (stack.gram_b(pool), stack.gram_a(pool));
-        let energy = |range: std::ops::Range<usize>, factors: &[f64]| -> f64 {
+        let energy_with = |gram_a: &[f64], range: std::ops::Range<usize>, factors: &[f64]| -> f64 {
             let row = |i: usize| -> f64 {
                 range.clone().map(|j| factors[j] * gram_b[i * units + j] * gram_a[i * units + j]).sum()
             };
             range.clone().map(|i| factors[i] * row(i)).sum::<f64>().max(0.0)
         };
+        let energy = |range, factors: &[f64]| energy_with(gram_a, range, factors);
         let total = energy(0..units, &stack.coefficients);
+        let outputs = weighted.zip(linear.weighted(pool)).map(|(products, units_in_metric)| {
+            let total = energy_with(&units_in_metric.gram, 0..units, &stack.coefficients);
+            ((products.energy().max(0.0) - 2.0 * products.with_sum(stack) + total).max(0.0), total)
+        });
         let (merged, common) = (products.energy().max(0.0), products.with_sum(stack));
         let wrong = (merged - 2.0 * common + total).max(0.0);
 
@@ -149,6 +177,8 @@ impl LinearMergeReport {
             cosine: (merged > 0.0 && total > 0.0).then(|| common / (merged.sqrt() * total.sqrt())),
             norm_ratio: (total > 0.0).then(|| (merged / total).sqrt()),
             sum_norm: total.sqrt(),
+            weighted_error: outputs.filter(|(_, total)| *total > 0.0).map(|(wrong, total)| (wrong / total).sqrt()),
+            weighted_sum_norm: outputs.map(|(_, total)| total.sqrt()),
             sources,
             overlaps: overlaps(linear, gram_b, gram_a)?,
         })

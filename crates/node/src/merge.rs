@@ -1,8 +1,12 @@
+use std::collections::BTreeMap;
+
 use kintsugi_merge::{
     Coordinates, Gauge, METHODS, MergeOptions, MetricFormula, RankRule, ScaleRule, SignElection, metric_weights,
 };
-use kintsugi_pipeline::{MergeRecipe, RankPadding, merge_adapters, plan_merge};
-use kintsugi_runtime::Result;
+use kintsugi_pipeline::{
+    MergeChange, MergeRecipe, RankPadding, WholeModuleRule, changed_recipe, merge_adapters, plan_merge,
+};
+use kintsugi_runtime::{Result, ThreadPool};
 use kintsugi_weights::ElementType;
 use napi::Env;
 use napi::bindgen_prelude::Object;
@@ -43,6 +47,26 @@ pub struct BindingMergeOptions {
     pub scale: String,
     pub report: bool,
     pub allow_different_bases: bool,
+    /// File of saved statistics.
+    pub calibration: Option<String>,
+    /// Folder of a compensation.
+    pub compensation: Option<String>,
+    /// 0 to keep the compensation as it is.
+    pub total_rank: u32,
+    /// `equal`, `mean` or `refuse`.
+    pub modules_to_save: String,
+    pub dry_run: bool,
+}
+
+/// Options of `remerge`.
+#[napi(object, object_to_js = false)]
+pub struct BindingMergeChange {
+    pub merged: String,
+    pub add: Vec<String>,
+    /// Of each that is added.
+    pub weights: Vec<f64>,
+    pub remove: Vec<String>,
+    pub out: String,
     pub dry_run: bool,
 }
 
@@ -54,21 +78,53 @@ pub fn merge<'env>(
     control: &BindingControl,
 ) -> napi::Result<Object<'env>> {
     let recipe = recipe(&options).map_err(|error| to_napi(&error))?;
+    run(env, move || Ok(recipe), options.dry_run, control)
+}
+
+/// Merges anew what an earlier merge has merged, with some sources more or less.
+#[napi(ts_return_type = "Promise<unknown>")]
+pub fn remerge<'env>(
+    env: &'env Env,
+    options: BindingMergeChange,
+    control: &BindingControl,
+) -> napi::Result<Object<'env>> {
+    let change = MergeChange {
+        merged: options.merged.into(),
+        add: options.add.iter().map(Into::into).zip(options.weights).collect(),
+        remove: options.remove,
+        out: options.out.into(),
+    };
+    run(env, move || changed_recipe(&change), options.dry_run, control)
+}
+
+/// Plans or runs what `recipe` gives.
+fn run<'env>(
+    env: &'env Env,
+    recipe: impl FnOnce() -> Result<MergeRecipe> + Send + 'static,
+    dry_run: bool,
+    control: &BindingControl,
+) -> napi::Result<Object<'env>> {
     let (cancel, progress) = (control.cancel.clone(), control.progress.clone());
     spawn(env, move || {
-        if options.dry_run {
+        let recipe = recipe()?;
+        if dry_run {
             return to_json(&plan_merge(&recipe)?);
         }
-        to_json(&merge_adapters(&recipe, kintsugi_runtime::ThreadPool::global(), &cancel, &progress)?)
+        to_json(&merge_adapters(&recipe, ThreadPool::global(), &cancel, &progress)?)
     })
 }
 
-/// Name, summary and options of every merge method.
+/// Name, summary and options of every merge method, and whether it reads statistics of the inputs.
 #[napi(ts_return_type = "unknown")]
 pub fn merge_methods() -> serde_json::Value {
-    let methods = METHODS.iter().map(
-        |method| serde_json::json!({ "name": method.name(), "summary": method.summary(), "options": method.options() }),
-    );
+    let methods = METHODS.iter().map(|method| {
+        serde_json::json!({
+            "name": method.name(),
+            "summary": method.summary(),
+            "options": method.options(),
+            "weighsInputs": method.weighs_inputs(),
+        })
+    });
     methods.collect()
 }
 
@@ -131,5 +187,10 @@ fn recipe(options: &BindingMergeOptions) -> Result<MergeRecipe> {
         factor_type,
         padding: RankPadding::from_name(&options.padding)?,
         allow_different_bases: options.allow_different_bases,
+        calibration: options.calibration.as_ref().map(Into::into),
+        compensation: options.compensation.as_ref().map(Into::into),
+        total_rank: (options.total_rank > 0).then_some(options.total_rank as usize),
+        modules_to_save: WholeModuleRule::from_name(&options.modules_to_save)?,
+        expected: BTreeMap::new(),
     })
 }

@@ -30,6 +30,36 @@ struct Description {
     recipe: Value,
 }
 
+impl Description {
+    /// What the file at `path` says about itself.
+    fn of(file: &TensorFile, path: &Path) -> Result<Self> {
+        let text = file.metadata().get(STATISTICS_KEY).map_or("", String::as_str);
+        let description: Description = serde_json::from_str(text)
+            .map_err(|error| mismatch(path, format!("the file does not say what statistics it holds: {error}")))?;
+        if description.version != VERSION {
+            let message = format!("the statistics have version {}, this release reads {VERSION}", description.version);
+            return Err(mismatch(path, message));
+        }
+        Ok(description)
+    }
+}
+
+/// `ERR_STATISTICS_MISMATCH` for the file at `path`.
+pub(crate) fn mismatch(path: &Path, message: String) -> Error {
+    Error::new(ErrorCode::StatisticsMismatch, message)
+        .subject(path.display())
+        .hint("Take statistics of this model with saveStatistics (--save-calibration)")
+}
+
+/// The architecture whose statistics the file at `path` holds.
+///
+/// # Errors
+/// `ERR_STATISTICS_MISMATCH` when it holds none, or of another version.
+pub(crate) fn statistics_architecture(file: &TensorFile, path: &Path) -> Result<String> {
+    let description = Description::of(file, path)?;
+    Ok(description.model.split(" of ").next().unwrap_or_default().to_string())
+}
+
 /// Statistics of every input of the Linears of a model, from an earlier job.
 pub struct SavedStatistics {
     file: TensorFile,
@@ -44,18 +74,8 @@ impl SavedStatistics {
     /// `ERR_STATISTICS_MISMATCH` when it does not or is of another version, and what opening reports.
     pub fn open(path: &Path, checkpoint: &Checkpoint, spec: &DecoderSpec) -> Result<Self> {
         let file = TensorFile::open(path)?;
-        let mismatch = |message: String| {
-            Error::new(ErrorCode::StatisticsMismatch, message)
-                .subject(path.display())
-                .hint("Take statistics of this model with saveStatistics (--save-calibration)")
-        };
-        let text = file.metadata().get(STATISTICS_KEY).map_or("", String::as_str);
-        let description: Description = serde_json::from_str(text)
-            .map_err(|error| mismatch(format!("the file does not say what statistics it holds: {error}")))?;
-        if description.version != VERSION {
-            let message = format!("the statistics have version {}, this release reads {VERSION}", description.version);
-            return Err(mismatch(message));
-        }
+        let mismatch = |message: String| mismatch(path, message);
+        let description = Description::of(&file, path)?;
         let model = fingerprint(checkpoint, spec)?;
         if description.model != model {
             return Err(mismatch(format!(
@@ -107,27 +127,35 @@ impl SavedStatistics {
     }
 
     fn calibration(&self, name: &str, tokens: u64, width: usize) -> Result<Calibration> {
-        let read = |tensor: &str, first: usize, out: &mut [f64]| {
-            let name = format!("{name}.{tensor}");
-            self.file.read_f64s(&name, first, out)?;
-            if out.iter().all(|value| value.is_finite()) {
-                return Ok(());
-            }
-            Err(Error::new(ErrorCode::CheckpointNotFinite, "the statistics have values that are NaN or infinite")
-                .subject(&name)
-                .hint("The file is damaged; take the statistics again"))
-        };
-        let mut second_moment = UpperTriangle::zeros(width);
-        let mut first = 0;
-        for i in 0..width {
-            read("second_moment", first, second_moment.row_mut(i))?;
-            first += width - i;
-        }
+        let second_moment = read_second_moment(&self.file, name, width)?;
+        let read = |tensor: &str, out: &mut [f64]| read_finite(&self.file, &format!("{name}.{tensor}"), 0, out);
         let (mut sums, mut absolute_sums) = (vec![0.0; width], vec![0.0; width]);
-        read("sums", 0, &mut sums)?;
-        read("absolute_sums", 0, &mut absolute_sums)?;
+        read("sums", &mut sums)?;
+        read("absolute_sums", &mut absolute_sums)?;
         Calibration::new(tokens, second_moment, sums, absolute_sums)
     }
+}
+
+/// The second moment of the inputs at a point, `[width, width]`.
+pub(crate) fn read_second_moment(file: &TensorFile, point: &str, width: usize) -> Result<UpperTriangle<f64>> {
+    let name = format!("{point}.second_moment");
+    let mut second_moment = UpperTriangle::zeros(width);
+    let mut first = 0;
+    for i in 0..width {
+        read_finite(file, &name, first, second_moment.row_mut(i))?;
+        first += width - i;
+    }
+    Ok(second_moment)
+}
+
+fn read_finite(file: &TensorFile, name: &str, first: usize, out: &mut [f64]) -> Result<()> {
+    file.read_f64s(name, first, out)?;
+    if out.iter().all(|value| value.is_finite()) {
+        return Ok(());
+    }
+    Err(Error::new(ErrorCode::CheckpointNotFinite, "the statistics have values that are NaN or infinite")
+        .subject(name)
+        .hint("The file is damaged; take the statistics again"))
 }
 
 /// Saves the statistics of a job as they come. The file has its name when it is whole; until then `.partial` follows.
@@ -261,15 +289,19 @@ fn width_at(spec: &DecoderSpec, point: TapPoint) -> usize {
 }
 
 fn point_name(spec: &DecoderSpec, block: usize, point: TapPoint) -> String {
-    let place = match point {
+    format!("{}.{}", spec.block_name(block), place_name(point))
+}
+
+/// The name of a point inside its block.
+pub(crate) fn place_name(point: TapPoint) -> String {
+    match point {
         TapPoint::AttentionInput => "attention_input".to_owned(),
         TapPoint::AttentionOutput => "attention_output".to_owned(),
         TapPoint::MlpInput => "mlp_input".to_owned(),
         TapPoint::MlpActivation => "mlp_activation".to_owned(),
         TapPoint::ExpertInput(expert) => format!("experts.{expert}.input"),
         TapPoint::ExpertActivation(expert) => format!("experts.{expert}.activation"),
-    };
-    format!("{}.{place}", spec.block_name(block))
+    }
 }
 
 /// Architecture, number of blocks, and a hash (FNV-1a) of the shapes of the Linears, the weights of the norms, and the

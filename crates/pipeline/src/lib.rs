@@ -14,7 +14,6 @@ mod calibration_tokens;
 mod compression;
 mod conversion;
 mod disk_plan;
-mod factor_spill;
 mod folding;
 mod inspection;
 mod ledger;
@@ -40,8 +39,8 @@ pub use inspection::{Inspection, inspect};
 pub use linear_override::LinearOverride;
 pub use memory_plan::{MemoryParts, MemoryPlan};
 pub use merging::{
-    AdapterShare, MergePlan, MergeRecipe, MergeReport, MergeSummary, ModuleMergeReport, PlannedMerge, RankPadding,
-    VLLM_RANKS, merge_adapters, plan_merge,
+    AdapterShare, JoinReport, MergeChange, MergePlan, MergeRecipe, MergeReport, MergeSummary, ModuleMergeReport,
+    PlannedMerge, RankPadding, VLLM_RANKS, WholeModuleRule, changed_recipe, merge_adapters, plan_merge,
 };
 pub use plan::{Plan, PlannedLinear};
 pub use recipe::{ActivationPlace, CalibrationRecipe, EoraRecipe, Recipe};

@@ -145,10 +145,11 @@ fn an_embedding_that_is_the_head_is_refused_though_the_config_is_silent() {
         fan_in_fan_out: true,
         targets_by_suffix: true,
         element_type: ElementType::F32,
+        modules_to_save: Vec::new(),
     };
     let (name, kind) = ("transformer.wte".to_string(), ModuleKind::Embedding);
     let module = MergedModule { name, kind, out_features: 32, in_features: 64, rank: 1 };
-    let mut writer = AdapterWriter::create(&adapter, description, vec![module]).unwrap();
+    let mut writer = AdapterWriter::create(&adapter, description, vec![module], &[]).unwrap();
     let factors = LowRank::new(32, 64, 1, vec![0.1; 32], vec![0.1; 64], ElementType::F32);
     writer.write(Some(&factors)).unwrap();
     writer.finish().unwrap();

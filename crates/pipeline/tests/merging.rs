@@ -1,71 +1,18 @@
 //! Merging whole PEFT folders: against peft itself, against each other, and against what must not be written.
 
+mod merges;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use kintsugi_checkpoint::{AdapterDescription, AdapterFolder, AdapterWriter, MergedModule, ModuleKind};
+use kintsugi_checkpoint::{AdapterFolder, ModuleKind};
 use kintsugi_merge::{Coordinates, Gauge, METHODS, MergeOptions, RankRule, SignElection};
-use kintsugi_pipeline::{MergeRecipe, MergeReport, RankPadding, merge_adapters, plan_merge};
-use kintsugi_runtime::{CancelToken, Error, ErrorCode, Progress, ThreadPool};
-use kintsugi_testkit::Random;
-use kintsugi_weights::{ElementType, LowRank};
+use kintsugi_pipeline::{MergeRecipe, RankPadding, merge_adapters, plan_merge};
+use kintsugi_runtime::{CancelToken, ErrorCode, Progress, ThreadPool};
+use kintsugi_weights::ElementType;
+use merges::{assets, recipe, refused, relative, run, run_on, sum, updates, vectors, write_adapter};
 use serde_json::Value;
-
-fn vectors() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../__test__/vectors/merge")
-}
-
-fn assets() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../assets/adapters")
-}
-
-fn recipe(adapters: &[PathBuf], weights: &[f64], method: &str, out: &Path) -> MergeRecipe {
-    MergeRecipe {
-        adapters: adapters.to_vec(),
-        weights: weights.to_vec(),
-        out: out.to_path_buf(),
-        method: method.to_string(),
-        options: MergeOptions::default(),
-        factor_type: None,
-        padding: RankPadding::Uniform,
-        allow_different_bases: false,
-    }
-}
-
-fn run_on(recipe: &MergeRecipe, threads: usize) -> Result<MergeReport, Error> {
-    let pool = ThreadPool::with_threads(threads);
-    merge_adapters(recipe, &pool, &CancelToken::new(), &Progress::new())
-}
-
-fn run(recipe: &MergeRecipe) -> Result<MergeReport, Error> {
-    run_on(recipe, 2)
-}
-
-/// `scaling · B A`.
-fn dense(factors: &LowRank, scaling: f64) -> Vec<f64> {
-    let (r, n) = (factors.rank(), factors.in_features());
-    let mut out = vec![0.0; factors.out_features() * n];
-    for (i, row) in out.chunks_exact_mut(n).enumerate() {
-        for l in 0..r {
-            let b = f64::from(factors.b()[i * r + l]) * scaling;
-            row.iter_mut().zip(&factors.a()[l * n..]).for_each(|(sum, &a)| *sum += b * f64::from(a));
-        }
-    }
-    out
-}
-
-fn updates(folder: &Path) -> BTreeMap<String, Vec<f64>> {
-    let folder = AdapterFolder::open(folder).unwrap();
-    let update = |module: &str, scaling| dense(&folder.factors(module).unwrap(), scaling);
-    folder.modules().iter().map(|module| (module.name.clone(), update(&module.name, module.scaling))).collect()
-}
-
-fn relative(found: &[f64], expected: &[f64]) -> f64 {
-    let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|value| value * value).sum::<f64>().sqrt();
-    let wrong = norm(&mut found.iter().zip(expected).map(|(a, b)| a - b));
-    wrong / norm(&mut expected.iter().copied()).max(f64::MIN_POSITIVE)
-}
 
 #[test]
 fn every_merge_of_peft_is_reached() {
@@ -125,18 +72,6 @@ fn scalings_are_those_that_peft_computes() {
     assert_eq!(scaling("binary", "q_proj"), (2.0, 2, ModuleKind::Linear));
 }
 
-/// The exact weighted sum of folders.
-fn sum(folders: &[PathBuf], weights: &[f64]) -> BTreeMap<String, Vec<f64>> {
-    let mut all: BTreeMap<String, Vec<f64>> = BTreeMap::new();
-    for (folder, weight) in folders.iter().zip(weights) {
-        for (module, update) in updates(folder) {
-            let sum = all.entry(module).or_insert_with(|| vec![0.0; update.len()]);
-            sum.iter_mut().zip(update).for_each(|(sum, value)| *sum += weight * value);
-        }
-    }
-    all
-}
-
 #[test]
 fn adapters_of_any_ranks_targets_and_scalings_add_up() {
     let folders: Vec<PathBuf> =
@@ -172,6 +107,33 @@ fn adapters_of_any_ranks_targets_and_scalings_add_up() {
 }
 
 #[test]
+fn cat_moves_the_same_numbers_with_and_without_report() {
+    let out = tempfile::tempdir().unwrap();
+    let named = |names: &[&str]| names.iter().map(|name| vectors().join(name)).collect::<Vec<PathBuf>>();
+    let equal = [assets().join("shakespeare"), assets().join("python")].to_vec();
+    let sets =
+        [equal, named(&["first", "second", "third"]), named(&["first", "stable", "patterns", "embedding", "binary"])];
+    for (i, folders) in sets.iter().enumerate() {
+        for weights in [vec![1.0; folders.len()], (1..=folders.len()).map(|w| 0.3 * w as f64).collect()] {
+            for factor_type in [None, Some(ElementType::Bf16)] {
+                for padding in [RankPadding::Uniform, RankPadding::Vllm, RankPadding::None] {
+                    let bytes = [true, false].map(|report| {
+                        let path = out.path().join(format!("{i}-{padding:?}-{}-{factor_type:?}-{report}", weights[0]));
+                        let mut recipe = recipe(folders, &weights, "cat", &path);
+                        (recipe.options.report, recipe.padding, recipe.factor_type) = (report, padding, factor_type);
+                        run(&recipe).unwrap();
+                        assert_eq!(path.join("report.svg").exists(), report);
+                        let files = ["adapter_model.safetensors", "adapter_config.json"];
+                        files.map(|file| fs::read(path.join(file)).unwrap())
+                    });
+                    assert!(bytes[0] == bytes[1], "{i} {weights:?} {factor_type:?} {padding:?}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn an_energy_target_decides_the_rank_of_each_module() {
     let folders = [assets().join("shakespeare"), assets().join("python")];
     let out = tempfile::tempdir().unwrap();
@@ -185,25 +147,6 @@ fn an_energy_target_decides_the_rank_of_each_module() {
     let written = AdapterFolder::open(&recipe.out).unwrap();
     assert_eq!(written.modules().iter().map(|module| module.rank).collect::<Vec<_>>(), ranks);
     assert_eq!(fs::read_dir(out.path()).unwrap().count(), 1);
-}
-
-/// An adapter of one square module.
-fn write_adapter(folder: &Path, base: Option<&str>, fan_in_fan_out: bool, size: usize, rank: usize) {
-    let description = AdapterDescription {
-        base_model: base.map(str::to_string),
-        task_type: None,
-        fan_in_fan_out,
-        targets_by_suffix: true,
-        element_type: ElementType::F32,
-    };
-    let (name, kind) = ("model.layers.0.mlp.up_proj".to_string(), ModuleKind::Linear);
-    let module = MergedModule { name, kind, out_features: size, in_features: size, rank };
-    let mut random = Random::new(size as u64);
-    let mut values = || (0..size * rank).map(|_| random.normal() as f32).collect::<Vec<_>>();
-    let factors = LowRank::new(size, size, rank, values(), values(), ElementType::F32);
-    let mut writer = AdapterWriter::create(folder, description, vec![module]).unwrap();
-    writer.write(Some(&factors)).unwrap();
-    writer.finish().unwrap();
 }
 
 #[test]
@@ -258,6 +201,10 @@ fn the_report_is_about_what_is_in_the_file() {
     assert_eq!(report.summary.bytes, fs::metadata(recipe.out.join("adapter_model.safetensors")).unwrap().len());
     let stored: Value = serde_json::from_slice(&fs::read(recipe.out.join("report.json")).unwrap()).unwrap();
     assert_eq!(stored, serde_json::to_value(&report).unwrap());
+    let picture = fs::read_to_string(recipe.out.join("report.svg")).unwrap();
+    assert!(picture.starts_with("<svg xmlns") && picture.ends_with("</svg>\n") && picture.contains("shakespeare"));
+    // A cell for each module: of its distance, and of what is left of either adapter.
+    assert!(picture.matches("<rect class=\"c").count() >= 3 * report.modules.len());
     let plan = plan_merge(&MergeRecipe { out: out.path().join("plan"), ..recipe }).unwrap();
     assert_eq!(plan.modules.len(), report.summary.modules);
     assert!(plan.bytes < report.summary.bytes && plan.bytes > report.summary.bytes * 9 / 10);
@@ -279,17 +226,6 @@ fn neither_the_order_of_the_adapters_nor_threads_change_a_byte() {
         }
         assert!(results.iter().all(|result| *result == results[0]), "{}", method.name());
     }
-}
-
-#[track_caller]
-fn refused(recipe: &MergeRecipe, code: ErrorCode) -> Error {
-    let parent = recipe.out.parent().unwrap();
-    let before = fs::read_dir(parent).unwrap().count();
-    let error = run(recipe).unwrap_err();
-    assert_eq!(error.code, code, "{error}");
-    assert!(!error.subject.is_empty() && !error.hint.is_empty(), "{error}");
-    assert_eq!(fs::read_dir(parent).unwrap().count(), before, "something was written");
-    error
 }
 
 #[test]
@@ -358,62 +294,6 @@ fn bases_are_compared_whether_they_are_named_or_not() {
         fs::read_to_string(path.join("adapter_config.json")).unwrap()
     });
     assert!(configs[0] == configs[1] && configs[0].contains("model-a"), "{configs:?}");
-}
-
-#[test]
-fn damaged_folders_are_refused_and_nothing_is_written() {
-    let mut random = Random::new(99);
-    let out = tempfile::tempdir().unwrap();
-    let mut refusals = 0;
-    for (name, file) in [("first", "adapter_model.safetensors"), ("binary", "adapter_model.bin")] {
-        let sound = fs::read(vectors().join(name).join(file)).unwrap();
-        let structure = if file.ends_with("bin") {
-            sound.len()
-        } else {
-            8 + u64::from_le_bytes(sound[..8].try_into().unwrap()) as usize
-        };
-        for case in 0..110 {
-            let folder = tempfile::tempdir().unwrap();
-            fs::copy(vectors().join(name).join("adapter_config.json"), folder.path().join("adapter_config.json"))
-                .unwrap();
-            let mut bytes = sound.clone();
-            match case % 4 {
-                // Cut off anywhere.
-                0 => bytes.truncate(random.below(sound.len())),
-                // A piece is missing from the middle.
-                1 => drop(bytes.drain(random.below(structure)..).take(1 + random.below(40)).collect::<Vec<_>>()),
-                // NaN in a factor; the archive has checksums for that.
-                2 => {
-                    let at = structure.min(sound.len() - 64) + 4 * random.below(8);
-                    if file.ends_with("bin") {
-                        let at = random.below(sound.len());
-                        bytes[at] ^= 0xff;
-                    } else {
-                        bytes[at..at + 4].copy_from_slice(&f32::NAN.to_le_bytes());
-                    }
-                }
-                // Rubbish in what describes the tensors.
-                _ => {
-                    for _ in 0..1 + random.below(16) {
-                        let at = random.below(structure);
-                        bytes[at] = random.bits() as u8;
-                    }
-                }
-            }
-            fs::write(folder.path().join(file), &bytes).unwrap();
-            let path = out.path().join("out");
-            match run(&recipe(&[folder.path().into(), vectors().join("second")], &[1.0, 1.0], "svd", &path)) {
-                Err(error) => {
-                    refusals += 1;
-                    assert!(!error.subject.is_empty() && !error.hint.is_empty(), "{error}");
-                    assert_eq!(fs::read_dir(out.path()).unwrap().count(), 0, "something was written");
-                }
-                // Bytes that the format does not look at, such as dates in the archive.
-                Ok(_) => fs::remove_dir_all(&path).unwrap(),
-            }
-        }
-    }
-    assert!(refusals >= 200, "{refusals}");
 }
 
 #[test]

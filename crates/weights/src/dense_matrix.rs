@@ -104,9 +104,9 @@ impl DenseMatrix {
     /// Row and column of the first value that is NaN or infinite.
     pub fn first_not_finite(&self) -> Option<(usize, usize)> {
         let position = match &self.values {
-            DenseValues::F32(values) => values.iter().position(|value| !value.is_finite()),
-            DenseValues::F16(values) => values.iter().position(|value| !value.is_finite()),
-            DenseValues::Bf16(values) => values.iter().position(|value| !value.is_finite()),
+            DenseValues::F32(values) => position_in_chunks(values, |value| value.to_bits() << 1 >= 0xff << 24),
+            DenseValues::F16(values) => position_in_chunks(values, |value| value.to_bits() << 1 >= 0x1f << 11),
+            DenseValues::Bf16(values) => position_in_chunks(values, |value| value.to_bits() << 1 >= 0xff << 8),
         }?;
         Some((position / self.columns, position % self.columns))
     }
@@ -120,9 +120,40 @@ impl DenseMatrix {
     }
 }
 
+/// Position of the first value for which `found` holds. Whole chunks are looked at before single values, because a loop
+/// without an exit works on many values at a time.
+fn position_in_chunks<T: Copy>(values: &[T], found: impl Fn(T) -> bool) -> Option<usize> {
+    const CHUNK: usize = 4096;
+    let start =
+        values.chunks(CHUNK).position(|chunk| chunk.iter().fold(false, |any, &value| any | found(value)))? * CHUNK;
+    values[start..].iter().position(|&value| found(value)).map(|position| start + position)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_first_value_that_is_not_finite_is_found_in_every_type() {
+        let sound = [f32::MAX, -1.0, 0.0, f32::MIN_POSITIVE, -f32::MAX, 65504.0];
+        let plain: Vec<f32> = (0..9000).map(|i| sound[i % sound.len()]).collect();
+        let narrow = |values: &[f32]| values.iter().map(|&v| f16::from_f32(v.clamp(-65504.0, 65504.0))).collect();
+        // Cut off, because rounding would turn the largest into infinity.
+        let cut = |values: &[f32]| values.iter().map(|v| bf16::from_bits((v.to_bits() >> 16) as u16)).collect();
+        let matrices = |values: Vec<f32>, f16s: Vec<f16>, bf16s: Vec<bf16>| {
+            [DenseValues::F32(values), DenseValues::F16(f16s), DenseValues::Bf16(bf16s)]
+                .map(|values| DenseMatrix::new(90, 100, values).first_not_finite())
+        };
+        assert_eq!(matrices(plain.clone(), narrow(&plain), cut(&plain)), [None; 3]);
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            for at in [0, 4095, 4096, 8999] {
+                let (mut wide, mut f16s, mut bf16s) = (plain.clone(), narrow(&plain), cut(&plain));
+                (wide[at], f16s[at], bf16s[at]) = (bad, f16::from_f32(bad), bf16::from_f32(bad));
+                (wide[8999], f16s[8999], bf16s[8999]) = (bad, f16::from_f32(bad), bf16::from_f32(bad));
+                assert_eq!(matrices(wide, f16s, bf16s), [Some((at / 100, at % 100)); 3], "{bad} {at}");
+            }
+        }
+    }
 
     #[test]
     fn a_transposed_matrix_has_rows_as_columns() {

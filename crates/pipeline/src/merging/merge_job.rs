@@ -1,0 +1,590 @@
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use kintsugi_checkpoint::{AdapterDescription, AdapterFolder, AdapterModule, AdapterWriter, MergedModule, ModuleKind};
+use kintsugi_linalg::{LeadingDirections, UpperTriangle};
+use kintsugi_merge::{
+    Coordinates, LinearMergeReport, LinearSources, MergeMethod, MergeOptions, MergeSource, RankRule, ScaleRule,
+    StoredSource, Svd, check_statistics, concatenate_stored, join, merge_linear, merge_method,
+};
+use kintsugi_runtime::{
+    CancelToken, Error, ErrorCode, Progress, Result, StagedFolder, ThreadPool, peak_memory_bytes, replace_file,
+};
+use kintsugi_weights::{DenseMatrix, ElementType, LowRank};
+
+use super::factor_spill::FactorSpill;
+use super::input_statistics::InputStatistics;
+use super::merge_picture::merge_picture;
+use super::source_print::SourcePrint;
+use super::whole_modules::WholeModules;
+use super::{
+    AdapterShare, JoinReport, MergePlan, MergeRecipe, MergeReport, MergeSummary, ModuleMergeReport, PlannedMerge,
+    RankPadding, VLLM_RANKS, WholeModuleRule,
+};
+
+/// Working memory of the Linears that are merged at one time; one is always merged.
+const MEMORY: u64 = 600 << 20;
+
+/// What `recipe` would do.
+///
+/// # Errors
+/// Everything that [`merge_adapters`] refuses before it writes.
+pub fn plan_merge(recipe: &MergeRecipe) -> Result<MergePlan> {
+    Ok(MergeJob::open(recipe)?.plan)
+}
+
+/// Merges PEFT adapters into a new PEFT folder with scaling 1, module by module.
+///
+/// The folder appears whole or not at all. The bytes of its weights and config depend on the content of the adapters, the
+/// weights and the options alone: not on the order of the adapters, nor on the number of threads. Times in the report
+/// aside, that is true of `report.json` for one order.
+///
+/// # Errors
+/// `ERR_OPTION_INVALID`, `ERR_ADAPTER_INVALID`, `ERR_SHAPE_MISMATCH`, `ERR_STATISTICS_MISMATCH`, `ERR_OUTPUT_NOT_EMPTY`,
+/// `ERR_OUTPUT_UNWRITABLE`, `ERR_CANCELLED`; nothing stays behind.
+pub fn merge_adapters(
+    recipe: &MergeRecipe,
+    pool: &ThreadPool,
+    cancel: &CancelToken,
+    progress: &Progress,
+) -> Result<MergeReport> {
+    let started = Instant::now();
+    let job = MergeJob::open(recipe)?;
+    let plan = &job.plan;
+    progress.begin("merge", plan.modules.len() as u64);
+    let mut reports = Vec::with_capacity(plan.modules.len());
+    let mut prints = vec![Vec::new(); plan.modules.len()];
+    let (mut writer, rank) = if job.ranks_are_known() {
+        let (mut writer, rank) = job.writer(|index| plan.modules[index].rank)?;
+        let order = job.in_order(writer.modules());
+        job.run(&order, pool, cancel, progress, |index, merged| {
+            job.write_whole(&mut writer, cancel)?;
+            match &merged.factors {
+                Factors::Stored([a, b]) => writer.write_stored([a, b])?,
+                Factors::Solved(factors) => writer.write(factors.as_ref())?,
+            }
+            prints[index] = merged.prints;
+            reports.push(merged.report);
+            Ok(())
+        })?;
+        (writer, rank)
+    } else {
+        let mut spill = FactorSpill::create(&recipe.out)?;
+        let mut ranks = vec![1; plan.modules.len()];
+        let order: Vec<usize> = (0..plan.modules.len()).collect();
+        job.run(&order, pool, cancel, progress, |index, merged| {
+            let Factors::Solved(factors) = merged.factors else { return Err(unexpected()) };
+            spill.push(factors.as_ref())?;
+            ranks[index] = factors.as_ref().map_or(1, LowRank::rank);
+            prints[index] = merged.prints;
+            reports.push(merged.report);
+            Ok(())
+        })?;
+        progress.at("write", "");
+        let (mut writer, rank) = job.writer(|index| ranks[index])?;
+        for index in job.in_order(writer.modules()) {
+            cancel.check()?;
+            let module = &plan.modules[index];
+            let factors = spill.read(index, module.out_features, module.in_features, plan.factor_type)?;
+            job.write_whole(&mut writer, cancel)?;
+            writer.write(factors.as_ref())?;
+        }
+        (writer, rank)
+    };
+    job.write_whole(&mut writer, cancel)?;
+    reports.sort_by(|left, right| left.name.cmp(&right.name));
+    let shares = job.shares(&prints)?;
+    let mut summary = MergeSummary::new(&reports, shares, job.options.report);
+    summary.rank = rank;
+    summary.source_bytes = plan.source_bytes;
+    summary.seconds = started.elapsed().as_secs_f64();
+    summary.peak_memory_bytes = peak_memory_bytes();
+    summary.bytes = writer.total_bytes();
+    let report = MergeReport { recipe: recipe.clone(), summary, modules: reports };
+    let text = serde_json::to_string_pretty(&report)
+        .map_err(|error| Error::new(ErrorCode::Internal, format!("the report cannot be written: {error}")))?;
+    replace_file(&writer.folder().join("report.json"), text.as_bytes())?;
+    if job.options.report {
+        replace_file(&writer.folder().join("report.svg"), merge_picture(&report).as_bytes())?;
+    }
+    cancel.check()?;
+    writer.finish()?;
+    Ok(report)
+}
+
+/// The factors of a module as they will be written.
+enum Factors {
+    /// `None` where nothing is left.
+    Solved(Option<LowRank>),
+    /// A and B in the type of the file.
+    Stored([DenseMatrix; 2]),
+}
+
+/// What became of a module.
+struct MergedFactors {
+    factors: Factors,
+    report: ModuleMergeReport,
+    /// Of each of its adapters.
+    prints: Vec<SourcePrint>,
+}
+
+/// Adapters that fit together, and what becomes of them.
+struct MergeJob<'a> {
+    recipe: &'a MergeRecipe,
+    method: &'static dyn MergeMethod,
+    options: MergeOptions,
+    folders: Vec<AdapterFolder>,
+    compensation: Option<AdapterFolder>,
+    statistics: Option<InputStatistics>,
+    whole: WholeModules,
+    kinds: Vec<ModuleKind>,
+    plan: MergePlan,
+}
+
+impl<'a> MergeJob<'a> {
+    fn open(recipe: &'a MergeRecipe) -> Result<Self> {
+        let method = merge_method(&recipe.method)?;
+        recipe.validate()?;
+        if recipe.calibration.is_some() && recipe.total_rank.is_none() {
+            check_statistics(method, recipe.options.scale)?;
+        }
+        // Looks whether the output may be written, and leaves what an earlier run kept there alone.
+        StagedFolder::reopen(&recipe.out)?;
+        let open = match recipe.modules_to_save {
+            WholeModuleRule::Refuse => AdapterFolder::open,
+            WholeModuleRule::Equal | WholeModuleRule::Mean => AdapterFolder::open_with_whole_modules,
+        };
+        let folders: Vec<AdapterFolder> = recipe.adapters.iter().map(|path| open(path)).collect::<Result<_>>()?;
+        let compensation = recipe.compensation.as_deref().map(AdapterFolder::open).transpose()?;
+        let base_model = common_base(recipe, &folders, compensation.as_ref())?;
+        let all = || folders.iter().chain(&compensation);
+        let factor_type = recipe.factor_type.unwrap_or_else(|| common_type(all()));
+        let whole = WholeModules::plan(&folders, &recipe.weights, recipe.modules_to_save)?;
+        if recipe.padding == RankPadding::Vllm && !whole.tensors().is_empty() {
+            return Err(Error::new(ErrorCode::OptionInvalid, "vLLM serves no adapters that hold whole modules")
+                .subject("padding")
+                .hint("Leave padding out, or merge adapters without modules_to_save"));
+        }
+        let modules = union(&folders, compensation.as_ref())?;
+        let statistics = match &recipe.calibration {
+            Some(path) => {
+                let widths = modules.iter().filter(|(_, module)| module.kind == ModuleKind::Linear);
+                Some(InputStatistics::open(path, widths.map(|(name, module)| (*name, module.in_features)))?)
+            }
+            None => None,
+        };
+        let largest = modules.values().flat_map(|module| &module.ranks).copied().max().unwrap_or(0);
+        let pairs = method.keeps_rank()
+            || (recipe.options.coordinates == Some(Coordinates::Factors) && method.options().contains(&"coordinates"));
+        let rank = match (pairs && recipe.adapters.len() > 1, recipe.options.rank) {
+            (true, rule) => rule.filter(|_| !method.keeps_rank()),
+            (false, rule) => Some(rule.unwrap_or(RankRule::Fixed(largest))),
+        };
+        // An energy target is no rank: vLLM limits it as `rank` would.
+        let rank = match rank {
+            Some(RankRule::Energy { share, most }) if recipe.padding == RankPadding::Vllm => {
+                Some(RankRule::Energy { share, most: most.min(VLLM_RANKS[VLLM_RANKS.len() - 1]) })
+            }
+            rank => rank,
+        };
+        let options = MergeOptions { factor_type, rank, ..recipe.options.clone() };
+        let (mut planned, mut kinds, mut memory) = (Vec::new(), Vec::new(), 0);
+        let mut source_bytes = 0;
+        for (name, module) in modules {
+            let UnitedModule { kind, out_features, in_features, adapters, ranks, compensation_rank, bytes } = module;
+            let smaller_side = out_features.min(in_features);
+            let asked = options.rank.map_or(usize::MAX, RankRule::most);
+            let of_method = if pairs && !method.keeps_rank() {
+                ranks.iter().copied().max().unwrap_or(0)
+            } else {
+                method.rank_of(&ranks, smaller_side)
+            };
+            let merged = if ranks.is_empty() { 0 } else { of_method.min(asked) };
+            let joined = merged + compensation_rank;
+            let rank = recipe.total_rank.map_or(joined, |most| joined.min(smaller_side).min(most));
+            let weighted = statistics.as_ref().is_some_and(|statistics| statistics.has(name));
+            let mut needed = working_bytes(method, &ranks, out_features, in_features, merged);
+            if recipe.total_rank.is_some() {
+                needed = needed.max(working_bytes(&Svd, &[joined], out_features, in_features, rank));
+            }
+            if weighted {
+                let units = ranks.iter().sum::<usize>().max(joined) as u64;
+                needed += UpperTriangle::<f64>::bytes(in_features) + 16 * units * in_features as u64;
+            }
+            memory = memory.max(needed);
+            source_bytes += bytes;
+            kinds.push(kind);
+            let name = name.to_string();
+            planned.push(PlannedMerge {
+                name,
+                out_features,
+                in_features,
+                adapters,
+                ranks,
+                compensation_rank,
+                weighted,
+                rank,
+            });
+        }
+        let plan = MergePlan {
+            recipe: recipe.clone(),
+            base_model,
+            factor_type,
+            modules: planned,
+            whole_tensors: whole.tensors().iter().map(|tensor| tensor.name.clone()).collect(),
+            bytes: 0,
+            source_bytes,
+            memory_bytes: memory,
+        };
+        let mut job = MergeJob { recipe, method, options, folders, compensation, statistics, whole, kinds, plan };
+        let factors: usize = (job.written_modules(|index| job.plan.modules[index].rank)?.iter())
+            .map(|module| module.rank * (module.out_features + module.in_features) * factor_type.bits() / 8)
+            .sum();
+        job.plan.bytes = factors as u64 + job.whole.tensors().iter().map(|tensor| tensor.bytes).sum::<u64>();
+        Ok(job)
+    }
+
+    /// Whether the ranks of the file stand before anything is merged.
+    fn ranks_are_known(&self) -> bool {
+        !matches!(self.options.rank, Some(RankRule::Energy { .. }))
+    }
+
+    /// The modules of the file, for the ranks of the merged ones.
+    fn written_modules(&self, rank: impl Fn(usize) -> usize) -> Result<Vec<MergedModule>> {
+        let largest = (0..self.plan.modules.len()).map(&rank).max().unwrap_or(0);
+        let common = self.recipe.padding.common_rank(largest)?;
+        Ok(self
+            .plan
+            .modules
+            .iter()
+            .enumerate()
+            .map(|(index, module)| MergedModule {
+                name: module.name.clone(),
+                kind: self.kinds[index],
+                out_features: module.out_features,
+                in_features: module.in_features,
+                rank: common.unwrap_or_else(|| rank(index)),
+            })
+            .collect())
+    }
+
+    /// Begins the output for these ranks; also gives the largest.
+    fn writer(&self, rank: impl Fn(usize) -> usize) -> Result<(AdapterWriter, usize)> {
+        let modules = self.written_modules(rank)?;
+        let largest = modules.iter().map(|module| module.rank).max().unwrap_or(0);
+        let writer = AdapterWriter::create(&self.recipe.out, self.description(), modules, self.whole.tensors())?;
+        Ok((writer, largest))
+    }
+
+    fn in_order(&self, written: &[MergedModule]) -> Vec<usize> {
+        let places: BTreeMap<&str, usize> =
+            self.plan.modules.iter().enumerate().map(|(index, module)| (module.name.as_str(), index)).collect();
+        written.iter().map(|module| places[module.name.as_str()]).collect()
+    }
+
+    fn description(&self) -> AdapterDescription {
+        let first = &self.folders[0];
+        let task = first.task_type().filter(|task| self.folders.iter().all(|f| f.task_type() == Some(task)));
+        AdapterDescription {
+            base_model: self.plan.base_model.clone(),
+            task_type: task.map(str::to_string),
+            fan_in_fan_out: first.fan_in_fan_out(),
+            targets_by_suffix: self.folders.iter().chain(&self.compensation).all(AdapterFolder::targets_by_suffix),
+            element_type: self.plan.factor_type,
+            modules_to_save: self.whole.names().to_vec(),
+        }
+    }
+
+    /// Writes the whole tensors that come next in the file.
+    fn write_whole(&self, writer: &mut AdapterWriter, cancel: &CancelToken) -> Result<()> {
+        writer.write_whole(|tensor, put| self.whole.copy(&self.folders, tensor, cancel, put))
+    }
+
+    /// Merges the modules in this order and hands each to `put`. Several are merged at a time, as memory allows.
+    fn run(
+        &self,
+        order: &[usize],
+        pool: &ThreadPool,
+        cancel: &CancelToken,
+        progress: &Progress,
+        mut put: impl FnMut(usize, MergedFactors) -> Result<()>,
+    ) -> Result<()> {
+        let together = ((MEMORY / self.plan.memory_bytes.max(1)) as usize).clamp(1, pool.threads());
+        for part in order.chunks(together) {
+            cancel.check()?;
+            progress.at("merge", self.plan.modules[part[0]].name.clone());
+            let merged = pool.map(part.len(), |i| {
+                cancel.check()?;
+                self.merge(part[i], pool)
+            });
+            for (&index, merged) in part.iter().zip(merged) {
+                put(index, merged?)?;
+                progress.advance(1);
+            }
+        }
+        Ok(())
+    }
+
+    fn merge(&self, index: usize, pool: &ThreadPool) -> Result<MergedFactors> {
+        let module = &self.plan.modules[index];
+        let mut report = ModuleMergeReport {
+            name: module.name.clone(),
+            out_features: module.out_features,
+            in_features: module.in_features,
+            adapters: module.adapters.clone(),
+            rank: module.rank,
+            cluster_sizes: Vec::new(),
+            scales: Vec::new(),
+            scale: 1.0,
+            kept: None,
+            joined: None,
+        };
+        let mut prints = Vec::with_capacity(module.adapters.len());
+        let mut sources = Vec::with_capacity(module.adapters.len());
+        for &adapter in &module.adapters {
+            let scaling = self.folders[adapter].module(&module.name).map_or(0.0, |module| module.scaling);
+            let factors = self.folders[adapter].stored_factors(&module.name)?;
+            prints.push(SourcePrint::of_module(&module.name, scaling, &factors));
+            let [a, b] = factors;
+            sources.push(StoredSource { a, b, scaling, weight: self.recipe.weights[adapter] });
+        }
+        if self.moves_bytes(index)
+            && let Some(factors) = concatenate_stored(&module.name, &sources, self.plan.factor_type)?
+        {
+            return Ok(MergedFactors { factors: Factors::Stored(factors), report, prints });
+        }
+        let second_moment = match &self.statistics {
+            Some(statistics) => statistics.second_moment(&module.name, module.in_features)?,
+            None => None,
+        };
+        let mut merged = None;
+        if !sources.is_empty() {
+            let factors: Vec<LowRank> = sources.iter().map(StoredSource::to_low_rank).collect();
+            let plain = sources.iter().zip(&factors).map(|(source, factors)| MergeSource {
+                factors,
+                scaling: source.scaling,
+                weight: source.weight,
+            });
+            let mut linear = LinearSources::new(&module.name, &plain.collect::<Vec<_>>(), self.folders.len())?;
+            drop(sources);
+            if let Some(second_moment) = &second_moment
+                && check_statistics(self.method, self.options.scale).is_ok()
+            {
+                linear = linear.weighted_by(second_moment)?;
+            }
+            let found = merge_linear(self.method, &linear, &self.options, pool)?;
+            report.cluster_sizes = found.cluster_sizes;
+            report.scales = found.scales;
+            report.scale = found.scale;
+            report.kept = found.report;
+            merged = found.factors;
+        }
+        if self.compensation.is_some() {
+            let (joined, how) = self.join(module, merged, second_moment.as_deref(), pool)?;
+            report.joined = Some(how);
+            merged = joined;
+        }
+        report.rank = merged.as_ref().map_or(0, LowRank::rank);
+        Ok(MergedFactors { factors: Factors::Solved(merged), report, prints })
+    }
+
+    /// Whether the factors of a module can go from file to file as they are.
+    fn moves_bytes(&self, index: usize) -> bool {
+        let module = &self.plan.modules[index];
+        let ranks = || self.plan.modules.iter().map(|module| module.rank);
+        let unpadded = match self.recipe.padding {
+            RankPadding::None => true,
+            RankPadding::Uniform => Some(module.rank) == ranks().max(),
+            RankPadding::Vllm => VLLM_RANKS.contains(&module.rank) && Some(module.rank) == ranks().max(),
+        };
+        let uncut = self.folders.len() > 1 || self.recipe.options.rank.is_none();
+        self.method.is_exact() && unpadded && uncut && !self.options.report && self.compensation.is_none()
+    }
+
+    /// The compensation of a module and its merged adapters as one update.
+    fn join(
+        &self,
+        module: &PlannedMerge,
+        merged: Option<LowRank>,
+        second_moment: Option<&UpperTriangle<f64>>,
+        pool: &ThreadPool,
+    ) -> Result<(Option<LowRank>, JoinReport)> {
+        let entry = self.compensation.as_ref().and_then(|folder| Some((folder, folder.module(&module.name)?)));
+        let compensation =
+            entry.map(|(folder, entry)| Ok((folder.factors(&entry.name)?, entry.scaling))).transpose()?;
+        let mut report = JoinReport {
+            compensation_rank: module.compensation_rank,
+            merged_rank: merged.as_ref().map_or(0, LowRank::rank),
+            error: 0.0,
+            weighted_error: second_moment.map(|_| 0.0),
+        };
+        let parts: Vec<MergeSource<'_>> = compensation
+            .iter()
+            .map(|(factors, scaling)| (factors, *scaling))
+            .chain(merged.iter().map(|factors| (factors, 1.0)))
+            .map(|(factors, scaling)| MergeSource { factors, scaling, weight: 1.0 })
+            .collect();
+        let rank: usize = parts.iter().map(|part| part.factors.rank()).sum();
+        let cut = self.recipe.total_rank.filter(|&most| most < rank);
+        let Some(total) = cut.filter(|_| !parts.is_empty()) else {
+            return Ok((join(&module.name, &parts, self.plan.factor_type)?, report));
+        };
+        let mut linear = LinearSources::new(&module.name, &parts, parts.len())?;
+        if let Some(second_moment) = second_moment {
+            linear = linear.weighted_by(second_moment)?;
+        }
+        let options = MergeOptions {
+            rank: Some(RankRule::Fixed(total)),
+            factor_type: self.plan.factor_type,
+            scale: ScaleRule::Method,
+            report: true,
+            ..MergeOptions::default()
+        };
+        let found = merge_linear(&Svd, &linear, &options, pool)?;
+        if let Some(LinearMergeReport { error, weighted_error, .. }) = found.report {
+            (report.error, report.weighted_error) = (error, weighted_error);
+        }
+        Ok((found.factors, report))
+    }
+
+    /// What is known about the adapters without the modules' reports. `prints` are those of the adapters of each module.
+    fn shares(&self, prints: &[Vec<SourcePrint>]) -> Result<Vec<AdapterShare>> {
+        let mut all = vec![SourcePrint::new(); self.folders.len()];
+        for (module, prints) in self.plan.modules.iter().zip(prints) {
+            for (&adapter, &print) in module.adapters.iter().zip(prints) {
+                all[adapter] = all[adapter].then(print);
+            }
+        }
+        let adapters = self.folders.iter().zip(&self.recipe.adapters).zip(&self.recipe.weights).zip(all);
+        adapters
+            .map(|(((folder, path), &weight), print)| {
+                let fingerprint = print.to_string();
+                if self.recipe.expected.get(path).is_some_and(|expected| *expected != fingerprint) {
+                    let message = "the adapter is not the one that was merged before: its factors have changed";
+                    return Err(Error::new(ErrorCode::AdapterInvalid, message)
+                        .subject(path.display())
+                        .hint("Put the earlier state back, or make a new merge"));
+                }
+                Ok(AdapterShare {
+                    path: path.clone(),
+                    weight,
+                    modules: folder.modules().len(),
+                    fingerprint,
+                    retained: None,
+                    multiple: None,
+                })
+            })
+            .collect()
+    }
+}
+
+fn unexpected() -> Error {
+    Error::new(ErrorCode::Internal, "factors of known rank where ranks were to be found").subject("merge")
+}
+
+/// What all adapters together have for one module.
+struct UnitedModule {
+    kind: ModuleKind,
+    out_features: usize,
+    in_features: usize,
+    adapters: Vec<usize>,
+    ranks: Vec<usize>,
+    compensation_rank: usize,
+    /// Of the factors as they are stored.
+    bytes: u64,
+}
+
+/// The modules of all adapters and of the compensation.
+fn union<'a>(
+    folders: &'a [AdapterFolder],
+    compensation: Option<&'a AdapterFolder>,
+) -> Result<BTreeMap<&'a str, UnitedModule>> {
+    let mut modules: BTreeMap<&str, UnitedModule> = BTreeMap::new();
+    let places = folders.iter().enumerate().map(|(index, folder)| (folder, Some(index)));
+    for (folder, index) in places.chain(compensation.map(|folder| (folder, None))) {
+        for module in folder.modules() {
+            let AdapterModule { kind, out_features, in_features, rank, .. } = *module;
+            let united = modules.entry(&module.name).or_insert_with(|| UnitedModule {
+                kind,
+                out_features,
+                in_features,
+                adapters: Vec::new(),
+                ranks: Vec::new(),
+                compensation_rank: 0,
+                bytes: 0,
+            });
+            if (united.kind, united.out_features, united.in_features) != (kind, out_features, in_features) {
+                let message = format!(
+                    "'{}' is {out_features}×{in_features} here and {}×{} in another adapter",
+                    module.name, united.out_features, united.in_features
+                );
+                return Err(Error::new(ErrorCode::ShapeMismatch, message)
+                    .subject(folder.path().display())
+                    .hint("Merge adapters that were trained on the same base model"));
+            }
+            match index {
+                Some(index) => {
+                    united.adapters.push(index);
+                    united.ranks.push(rank);
+                }
+                None => united.compensation_rank = rank,
+            }
+            united.bytes += (rank * (out_features + in_features) * module.element_type.bits() / 8) as u64;
+        }
+    }
+    Ok(modules)
+}
+
+/// The base model that the result is for: the compressed one of a compensation, else the one that all adapters name;
+/// those that name none fit any.
+fn common_base(
+    recipe: &MergeRecipe,
+    folders: &[AdapterFolder],
+    compensation: Option<&AdapterFolder>,
+) -> Result<Option<String>> {
+    let invalid = |folder: &AdapterFolder, message: String, hint: &str| {
+        Error::new(ErrorCode::AdapterInvalid, message).subject(folder.path().display()).hint(hint)
+    };
+    let first = folders[0].fan_in_fan_out();
+    if let Some(folder) = folders.iter().chain(compensation).find(|folder| folder.fan_in_fan_out() != first) {
+        let message = "'fan_in_fan_out' is not what another adapter says".to_string();
+        return Err(invalid(folder, message, "Merge adapters that were trained on the same base model"));
+    }
+    let named = || folders.iter().filter_map(|folder| Some((folder, folder.base_model()?)));
+    let of_compensation = compensation.and_then(AdapterFolder::base_model).map(str::to_string);
+    // Where they may differ, one name that does not depend on the order of the adapters.
+    let Some(base) = named().map(|(_, base)| base).min() else { return Ok(of_compensation) };
+    if let Some((folder, other)) = named().find(|(_, other)| *other != base)
+        && !recipe.allow_different_bases
+    {
+        let message = format!("the adapter belongs to '{other}', another to '{base}'");
+        return Err(invalid(folder, message, "Allow different bases if they are copies of one model"));
+    }
+    Ok(of_compensation.or_else(|| Some(base.to_string())))
+}
+
+fn common_type<'a>(folders: impl Iterator<Item = &'a AdapterFolder>) -> ElementType {
+    let mut types = folders.flat_map(AdapterFolder::modules).map(|module| module.element_type);
+    let first = types.next().unwrap_or(ElementType::F32);
+    if types.all(|element_type| element_type == first) { first } else { ElementType::F32 }
+}
+
+/// An estimate of what merging one module needs.
+fn working_bytes(
+    method: &dyn MergeMethod,
+    ranks: &[usize],
+    out_features: usize,
+    in_features: usize,
+    rank: usize,
+) -> u64 {
+    let units = ranks.iter().sum::<usize>() as u64;
+    let sides = units * (out_features + in_features) as u64;
+    // Factors as read and as units in f32, the result in f64; Gram matrices, Cholesky factors, core, eigenvectors.
+    let mut bytes = 16 * sides + 8 * 8 * units * units;
+    if method.options().contains(&"density") {
+        let (rows, columns) = (out_features.min(in_features), out_features.max(in_features));
+        let dense = (rows as u64).saturating_mul(4 * columns as u64);
+        bytes = bytes.saturating_add(dense).saturating_add(LeadingDirections::working_bytes(rows, columns, rank));
+    }
+    bytes
+}
