@@ -50,13 +50,13 @@ export function listArgument(value: string, previous: string[] | undefined): str
 /** Adds the options that say how a model runs. */
 export function withModelOptions(command: Command): Command {
   return command
-    .option('--precision <name>', 'f32 or exact', 'exact')
+    .option('--precision <name>', 'f32, exact or fast', 'exact')
     .option('--backend <name>', 'cpu, or candle for the plain reference', 'cpu')
 }
 
 /** Values of {@link withModelOptions}; the library checks them. */
 export interface ModelArguments {
-  precision: 'f32' | 'exact'
+  precision: 'f32' | 'exact' | 'fast'
   backend: 'cpu' | 'candle'
 }
 

@@ -1,5 +1,5 @@
 use kintsugi_runtime::{CpuFeatures, CpuLevel, Error, ErrorCode, Result, ThreadPool};
-use kintsugi_weights::{ElementType, LinearWeight, LowRank};
+use kintsugi_weights::{LinearWeight, LowRank};
 
 use crate::activation::Activation;
 use crate::attention::{AttentionTask, ROWS_PER_TASK, Scores};
@@ -27,6 +27,10 @@ pub enum Precision {
     /// Activations rounded to bf16 where the CPU multiplies bf16 and the weights are exact in it (codes and bf16),
     /// f32 elsewhere; sums and low-rank parts in f32 in any case.
     Exact,
+    /// Activations rounded to int8, with a scale for each `min(group, 128)` columns of each row, where weights are
+    /// codes that stand for integers; as `Exact` where they are not (plain floats, NF4, groups along the outputs).
+    /// Sums of a block in i32, then f32; low-rank parts in f32.
+    Fast,
 }
 
 /// The operations of one CPU level.
@@ -81,17 +85,14 @@ impl Kernels {
         self.level
     }
 
-    /// The type that products with `weight` take activations in: bf16 or f32.
-    pub fn activation_type(&self, weight: &PackedMatrix) -> ElementType {
-        match self.arithmetic(weight) {
-            Arithmetic::F32 => ElementType::F32,
-            Arithmetic::Bf16 => ElementType::Bf16,
+    /// What products with `weight` are computed in, low-rank part aside: what its precision comes to with these
+    /// weights on this CPU.
+    pub fn arithmetic(&self, weight: &PackedMatrix) -> Arithmetic {
+        if weight.main.integers.is_some() {
+            return Arithmetic::Int8;
         }
-    }
-
-    pub(crate) fn arithmetic(&self, weight: &PackedMatrix) -> Arithmetic {
         let bf16 = self.level == CpuLevel::Avx512Vnni && self.features.avx512_bf16;
-        if weight.precision == Precision::Exact && bf16 && weight.main.encoding.fits_bf16() {
+        if weight.precision != Precision::F32 && bf16 && weight.main.encoding.fits_bf16() {
             Arithmetic::Bf16
         } else {
             Arithmetic::F32

@@ -2,7 +2,7 @@ use kintsugi_runtime::ThreadPool;
 
 use crate::Kernels;
 use crate::accumulate::PanelJob;
-use crate::grid_parameters::GridParameters;
+use crate::integer_product::IntegerJob;
 use crate::packed_input::PackedInput;
 use crate::packed_matrix::{Arithmetic, PackedMatrix, Section};
 use crate::shared_rows::SharedRows;
@@ -62,14 +62,12 @@ impl<'a> Operands<'a> {
     fn new(kernels: &Kernels, weight: &'a PackedMatrix, x: &[f32], pool: &ThreadPool) -> Self {
         let count = x.len() / weight.columns;
         let arithmetic = kernels.arithmetic(weight);
-        let main = &weight.main;
-        let block_sums = main.grid.is_some_and(GridParameters::needs_block_sums);
-        let input = PackedInput::new(kernels.table(), &main.layout, arithmetic, block_sums, x, weight.columns, pool);
+        let input = PackedInput::new(kernels.table(), &weight.main, arithmetic, x, weight.columns, pool);
         let projected = weight.compensation.as_ref().map(|part| {
             let rank = part.a.rows;
             let mut projected = vec![0.0; count * rank];
             multiply(kernels, &part.a, x, &mut projected, Output::Set, pool);
-            PackedInput::new(kernels.table(), &part.b.layout, Arithmetic::F32, false, &projected, rank, pool)
+            PackedInput::new(kernels.table(), &part.b, Arithmetic::F32, &projected, rank, pool)
         });
         Operands { weight, count, arithmetic, input, projected }
     }
@@ -82,11 +80,12 @@ impl<'a> Operands<'a> {
         let multiplications = panels * LANES * self.weight.columns * self.count;
         let tasks = (multiplications / TASK_MULTIPLICATIONS).clamp(1, units);
         let y = SharedRows::new(y, self.weight.rows);
-        if self.arithmetic == Arithmetic::F32 && self.count >= table.strip.least_rows {
+        let in_strips = self.arithmetic == Arithmetic::F32 && self.count >= table.strip.least_rows;
+        if in_strips || self.arithmetic == Arithmetic::Int8 {
             let tasks = (multiplications / TASK_MULTIPLICATIONS).clamp(1, panels);
             pool.for_each(tasks, |task| {
                 for panel in task * panels / tasks..(task + 1) * panels / tasks {
-                    self.multiply_strip(kernels, panel, &y, output);
+                    self.multiply_panel(kernels, panel, &y, output);
                 }
             });
             return;
@@ -104,21 +103,77 @@ impl<'a> Operands<'a> {
         });
     }
 
-    /// Many rows with one panel, in f32.
-    fn multiply_strip(&self, kernels: &Kernels, panel: usize, y: &SharedRows<'_>, output: Output) {
-        let mut sums = vec![[0.0; LANES]; self.count];
-        let mut add = |section: &Section, input: &PackedInput| {
-            assert!(panel < self.weight.panel_count() && sums.len() == self.count);
-            let panel = self.panel_job(section, input, panel, 0, &mut sums);
-            let job = StripJob { panel, rows: self.count };
-            // SAFETY: as in `add_section`.
-            unsafe { (kernels.table().strip.accumulate)(section.encoding)(&job) };
+    /// All rows with one panel: in int8, or many rows in f32.
+    fn multiply_panel(&self, kernels: &Kernels, panel: usize, y: &SharedRows<'_>, output: Output) {
+        let mut tile = Tile([[0.0; LANES]; MAX_TILE]);
+        let mut more = Vec::new();
+        let sums = if self.count <= MAX_TILE {
+            &mut tile.0[..self.count]
+        } else {
+            more.resize(self.count, [0.0; LANES]);
+            &mut more[..]
         };
-        add(&self.weight.main, &self.input);
-        if let (Some(part), Some(projected)) = (&self.weight.compensation, &self.projected) {
-            add(&part.b, projected);
+        if self.arithmetic == Arithmetic::Int8 {
+            self.add_integers(kernels, panel, sums);
+        } else {
+            self.add_strip(kernels, &self.weight.main, &self.input, panel, sums);
         }
-        self.write(panel, 1, 0, self.count, &sums, y, output);
+        if let (Some(part), Some(projected)) = (&self.weight.compensation, &self.projected) {
+            if self.count >= kernels.table().strip.least_rows {
+                self.add_strip(kernels, &part.b, projected, panel, sums);
+            } else {
+                for start in (0..self.count).step_by(kernels.table().tile_rows) {
+                    let rows = kernels.table().tile_rows.min(self.count - start);
+                    let sums = &mut sums[start..];
+                    self.add_section(kernels, &part.b, Arithmetic::F32, projected, panel, 1, start, rows, sums);
+                }
+            }
+        }
+        self.write(panel, 1, 0, self.count, sums, y, output);
+    }
+
+    /// Adds the products of one panel of the main matrix in int8, `[count]`.
+    fn add_integers(&self, kernels: &Kernels, panel: usize, sums: &mut [[f32; LANES]]) {
+        let main = &self.weight.main;
+        let (Some(integers), Some(grid)) = (&main.integers, main.grid) else { return };
+        assert!(panel < self.weight.panel_count() && sums.len() == self.count);
+        let job = IntegerJob {
+            panel: self.weight.panels.as_slice()[panel * self.weight.panel_bytes + main.offset..].as_ptr(),
+            steps: &main.layout.steps,
+            grid,
+            table: &integers.table,
+            x: self.input.row(0),
+            blocks: self.input.quantized_blocks(0),
+            x_stride: self.input.stride(),
+            rows: self.count,
+            tile: sums.as_mut_ptr().cast(),
+        };
+        let products = &kernels.table().integers;
+        let accumulate = if self.count <= products.most_rows {
+            (products.accumulate)(main.encoding, self.count)
+        } else {
+            (products.accumulate_strip)(main.encoding)
+        };
+        // SAFETY: the table is of a level that this CPU has; each panel holds the section at its offset, in blocks of
+        // the length that int8 has, the input was packed in the layout of the section, and panel and sums are checked
+        // above.
+        unsafe { accumulate(&job) };
+    }
+
+    /// Adds the products of one panel of a section in f32, `[count]`.
+    fn add_strip(
+        &self,
+        kernels: &Kernels,
+        section: &Section,
+        input: &PackedInput,
+        panel: usize,
+        sums: &mut [[f32; LANES]],
+    ) {
+        assert!(panel < self.weight.panel_count() && sums.len() == self.count);
+        let panel = self.panel_job(section, input, panel, 0, sums);
+        let job = StripJob { panel, rows: self.count };
+        // SAFETY: as in `add_section`.
+        unsafe { (kernels.table().strip.accumulate)(section.encoding)(&job) };
     }
 
     /// All rows with some panels: tiles of as equal a size as can be.

@@ -1,6 +1,6 @@
 use std::ops::Range;
 
-use kintsugi_kernels::Activation;
+use kintsugi_kernels::{Activation, Arithmetic};
 use kintsugi_runtime::{Error, ErrorCode, Result};
 
 use crate::workspace::MlpBuffers;
@@ -103,9 +103,19 @@ impl<B: Backend> Block<B> {
 
     /// Bytes of the packed weights.
     pub fn memory_bytes(&self, backend: &B) -> usize {
+        self.every_linear().map(|linear| backend.linear_bytes(linear)).sum()
+    }
+
+    /// What the products with each Linear are computed in.
+    pub fn arithmetic(&self, backend: &B) -> impl Iterator<Item = Arithmetic> {
+        self.every_linear().map(|linear| backend.arithmetic(linear))
+    }
+
+    /// The Linears, and those that choose experts.
+    fn every_linear(&self) -> impl Iterator<Item = &B::Linear> {
         let choosers =
             self.experts.iter().flat_map(|experts| std::iter::once(&experts.router).chain(&experts.shared_gate));
-        self.linears.iter().chain(choosers).map(|linear| backend.linear_bytes(linear)).sum()
+        self.linears.iter().chain(choosers)
     }
 
     /// One pass over `hidden` `[rows, hiddenSize]`, in place; `taps` sees the input of every Linear.

@@ -2,7 +2,7 @@ use std::borrow::Cow;
 use std::ops::Range;
 
 use candle_core::{D, DType, Device, Tensor};
-use kintsugi_kernels::{Activation, PAGE_POSITIONS, RotaryTable, Scores};
+use kintsugi_kernels::{Activation, Arithmetic, PAGE_POSITIONS, RotaryTable, Scores};
 use kintsugi_runtime::{Error, ErrorCode, Result};
 use kintsugi_weights::{LinearWeight, LowRank};
 
@@ -242,6 +242,10 @@ impl Backend for CandleBackend {
     fn linear_bytes(&self, linear: &CandleLinear) -> usize {
         let factors = linear.low_rank.as_ref().map_or(0, |low_rank| low_rank.a.elem_count() + low_rank.b.elem_count());
         (linear.transposed.elem_count() + factors) * size_of::<f32>()
+    }
+
+    fn arithmetic(&self, _: &CandleLinear) -> Arithmetic {
+        Arithmetic::F32
     }
 
     fn tensor(&self, rows: usize, width: usize) -> Result<CandleTensor> {

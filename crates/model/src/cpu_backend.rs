@@ -2,7 +2,7 @@ use std::borrow::Cow;
 use std::ops::Range;
 
 use kintsugi_kernels::{
-    Activation, AttentionSegment, Kernels, KvPages, PackedLowRank, PackedMatrix, Precision, RotaryTable,
+    Activation, Arithmetic, AttentionSegment, Kernels, KvPages, PackedLowRank, PackedMatrix, Precision, RotaryTable,
 };
 use kintsugi_runtime::{CpuFeatures, Result, ThreadPool};
 use kintsugi_weights::{LinearWeight, LowRank};
@@ -96,6 +96,10 @@ impl Backend for CpuBackend {
 
     fn linear_bytes(&self, linear: &PackedMatrix) -> usize {
         linear.memory_bytes()
+    }
+
+    fn arithmetic(&self, linear: &PackedMatrix) -> Arithmetic {
+        self.kernels.arithmetic(linear)
     }
 
     fn tensor(&self, rows: usize, width: usize) -> Result<CpuTensor> {
