@@ -6,7 +6,7 @@
 //! bandwidth and clock of shared machines drift.
 //!
 //! `cargo bench -p kintsugi-kernels --bench product -- [SECTION]...` with `KINTSUGI_THREADS` for the number of
-//! threads. Sections are `stream`, `residual` and numbers of rows; all of them by default.
+//! threads and `KINTSUGI_CPU` for a single level. Sections are `stream`, `residual`, `cached` and numbers of rows; all of them by default.
 #![allow(clippy::print_stdout, reason = "a bench is there to print")]
 #![allow(unsafe_code, reason = "the widest loads and products exist only as unsafe functions")]
 
@@ -21,7 +21,7 @@ use kintsugi_weights::{ElementType, GroupSize, LinearWeight, LowRank, WeightMatr
 const SIZE: usize = 4096;
 /// Together beyond any cache.
 const MATRICES: usize = 28;
-const ROUNDS: usize = 11;
+const ROUNDS: usize = 9;
 const READ_BYTES: usize = 256 << 20;
 const ROWS: [usize; 6] = [2, 4, 8, 16, 128, 512];
 
@@ -46,6 +46,9 @@ fn main() {
     if wanted("residual") {
         [1, 8, 512].into_iter().for_each(|rows| residual(rows, pool));
     }
+    if wanted("cached") {
+        cached();
+    }
     for rows in ROWS {
         if wanted(&rows.to_string()) {
             arithmetic(rows, pool);
@@ -60,7 +63,7 @@ fn stream(bits: u8, pool: &ThreadPool) {
     let sets: Vec<(Precision, Vec<PackedMatrix>)> =
         PRECISIONS.map(|precision| (precision, packed(&weight, precision, MATRICES, pool))).into();
     let mut candidates = Vec::new();
-    for level in CpuLevel::available() {
+    for level in levels() {
         for (index, (precision, _)) in sets.iter().enumerate() {
             candidates.push(Candidate::new(level, &format!("{precision:?}"), index));
         }
@@ -83,6 +86,50 @@ fn stream(bits: u8, pool: &ThreadPool) {
         let share = 100.0 * rate / read_rate;
         println!("  {:<18} {:7.3} ms {rate:6.1} GB/s {share:5.0} % of reading", candidate.name, seconds * 1e3);
     }
+}
+
+/// The shortest of many short products with a matrix that stays in the cache, on one thread: what the instructions
+/// take, on a machine that is not quiet too.
+fn cached() {
+    const OUTPUTS: usize = 256;
+    let pool = ThreadPool::with_threads(1);
+    println!("\n{OUTPUTS}×{SIZE} in the cache, one thread, the best of many");
+    for (name, operations, ceiling) in ceilings() {
+        let best = (0..300).map(|_| seconds(ceiling)).fold(f64::INFINITY, f64::min);
+        println!("  a loop of {name}: {:.0} GOP/s", operations / best / 1e9);
+    }
+    for (bits, group) in [(4, 128), (4, 64), (4, 32), (8, 128), (2, 128)] {
+        let group = GroupSize::Columns(group);
+        let matrix = matrices::quantized(1, OUTPUTS, SIZE, bits, group, true, ElementType::F16, false);
+        let weight = LinearWeight::plain(WeightMatrix::Quantized(matrix));
+        for precision in PRECISIONS {
+            let matrix = &packed(&weight, precision, 1, &pool)[0];
+            for level in levels() {
+                let kernels = Kernels::new(level).expect("the level is available");
+                print!("  {:<10} {:<6} int{bits} {group:?}:", level.name(), format!("{precision:?}").to_lowercase());
+                for rows in [1, 2, 3, 4, 6, 8, 12, 16, 64, 128] {
+                    let x = matrices::activations(1, rows, SIZE);
+                    let mut y = vec![0.0; rows * OUTPUTS];
+                    let product = || kernels.product(matrix, &x, &mut y, &pool);
+                    let best = best_of(product);
+                    if rows == 1 {
+                        print!(" {:.1} GB/s,", matrix.memory_bytes() as f64 / best / 1e9);
+                    }
+                    print!(" {:.0}", 2.0 * (rows * OUTPUTS * SIZE) as f64 / best / 1e9);
+                }
+                println!(" GOP/s");
+            }
+        }
+    }
+}
+
+/// The shortest time of some that take 20 ms together.
+fn best_of(mut work: impl FnMut()) -> f64 {
+    let (mut best, start) = (f64::INFINITY, Instant::now());
+    while start.elapsed().as_millis() < 20 {
+        best = best.min(seconds(&mut work));
+    }
+    best
 }
 
 /// What a low-rank part inside of the panels costs, in precision `fast` at the best level.
@@ -132,10 +179,7 @@ fn arithmetic(rows: usize, pool: &ThreadPool) {
             }
             let index = sets.len();
             sets.push(packed(&weight, precision, count, pool));
-            for level in CpuLevel::available() {
-                if level == CpuLevel::Scalar && rows > 8 {
-                    continue;
-                }
+            for level in levels() {
                 candidates.push(Candidate::new(level, &format!("{precision:?} int{bits} g{group}"), index));
             }
         }
@@ -146,8 +190,8 @@ fn arithmetic(rows: usize, pool: &ThreadPool) {
     let mut rates = vec![Vec::new(); ceilings.len()];
     for _ in 0..if rows > 64 { 7 } else { ROUNDS } {
         for ((_, operations, ceiling), rates) in ceilings.iter().zip(&mut rates) {
-            let seconds = seconds(|| pool.for_each(pool.threads(), |_| ceiling()));
-            rates.push(*operations * pool.threads() as f64 / seconds / 1e9);
+            let seconds = seconds(|| pool.for_each(256, |_| ceiling()));
+            rates.push(*operations * 256.0 / seconds / 1e9);
         }
         for candidate in &mut candidates {
             candidate.run(&sets[candidate.matrices], &x, &mut y, pool);
@@ -179,6 +223,14 @@ impl Candidate {
             black_box(&y);
         }));
     }
+}
+
+/// The level that `KINTSUGI_CPU` forces, else all but the scalar one where there are others.
+fn levels() -> Vec<CpuLevel> {
+    if std::env::var_os("KINTSUGI_CPU").is_some() {
+        return vec![CpuLevel::selected().expect("KINTSUGI_CPU names a level of this machine")];
+    }
+    CpuLevel::available().filter(|level| *level != CpuLevel::Scalar || CpuLevel::best() == CpuLevel::Scalar).collect()
 }
 
 fn weight(bits: u8, group: usize) -> LinearWeight {
@@ -278,7 +330,8 @@ fn ceilings() -> Vec<(&'static str, f64, fn())> {
     Vec::new()
 }
 
-const LOOPS: usize = 1 << 20;
+/// Some tens of microseconds: less than a scheduler gives a thread at a time.
+const LOOPS: usize = 1 << 13;
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512vnni")]
@@ -287,7 +340,9 @@ fn dpbusd_avx512() {
     let (a, b) = black_box((_mm512_set1_epi8(3), _mm512_set1_epi8(5)));
     let mut sums = [_mm512_setzero_si512(); 12];
     for _ in 0..LOOPS {
-        sums = sums.map(|sum| _mm512_dpbusd_epi32(sum, a, b));
+        for i in 0..12 {
+            sums[i] = _mm512_dpbusd_epi32(sums[i], a, b);
+        }
     }
     black_box(sums);
 }
@@ -299,7 +354,9 @@ fn fma_avx512() {
     let (a, b) = black_box((_mm512_set1_ps(0.5), _mm512_set1_ps(0.25)));
     let mut sums = [_mm512_setzero_ps(); 12];
     for _ in 0..LOOPS {
-        sums = sums.map(|sum| _mm512_fmadd_ps(sum, a, b));
+        for i in 0..12 {
+            sums[i] = _mm512_fmadd_ps(sums[i], a, b);
+        }
     }
     black_box(sums);
 }
@@ -311,8 +368,10 @@ fn maddubs_avx2() {
     let a = black_box(_mm256_set1_epi8(3));
     let mut sums = [_mm256_setzero_si256(); 12];
     for _ in 0..LOOPS {
-        // The product depends on the sum, so that it cannot be taken out of the loop.
-        sums = sums.map(|sum| _mm256_add_epi16(a, _mm256_maddubs_epi16(a, sum)));
+        for i in 0..12 {
+            // The product depends on the sum, so that it cannot be taken out of the loop.
+            sums[i] = _mm256_add_epi16(a, _mm256_maddubs_epi16(a, sums[i]));
+        }
     }
     black_box(sums);
 }
@@ -324,7 +383,9 @@ fn fma_avx2() {
     let (a, b) = black_box((_mm256_set1_ps(0.5), _mm256_set1_ps(0.25)));
     let mut sums = [_mm256_setzero_ps(); 12];
     for _ in 0..LOOPS {
-        sums = sums.map(|sum| _mm256_fmadd_ps(sum, a, b));
+        for i in 0..12 {
+            sums[i] = _mm256_fmadd_ps(sums[i], a, b);
+        }
     }
     black_box(sums);
 }

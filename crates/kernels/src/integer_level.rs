@@ -11,6 +11,8 @@ pub(crate) trait IntegerLevel: Level {
     type Partial: Copy;
     /// Sums of the products of a block, i32.
     type Sums: Copy;
+    /// f32 for each row of a register.
+    type Floats: Copy;
     /// Rows of a register; those of a panel are a multiple.
     const ROWS: usize;
     /// How large the sum of the largest code of each step of four columns may be in a run.
@@ -43,23 +45,22 @@ pub(crate) trait IntegerLevel: Level {
     /// The products of bytes with four columns of x.
     fn multiply_bytes(self, sums: Self::Sums, bytes: Self::Codes, x: u32) -> Self::Sums;
 
-    /// `totals += scale · (x_scale · (sums − zero · x_sum)) + offset · (x_scale · x_sum)`, with one rounding for
-    /// `scale · x_scale`, one for each addition, and none in `sums − zero · x_sum`: the same bits at every level.
+    /// Sums as f32, exact below 2^24.
+    fn floats(self, sums: Self::Sums) -> Self::Floats;
+    /// `values − zero_points · x_sum`, exact below 2^24.
     ///
     /// # Safety
-    /// The pointers must reach a value for each row.
-    unsafe fn add_block(self, sums: Self::Sums, block: &BlockScales, totals: *mut f32);
-}
-
-/// Scales and zero points of `ROWS` rows of a block, and of one row of x.
-#[derive(Clone, Copy)]
-pub(crate) struct BlockScales {
-    pub(crate) scales: *const f32,
-    /// Relative to half the range of a code; null where there are none.
-    pub(crate) zero_points: *const f32,
-    /// Null where there are none.
-    pub(crate) offsets: *const f32,
-    pub(crate) x_scale: f32,
-    /// The sum over the i8 of the block.
-    pub(crate) x_sum: f32,
+    /// `zero_points` must point to a value for each row.
+    unsafe fn subtract(self, values: Self::Floats, zero_points: *const f32, x_sum: f32) -> Self::Floats;
+    /// `totals += values · (scales · x_scale)`, with one rounding for the product of the scales and one for the sum:
+    /// the same bits at every level.
+    ///
+    /// # Safety
+    /// `scales` and `totals` must point to a value for each row.
+    unsafe fn add_scaled(self, values: Self::Floats, scales: *const f32, x_scale: f32, totals: *mut f32);
+    /// `totals += values · factor`, with one rounding.
+    ///
+    /// # Safety
+    /// `values` and `totals` must point to a value for each row.
+    unsafe fn add_product(self, values: *const f32, factor: f32, totals: *mut f32);
 }

@@ -1,6 +1,6 @@
 use crate::grid_parameters::{BlockGrid, GridParameters};
 use crate::integer_encoding::IntegerEncoding;
-use crate::integer_level::{BlockScales, IntegerLevel};
+use crate::integer_level::IntegerLevel;
 use crate::packed_input::QuantizedBlock;
 use crate::packed_matrix::{ColumnLayout, PanelEncoding};
 use crate::vector::{LANES, Vector};
@@ -38,7 +38,9 @@ pub(crate) struct IntegerJob<'a> {
 
 /// The functions of a level for products in int8.
 pub(crate) struct IntegerProducts {
-    /// More rows are unpacked into a strip once.
+    /// From so many rows on, codes are unpacked into a strip; fewer take passes of up to `most_rows` over a panel.
+    pub(crate) least_strip_rows: usize,
+    /// Most rows that fit into registers.
     pub(crate) most_rows: usize,
     /// Products of `rows` rows, up to `most_rows`, unpacked in registers.
     pub(crate) accumulate: fn(PanelEncoding, rows: usize) -> AccumulateIntegers,
@@ -60,17 +62,51 @@ impl IntegerJob<'_> {
 type BlockArrays = BlockGrid<[f32; LANES]>;
 
 impl BlockArrays {
-    /// Those of the rows from `first` on, for one row of x.
+    /// Adds the sums of a block over some rows of x and the registers from row `first` of the panel on to `totals`, whose
+    /// rows of x are 32 apart: `scale · x_scale · (sum − zero · x_sum) + offset · (x_scale · x_sum)`.
+    ///
+    /// # Safety
+    /// `totals` must reach every row.
     #[inline(always)]
-    fn of_rows(&self, first: usize, block: QuantizedBlock) -> BlockScales {
-        let values =
-            |values: &Option<[f32; LANES]>| values.as_ref().map_or(std::ptr::null(), |values| values[first..].as_ptr());
-        BlockScales {
-            scales: self.scales[first..].as_ptr(),
-            zero_points: values(&self.zero_points),
-            offsets: values(&self.offsets),
-            x_scale: block.scale,
-            x_sum: block.sum as f32,
+    unsafe fn add<L: IntegerLevel, const ROWS: usize, const REGISTERS: usize>(
+        &self,
+        level: L,
+        sums: &[[L::Sums; REGISTERS]; ROWS],
+        blocks: &[QuantizedBlock; ROWS],
+        first: usize,
+        totals: *mut f32,
+    ) {
+        // SAFETY: the arrays hold a value for each row of a panel, and the caller's pointer reaches all of them.
+        unsafe {
+            if let Some(offsets) = &self.offsets {
+                for row in 0..ROWS {
+                    let factor = blocks[row].scale * blocks[row].sum as f32;
+                    for register in 0..REGISTERS {
+                        let at = first + register * L::ROWS;
+                        level.add_product(offsets[at..].as_ptr(), factor, totals.add(row * LANES + at));
+                    }
+                }
+            }
+            if let Some(zero_points) = &self.zero_points {
+                for row in 0..ROWS {
+                    for register in 0..REGISTERS {
+                        let at = first + register * L::ROWS;
+                        let values = level.floats(sums[row][register]);
+                        let values = level.subtract(values, zero_points[at..].as_ptr(), blocks[row].sum as f32);
+                        let scales = self.scales[at..].as_ptr();
+                        level.add_scaled(values, scales, blocks[row].scale, totals.add(row * LANES + at));
+                    }
+                }
+                return;
+            }
+            for row in 0..ROWS {
+                for register in 0..REGISTERS {
+                    let at = first + register * L::ROWS;
+                    let values = level.floats(sums[row][register]);
+                    let scales = self.scales[at..].as_ptr();
+                    level.add_scaled(values, scales, blocks[row].scale, totals.add(row * LANES + at));
+                }
+            }
         }
     }
 }
@@ -105,9 +141,18 @@ where
             let mut left = steps as usize;
             while left > 0 {
                 let run = left.min(E::RUN / E::QUADS);
-                let mut partial = sums.map(|sums| sums.map(|sums| E::open(level, sums)));
-                for _ in 0..run {
-                    step::<L, E, ROWS, REGISTERS>(level, state, panel, &x, &mut partial);
+                let mut partial = open::<L, E, ROWS, REGISTERS>(level, &sums);
+                for _ in 0..run / UNROLLED_STEPS {
+                    for step_index in 0..UNROLLED_STEPS {
+                        step::<L, E, ROWS, REGISTERS>(level, state, panel, &x, step_index, &mut partial);
+                    }
+                    panel = panel.add(UNROLLED_STEPS * 4 * LANES);
+                    for row in 0..ROWS {
+                        x[row] = x[row].add(UNROLLED_STEPS * E::QUADS);
+                    }
+                }
+                for _ in 0..run % UNROLLED_STEPS {
+                    step::<L, E, ROWS, REGISTERS>(level, state, panel, &x, 0, &mut partial);
                     panel = panel.add(4 * LANES);
                     for row in 0..ROWS {
                         x[row] = x[row].add(E::QUADS);
@@ -122,24 +167,41 @@ where
             }
             let grid = job.grid.load(level, panel).map(Vector::to_array);
             panel = panel.add(job.grid.bytes());
-            for row in 0..ROWS {
-                for register in 0..REGISTERS {
-                    let first = register * L::ROWS;
-                    let scales = grid.of_rows(first, inputs[row]);
-                    level.add_block(sums[row][register], &scales, job.tile.add(row * LANES + first));
-                }
-            }
+            grid.add::<L, ROWS, REGISTERS>(level, &sums, &inputs, 0, job.tile);
         }
     }
 }
 
-/// Adds the products of one step.
+/// Steps that are written out one after another, with constant addresses: a run of 4-bit codes at AVX2.
+const UNROLLED_STEPS: usize = 4;
+
+/// What a run that follows `sums` starts with. A loop, because `array::map` is not compiled for the level.
+#[inline(always)]
+fn open<L, E, const ROWS: usize, const REGISTERS: usize>(
+    level: L,
+    sums: &[[L::Sums; REGISTERS]; ROWS],
+) -> [[E::Partial; REGISTERS]; ROWS]
+where
+    L: IntegerLevel,
+    E: IntegerEncoding<L>,
+{
+    let mut partial = [[E::open(level, sums[0][0]); REGISTERS]; ROWS];
+    for row in 0..ROWS {
+        for register in 0..REGISTERS {
+            partial[row][register] = E::open(level, sums[row][register]);
+        }
+    }
+    partial
+}
+
+/// Adds the products of one step, the one at `index` from `panel` and `x` on.
 #[inline(always)]
 unsafe fn step<L, E, const ROWS: usize, const REGISTERS: usize>(
     level: L,
     state: E::State,
     panel: *const u8,
     x: &[*const u32; ROWS],
+    index: usize,
     partial: &mut [[E::Partial; REGISTERS]; ROWS],
 ) where
     L: IntegerLevel,
@@ -148,22 +210,39 @@ unsafe fn step<L, E, const ROWS: usize, const REGISTERS: usize>(
     for register in 0..REGISTERS {
         // SAFETY: the caller's pointers are good for one step.
         unsafe {
-            let words = level.load_codes(panel.add(register * L::ROWS * 4));
-            let mut quad = |codes: L::Codes, quad: usize| {
-                for row in 0..ROWS {
-                    partial[row][register] = E::multiply(level, partial[row][register], codes, *x[row].add(quad));
-                }
-            };
+            let words = level.load_codes(panel.add((index * LANES + register * L::ROWS) * 4));
+            let at = index * E::QUADS;
             // Written out, because shifts by a constant need a constant quad.
-            quad(E::unpack::<0>(level, state, words), 0);
+            add::<L, E, ROWS, REGISTERS>(level, E::unpack::<0>(level, state, words), register, x, at, partial);
             if E::QUADS > 1 {
-                quad(E::unpack::<1>(level, state, words), 1);
+                add::<L, E, ROWS, REGISTERS>(level, E::unpack::<1>(level, state, words), register, x, at + 1, partial);
             }
             if E::QUADS > 2 {
-                quad(E::unpack::<2>(level, state, words), 2);
-                quad(E::unpack::<3>(level, state, words), 3);
+                add::<L, E, ROWS, REGISTERS>(level, E::unpack::<2>(level, state, words), register, x, at + 2, partial);
+                add::<L, E, ROWS, REGISTERS>(level, E::unpack::<3>(level, state, words), register, x, at + 3, partial);
             }
         }
+    }
+}
+
+/// Adds the products of four columns of one register, those at `at` from `x` on. No closure, because those are not
+/// always compiled for the level.
+#[inline(always)]
+unsafe fn add<L, E, const ROWS: usize, const REGISTERS: usize>(
+    level: L,
+    codes: L::Codes,
+    register: usize,
+    x: &[*const u32; ROWS],
+    at: usize,
+    partial: &mut [[E::Partial; REGISTERS]; ROWS],
+) where
+    L: IntegerLevel,
+    E: IntegerEncoding<L>,
+{
+    for row in 0..ROWS {
+        // SAFETY: the caller's pointers are good for these columns.
+        let x = unsafe { *x[row].add(at) };
+        partial[row][register] = E::multiply(level, partial[row][register], codes, x);
     }
 }
 
@@ -235,14 +314,13 @@ where
         // SAFETY: the caller's pointer is good for one step, and each quad has room for a word of every row.
         unsafe {
             let words = level.load_codes(panel.add(first));
-            let mut store = |codes: L::Codes, quad: usize| level.store_codes(codes, out[quad][first..].as_mut_ptr());
-            store(E::unpack::<0>(level, state, words), 0);
+            level.store_codes(E::unpack::<0>(level, state, words), out[0][first..].as_mut_ptr());
             if E::QUADS > 1 {
-                store(E::unpack::<1>(level, state, words), 1);
+                level.store_codes(E::unpack::<1>(level, state, words), out[1][first..].as_mut_ptr());
             }
             if E::QUADS > 2 {
-                store(E::unpack::<2>(level, state, words), 2);
-                store(E::unpack::<3>(level, state, words), 3);
+                level.store_codes(E::unpack::<2>(level, state, words), out[2][first..].as_mut_ptr());
+                level.store_codes(E::unpack::<3>(level, state, words), out[3][first..].as_mut_ptr());
             }
         }
     }
@@ -274,29 +352,30 @@ impl TileJob<'_> {
         // SAFETY: the caller's pointers reach every column of every row, and a quad of the strip holds a word of each
         // of the 32 rows, of which `first` to `first + REGISTERS · L::ROWS` are read.
         unsafe {
-            let x = self.job.x.add(self.start * self.job.x_stride + self.x_start);
+            let mut x = [self.job.x; ROWS];
             let mut inputs = [QuantizedBlock::default(); ROWS];
             let mut sums = [[level.splat_sum(0); REGISTERS]; ROWS];
             for row in 0..ROWS {
+                x[row] = self.job.x.add((self.start + row) * self.job.x_stride + self.x_start);
                 inputs[row] = self.job.block(self.start + row, self.block);
                 sums[row] = [level.splat_sum(-E::CENTRE * inputs[row].sum); REGISTERS];
             }
-            let mut quad = 0;
             for run in self.strip.chunks(E::RUN) {
-                let mut partial = sums.map(|sums| sums.map(|sums| E::open(level, sums)));
-                for codes in run {
-                    let mut registers = [level.load_codes(codes.as_ptr().add(4 * self.first)); REGISTERS];
-                    for register in 1..REGISTERS {
-                        registers[register] =
-                            level.load_codes(codes.as_ptr().add(4 * (self.first + register * L::ROWS)));
+                let mut partial = open::<L, E, ROWS, REGISTERS>(level, &sums);
+                let (unrolled, rest) = run.as_chunks::<UNROLLED_QUADS>();
+                for quads in unrolled {
+                    for index in 0..UNROLLED_QUADS {
+                        self.add_quad::<L, E, ROWS, REGISTERS>(level, &quads[index], &x, index, &mut partial);
                     }
                     for row in 0..ROWS {
-                        let x = *x.add(row * self.job.x_stride + quad);
-                        for register in 0..REGISTERS {
-                            partial[row][register] = E::multiply(level, partial[row][register], registers[register], x);
-                        }
+                        x[row] = x[row].add(UNROLLED_QUADS);
                     }
-                    quad += 1;
+                }
+                for codes in rest {
+                    self.add_quad::<L, E, ROWS, REGISTERS>(level, codes, &x, 0, &mut partial);
+                    for row in 0..ROWS {
+                        x[row] = x[row].add(1);
+                    }
                 }
                 for row in 0..ROWS {
                     for register in 0..REGISTERS {
@@ -304,14 +383,44 @@ impl TileJob<'_> {
                     }
                 }
             }
+            let totals = self.job.tile.add(self.start * LANES);
+            self.grid.add::<L, ROWS, REGISTERS>(level, &sums, &inputs, self.first, totals);
+        }
+    }
+
+    /// Adds the products of four columns, those at `index` from `x` on.
+    ///
+    /// # Safety
+    /// Each of `x` must reach the columns.
+    #[inline(always)]
+    unsafe fn add_quad<L, E, const ROWS: usize, const REGISTERS: usize>(
+        &self,
+        level: L,
+        codes: &[u8; 4 * LANES],
+        x: &[*const u32; ROWS],
+        index: usize,
+        partial: &mut [[E::Partial; REGISTERS]; ROWS],
+    ) where
+        L: IntegerLevel,
+        E: IntegerEncoding<L>,
+    {
+        // SAFETY: as the caller promises; the codes are a word of each of the 32 rows.
+        unsafe {
+            let codes = codes.as_ptr().add(4 * self.first);
+            let mut registers = [level.load_codes(codes); REGISTERS];
+            for register in 1..REGISTERS {
+                registers[register] = level.load_codes(codes.add(4 * register * L::ROWS));
+            }
             for row in 0..ROWS {
+                let x = *x[row].add(index);
                 for register in 0..REGISTERS {
-                    let first = self.first + register * L::ROWS;
-                    let scales = self.grid.of_rows(first, inputs[row]);
-                    let totals = self.job.tile.add((self.start + row) * LANES + first);
-                    level.add_block(sums[row][register], &scales, totals);
+                    partial[row][register] = E::multiply(level, partial[row][register], registers[register], x);
                 }
             }
         }
     }
 }
+
+/// Groups of four columns that are written out one after another, with constant addresses: a run of 4-bit codes at
+/// AVX2.
+const UNROLLED_QUADS: usize = 8;

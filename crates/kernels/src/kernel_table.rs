@@ -46,7 +46,8 @@ pub(crate) struct KernelTable {
 ///
 /// `queries` is how many queries attention keeps in registers, `shapes` the `(rows, panels)` of products, `strip` the
 /// fewest rows that are worth a strip and the rows of its tiles. `integers` is the same for products in int8: the
-/// registers of a panel and the rows that are unpacked in registers, then the rows and registers of a tile of a strip.
+/// registers of a panel and the most rows that fit into registers, then the fewest rows of a strip and the rows and
+/// registers of its tiles.
 macro_rules! kernel_table {
     (
         level: $level:ty,
@@ -57,7 +58,7 @@ macro_rules! kernel_table {
         queries: $queries:literal,
         strip: ($least:expr, $strip_rows:literal),
         shapes: [$($shape:tt)+],
-        integers: ($registers:literal, $most:literal: [$($integer_rows:literal)+], $tile:literal, $tile_registers:literal),
+        integers: ($registers:literal, $most:literal: [$($integer_rows:literal)+], $least_strip:literal, $tile:literal, $tile_registers:literal),
     ) => {
         /// The functions of this level.
         pub(crate) static TABLE: $crate::kernel_table::KernelTable = $crate::kernel_table::KernelTable {
@@ -67,6 +68,7 @@ macro_rules! kernel_table {
             strip: $crate::strip::StripProducts { least_rows: $least, accumulate: accumulate_strip },
             pack_f32,
             integers: $crate::integer_product::IntegerProducts {
+                least_strip_rows: $least_strip,
                 most_rows: $most,
                 accumulate: accumulate_integers,
                 accumulate_strip: accumulate_integer_strip,

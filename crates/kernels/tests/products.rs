@@ -2,8 +2,8 @@
 
 use kintsugi_kernels::{Arithmetic, Kernels, PackedMatrix, Precision};
 use kintsugi_runtime::{CpuLevel, ErrorCode, ThreadPool};
-use kintsugi_testkit::Int8Activations;
 use kintsugi_testkit::kernel_cases::{Format, KernelCase, ROW_COUNTS, kernel_cases};
+use kintsugi_testkit::{Int8Activations, matrices};
 use kintsugi_weights::{
     DenseMatrix, ElementType, GroupAxis, GroupSize, LinearWeight, LowRank, QuantizedMatrix, QuantizedParts,
     WeightMatrix,
@@ -335,7 +335,7 @@ fn adapters_add_their_product() {
                 let packed = kernels.pack_low_rank(&factors, scaling, &pool).unwrap();
                 assert_eq!(packed.rank(), rank);
                 let mut y = vec![1.0f32; 9 * case.rows];
-                kernels.accumulate_low_rank(&packed, &x, &mut y, &pool);
+                kernels.accumulate_low_ranks(&[(0..9, &packed)], &x, &mut y, &pool);
                 for ((&y, expected), magnitude) in y.iter().zip(&expected).zip(&magnitudes) {
                     let expected = 1.0 + f64::from(scaling) * expected;
                     let budget = case.budget.relative * (1.0 + f64::from(scaling.abs()) * magnitude);
@@ -344,6 +344,56 @@ fn adapters_add_their_product() {
             }
         }
     }
+}
+
+#[test]
+fn rows_with_adapters_of_their_own_are_the_same_bit_for_bit_as_alone() {
+    let pools: Vec<ThreadPool> = [1, 3].map(ThreadPool::with_threads).into();
+    let (outputs, inputs) = (300, 1100);
+    let factors = |rank: usize, seed: u64| {
+        let b = matrices::weights(seed, outputs, rank);
+        LowRank::new(outputs, inputs, rank, b, matrices::weights(seed + 1, rank, inputs), ElementType::Bf16)
+    };
+    let x = matrices::activations(1, 140, inputs);
+    for level in CpuLevel::available() {
+        let kernels = Kernels::new(level).unwrap();
+        let ranks = [16, 1, 40, 0];
+        let packed: Vec<_> = ranks
+            .iter()
+            .zip(0..)
+            .map(|(&rank, i)| kernels.pack_low_rank(&factors(rank, 10 * i), 0.5 + i as f32, &pools[0]).unwrap())
+            .collect();
+        // Rows 3, 4 and 139 have none; the first adapter has rows in two places.
+        let updates = [
+            (0..2, &packed[0]),
+            (2..3, &packed[1]),
+            (5..134, &packed[2]),
+            (134..135, &packed[3]),
+            (135..139, &packed[0]),
+        ];
+        for pool in &pools {
+            let mut y = vec![0.25; 140 * outputs];
+            kernels.accumulate_low_ranks(&updates, &x, &mut y, pool);
+            for row in 0..140 {
+                let mut alone = vec![0.25; outputs];
+                let x = &x[row * inputs..][..inputs];
+                if let Some((_, update)) = updates.iter().find(|(rows, _)| rows.contains(&row)) {
+                    kernels.accumulate_low_ranks(&[(0..1, update)], x, &mut alone, pool);
+                }
+                assert_eq!(bits(&y[row * outputs..][..outputs]), bits(&alone), "row {row}, {}", level.name());
+            }
+        }
+    }
+}
+
+#[test]
+#[should_panic(expected = "share a row")]
+fn rows_with_two_adapters_are_a_defect_of_the_caller() {
+    let pool = ThreadPool::with_threads(1);
+    let kernels = Kernels::selected().unwrap();
+    let factors = LowRank::new(2, 3, 1, vec![1.0; 2], vec![1.0; 3], ElementType::F32);
+    let packed = kernels.pack_low_rank(&factors, 1.0, &pool).unwrap();
+    kernels.accumulate_low_ranks(&[(0..2, &packed), (1..3, &packed)], &[1.0; 9], &mut [0.0; 6], &pool);
 }
 
 #[test]

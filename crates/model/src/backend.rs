@@ -82,11 +82,10 @@ pub trait Backend: Send + Sync + 'static {
 
     /// `y = W x + B (A x) + bias`.
     fn linear(&self, linear: &Self::Linear, x: &Self::Tensor, y: &mut Self::Tensor) -> Result<()>;
-    /// `y[rows] += scaling · B (A x[rows])`.
-    fn add_low_rank(
+    /// `y[rows] += scaling · B (A x[rows])` for ranges of rows that do not overlap, each with factors of its own.
+    fn add_low_ranks(
         &self,
-        factors: &Self::LowRank,
-        rows: Range<usize>,
+        updates: &[(Range<usize>, &Self::LowRank)],
         x: &Self::Tensor,
         y: &mut Self::Tensor,
     ) -> Result<()>;

@@ -341,12 +341,13 @@ impl<B: Backend> Block<B> {
             return Err(Error::new(ErrorCode::Internal, format!("the block has no {slot:?}")));
         };
         backend.linear(&self.linears[index], x, y)?;
-        for AdaptedRows { rows, adapter } in adapted {
-            if let Some(update) = &self.adapters[*adapter][index] {
-                backend.add_low_rank(update, rows.clone(), x, y)?;
-            }
-        }
-        Ok(())
+        let updates: Vec<_> = adapted
+            .iter()
+            .filter_map(|AdaptedRows { rows, adapter }| {
+                self.adapters[*adapter][index].as_ref().map(|update| (rows.clone(), update))
+            })
+            .collect();
+        backend.add_low_ranks(&updates, x, y)
     }
 }
 

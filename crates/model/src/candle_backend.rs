@@ -289,14 +289,13 @@ impl Backend for CandleBackend {
         Ok(())
     }
 
-    fn add_low_rank(
+    fn add_low_ranks(
         &self,
-        factors: &CandleLowRank,
-        rows: Range<usize>,
+        updates: &[(Range<usize>, &CandleLowRank)],
         x: &CandleTensor,
         y: &mut CandleTensor,
     ) -> Result<()> {
-        let compute = || {
+        let compute = |rows: &Range<usize>, factors: &CandleLowRank, y: &CandleTensor| {
             let update = factors.apply(&x.tensor.narrow(0, rows.start, rows.len())?)?;
             let after = y.tensor.dim(0)? - rows.end;
             let changed = (y.tensor.narrow(0, rows.start, rows.len())? + update)?;
@@ -310,7 +309,9 @@ impl Backend for CandleBackend {
             }
             Tensor::cat(&parts, 0)
         };
-        y.tensor = compute().map_err(failed)?;
+        for (rows, factors) in updates {
+            y.tensor = compute(rows, factors, y).map_err(failed)?;
+        }
         Ok(())
     }
 

@@ -130,16 +130,13 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn add_low_rank(
+    fn add_low_ranks(
         &self,
-        factors: &PackedLowRank,
-        rows: Range<usize>,
+        updates: &[(Range<usize>, &PackedLowRank)],
         x: &CpuTensor,
         y: &mut CpuTensor,
     ) -> Result<()> {
-        let x = &x.values[rows.start * x.width..rows.end * x.width];
-        let y = &mut y.values[rows.start * y.width..rows.end * y.width];
-        self.kernels.accumulate_low_rank(factors, x, y, self.pool);
+        self.kernels.accumulate_low_ranks(updates, &x.values, &mut y.values, self.pool);
         Ok(())
     }
 

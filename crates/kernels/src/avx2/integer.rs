@@ -1,7 +1,7 @@
 use std::arch::x86_64::*;
 
 use super::vector::Avx2;
-use crate::integer_level::{BlockScales, IntegerLevel};
+use crate::integer_level::IntegerLevel;
 
 /// AVX2 multiplies unsigned bytes with signed ones and adds neighbours in 16 bits (`vpmaddubsw`).
 ///
@@ -11,6 +11,7 @@ impl IntegerLevel for Avx2 {
     type Codes = __m256i;
     type Partial = __m256i;
     type Sums = __m256i;
+    type Floats = __m256;
     const ROWS: usize = 8;
     // Two products are added to a lane at a time.
     const RUN_LIMIT: usize = i16::MAX as usize / (2 * 127);
@@ -91,21 +92,32 @@ impl IntegerLevel for Avx2 {
     }
 
     #[inline(always)]
-    unsafe fn add_block(self, sums: __m256i, block: &BlockScales, totals: *mut f32) {
+    fn floats(self, sums: __m256i) -> __m256 {
+        // SAFETY: as in `fields`.
+        unsafe { _mm256_cvtepi32_ps(sums) }
+    }
+
+    #[inline(always)]
+    unsafe fn subtract(self, values: __m256, zero_points: *const f32, x_sum: f32) -> __m256 {
+        // SAFETY: as in `fields`; the caller's pointer reaches a register.
+        unsafe { _mm256_fnmadd_ps(_mm256_loadu_ps(zero_points), _mm256_set1_ps(x_sum), values) }
+    }
+
+    #[inline(always)]
+    unsafe fn add_scaled(self, values: __m256, scales: *const f32, x_scale: f32, totals: *mut f32) {
         // SAFETY: as in `fields`; the caller's pointers reach a register each.
         unsafe {
-            let mut sums = _mm256_cvtepi32_ps(sums);
-            let mut total = _mm256_loadu_ps(totals);
-            if !block.zero_points.is_null() {
-                let zero_points = _mm256_loadu_ps(block.zero_points);
-                sums = _mm256_fnmadd_ps(zero_points, _mm256_set1_ps(block.x_sum), sums);
-            }
-            if !block.offsets.is_null() {
-                let sum = _mm256_set1_ps(block.x_scale * block.x_sum);
-                total = _mm256_fmadd_ps(_mm256_loadu_ps(block.offsets), sum, total);
-            }
-            let scales = _mm256_mul_ps(_mm256_loadu_ps(block.scales), _mm256_set1_ps(block.x_scale));
-            _mm256_storeu_ps(totals, _mm256_fmadd_ps(sums, scales, total));
+            let scales = _mm256_mul_ps(_mm256_loadu_ps(scales), _mm256_set1_ps(x_scale));
+            _mm256_storeu_ps(totals, _mm256_fmadd_ps(values, scales, _mm256_loadu_ps(totals)));
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn add_product(self, values: *const f32, factor: f32, totals: *mut f32) {
+        // SAFETY: as in `fields`; the caller's pointers reach a register each.
+        unsafe {
+            let sum = _mm256_fmadd_ps(_mm256_loadu_ps(values), _mm256_set1_ps(factor), _mm256_loadu_ps(totals));
+            _mm256_storeu_ps(totals, sum);
         }
     }
 }

@@ -1,13 +1,14 @@
 use std::arch::x86_64::*;
 
 use super::vector::Avx512;
-use crate::integer_level::{BlockScales, IntegerLevel};
+use crate::integer_level::IntegerLevel;
 
 /// AVX-512 VNNI multiplies unsigned bytes with signed ones and adds four neighbours in 32 bits (`vpdpbusd`).
 impl IntegerLevel for Avx512 {
     type Codes = __m512i;
     type Partial = __m512i;
     type Sums = __m512i;
+    type Floats = __m512;
     const ROWS: usize = 16;
     // Four products are added to a lane at a time.
     const RUN_LIMIT: usize = i32::MAX as usize / (4 * 127);
@@ -83,21 +84,32 @@ impl IntegerLevel for Avx512 {
     }
 
     #[inline(always)]
-    unsafe fn add_block(self, sums: __m512i, block: &BlockScales, totals: *mut f32) {
+    fn floats(self, sums: __m512i) -> __m512 {
+        // SAFETY: as in `fields`.
+        unsafe { _mm512_cvtepi32_ps(sums) }
+    }
+
+    #[inline(always)]
+    unsafe fn subtract(self, values: __m512, zero_points: *const f32, x_sum: f32) -> __m512 {
+        // SAFETY: as in `fields`; the caller's pointer reaches a register.
+        unsafe { _mm512_fnmadd_ps(_mm512_loadu_ps(zero_points), _mm512_set1_ps(x_sum), values) }
+    }
+
+    #[inline(always)]
+    unsafe fn add_scaled(self, values: __m512, scales: *const f32, x_scale: f32, totals: *mut f32) {
         // SAFETY: as in `fields`; the caller's pointers reach a register each.
         unsafe {
-            let mut sums = _mm512_cvtepi32_ps(sums);
-            let mut total = _mm512_loadu_ps(totals);
-            if !block.zero_points.is_null() {
-                let zero_points = _mm512_loadu_ps(block.zero_points);
-                sums = _mm512_fnmadd_ps(zero_points, _mm512_set1_ps(block.x_sum), sums);
-            }
-            if !block.offsets.is_null() {
-                let sum = _mm512_set1_ps(block.x_scale * block.x_sum);
-                total = _mm512_fmadd_ps(_mm512_loadu_ps(block.offsets), sum, total);
-            }
-            let scales = _mm512_mul_ps(_mm512_loadu_ps(block.scales), _mm512_set1_ps(block.x_scale));
-            _mm512_storeu_ps(totals, _mm512_fmadd_ps(sums, scales, total));
+            let scales = _mm512_mul_ps(_mm512_loadu_ps(scales), _mm512_set1_ps(x_scale));
+            _mm512_storeu_ps(totals, _mm512_fmadd_ps(values, scales, _mm512_loadu_ps(totals)));
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn add_product(self, values: *const f32, factor: f32, totals: *mut f32) {
+        // SAFETY: as in `fields`; the caller's pointers reach a register each.
+        unsafe {
+            let sum = _mm512_fmadd_ps(_mm512_loadu_ps(values), _mm512_set1_ps(factor), _mm512_loadu_ps(totals));
+            _mm512_storeu_ps(totals, sum);
         }
     }
 }

@@ -1,5 +1,5 @@
 use super::vector::Scalar;
-use crate::integer_level::{BlockScales, IntegerLevel};
+use crate::integer_level::IntegerLevel;
 
 const ROWS: usize = 8;
 
@@ -7,6 +7,7 @@ impl IntegerLevel for Scalar {
     type Codes = [u32; ROWS];
     type Partial = [i32; ROWS];
     type Sums = [i32; ROWS];
+    type Floats = [f32; ROWS];
     const ROWS: usize = ROWS;
     // Four products of up to 127 · 255 are added to an i32.
     const RUN_LIMIT: usize = i32::MAX as usize / (4 * 127);
@@ -82,20 +83,32 @@ impl IntegerLevel for Scalar {
     }
 
     #[inline(always)]
-    unsafe fn add_block(self, sums: [i32; ROWS], block: &BlockScales, totals: *mut f32) {
-        for (row, sum) in sums.into_iter().enumerate() {
+    fn floats(self, sums: [i32; ROWS]) -> [f32; ROWS] {
+        sums.map(|sum| sum as f32)
+    }
+
+    #[inline(always)]
+    unsafe fn subtract(self, mut values: [f32; ROWS], zero_points: *const f32, x_sum: f32) -> [f32; ROWS] {
+        for (row, value) in values.iter_mut().enumerate() {
+            // SAFETY: the caller's pointer reaches as many values.
+            *value -= unsafe { *zero_points.add(row) } * x_sum;
+        }
+        values
+    }
+
+    #[inline(always)]
+    unsafe fn add_scaled(self, values: [f32; ROWS], scales: *const f32, x_scale: f32, totals: *mut f32) {
+        for (row, value) in values.into_iter().enumerate() {
             // SAFETY: the caller's pointers reach as many values.
-            unsafe {
-                let mut sum = sum as f32;
-                let mut total = *totals.add(row);
-                if !block.zero_points.is_null() {
-                    sum -= *block.zero_points.add(row) * block.x_sum;
-                }
-                if !block.offsets.is_null() {
-                    total = (*block.offsets.add(row)).mul_add(block.x_scale * block.x_sum, total);
-                }
-                *totals.add(row) = sum.mul_add(*block.scales.add(row) * block.x_scale, total);
-            }
+            unsafe { *totals.add(row) = value.mul_add(*scales.add(row) * x_scale, *totals.add(row)) }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn add_product(self, values: *const f32, factor: f32, totals: *mut f32) {
+        for row in 0..ROWS {
+            // SAFETY: the caller's pointers reach as many values.
+            unsafe { *totals.add(row) = (*values.add(row)).mul_add(factor, *totals.add(row)) }
         }
     }
 }
