@@ -82,7 +82,7 @@ export class Ggml {
     if (!(this.#repack && alloc_tensors_from(store, this.#repack))) alloc_tensors(store, this.#backend)
     const chunk = new Uint8Array(bytes)
     weights.forEach((weight, i) => {
-      quantize_chunk(type, weight, chunk, 0, N, K, null)
+      if (weight !== weights[i - 1]) quantize_chunk(type, weight, chunk, 0, N, K, null)
       tensor_set(matrices[i], chunk, 0, bytes)
     })
     const graphs = new Map(

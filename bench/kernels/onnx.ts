@@ -83,8 +83,10 @@ export async function onnxCandidate(problem: Problem, block: number): Promise<Ca
   const graph = new Message()
   const outputs: Message[] = []
   const initializers: Message[] = []
+  let quantized = { codes: new Uint8Array(), scales: new Float32Array() }
   weights.forEach((weight, i) => {
-    const { codes, scales } = quantize(weight, block)
+    if (weight !== weights[i - 1]) quantized = quantize(weight, block)
+    const { codes, scales } = quantized
     initializers.push(tensor(`B${i}`, UINT8, [N, K / block, block / 2], codes))
     initializers.push(tensor(`s${i}`, FLOAT, [N * (K / block)], new Uint8Array(scales.buffer)))
     const node = new Message().text(1, 'x').text(1, `B${i}`).text(1, `s${i}`).text(2, `y${i}`)

@@ -1,5 +1,5 @@
 // Products of other engines beside our own, in one process and in turn: a Markdown table and JSON with medians and spread.
-// usage: KINTSUGI_THREADS=2 npm run bench -- [ROWS,ROWS,...] [ROUNDS] [OUT.json]
+// usage: KINTSUGI_THREADS=2 npm run bench -- [ROWS,ROWS,...] [ROUNDS] [OUT.json] [MATRICES]
 import { writeFileSync } from 'node:fs'
 import { cpus, totalmem } from 'node:os'
 import { setTimeout as pause } from 'node:timers/promises'
@@ -12,10 +12,9 @@ import { onnxCandidate } from './onnx.js'
 
 const N = 4096
 const K = 4096
+const [list = '1,2,4,8,128,512', roundsText = '9', out, matricesText = '24'] = process.argv.slice(2)
 /** Together beyond any cache. */
-const MATRICES = 24
-
-const [list = '1,2,4,8,128,512', roundsText = '9', out] = process.argv.slice(2)
+const MATRICES = Number(matricesText)
 const rowCounts = list.split(',').map(Number)
 const rounds = Number(roundsText)
 

@@ -47,10 +47,10 @@ export function listArgument(value: string, previous: string[] | undefined): str
   return [...(previous ?? []), value]
 }
 
-/** Adds the options that say how a model runs. */
-export function withModelOptions(command: Command): Command {
+/** Adds the options that say how a model runs; `precisions` are those that the command takes. */
+export function withModelOptions(command: Command, precisions = 'f32, exact or fast'): Command {
   return command
-    .option('--precision <name>', 'f32, exact or fast', 'exact')
+    .option('--precision <name>', precisions, 'exact')
     .option('--backend <name>', 'cpu, or candle for the plain reference', 'cpu')
 }
 

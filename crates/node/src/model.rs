@@ -18,7 +18,7 @@ use crate::job::{spawn, to_json};
 #[napi(object, object_to_js = false)]
 pub struct BindingLoadOptions {
     pub path: String,
-    /// `f32` or `exact`.
+    /// `f32`, `exact` or `fast`.
     pub precision: String,
     /// `cpu` or `candle`.
     pub backend: String,
