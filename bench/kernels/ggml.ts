@@ -5,8 +5,12 @@ import koffi from 'koffi'
 
 import type { Candidate, Problem } from './candidate.js'
 
-/** ggml's numbers of its block formats. */
-const TYPES = { Q4_0: 2, Q8_0: 8, Q4_K: 12 } as const
+/** ggml's numbers of its block formats, and whether it interleaves their rows for wide instructions of x86. */
+const TYPES = {
+  Q4_0: { type: 2, interleaved: true },
+  Q8_0: { type: 8, interleaved: false },
+  Q4_K: { type: 12, interleaved: true },
+} as const
 const F32 = 0
 
 export type GgmlType = keyof typeof TYPES
@@ -14,7 +18,8 @@ export type GgmlType = keyof typeof TYPES
 /** The library that ggml would choose for a CPU of that level. */
 const LIBRARIES: Record<string, string> = { avx2: 'haswell', avx512vnni: 'icelake' }
 
-const folder = join(dirname(createRequire(import.meta.url).resolve('@node-llama-cpp/linux-x64/package.json')), 'bins', 'linux-x64')
+const entry = createRequire(import.meta.url).resolve('@node-llama-cpp/linux-x64')
+const folder = join(dirname(dirname(entry)), 'bins', 'linux-x64')
 
 koffi.struct('InitParams', { mem_size: 'size_t', mem_buffer: 'void *', no_alloc: 'bool' })
 // Symbols must be visible to the library of the CPU level, which ggml opens itself.
@@ -74,12 +79,12 @@ export class Ggml {
 
   /** Products with matrices in one of ggml's formats, all of them one graph. */
   candidate(name: GgmlType, { N, K, weights, inputs }: Problem): Candidate {
-    const type = TYPES[name]
+    const { type, interleaved } = TYPES[name]
     const bytes = Number(row_size(type, K)) * N
     const store = context()
     const matrices = weights.map(() => ggml_new_tensor_2d(store, type, K, N))
-    // Formats that are not interleaved on this CPU stay as they are.
-    if (!(this.#repack && alloc_tensors_from(store, this.#repack))) alloc_tensors(store, this.#backend)
+    if (interleaved && this.#repack) alloc_tensors_from(store, this.#repack)
+    else alloc_tensors(store, this.#backend)
     const chunk = new Uint8Array(bytes)
     weights.forEach((weight, i) => {
       if (weight !== weights[i - 1]) quantize_chunk(type, weight, chunk, 0, N, K, null)
