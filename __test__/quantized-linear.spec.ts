@@ -76,6 +76,10 @@ for (const options of [
 
     using exact = QuantizedLinear.quantize(weights, options)
     t.true(relativeError(exact.forward(x), expected) < 1e-2, 'exact')
+
+    using fast = QuantizedLinear.quantize(weights, { ...options, precision: 'fast' })
+    t.is(fast.info.arithmetic, 'int8')
+    t.true(relativeError(fast.forward(x), expected) < 2e-2, 'fast')
   })
 }
 

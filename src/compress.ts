@@ -76,7 +76,7 @@ export interface CompressOptions {
   /** Low-rank compensation of what compression broke. */
   eora?: EoraOptions
   /** Arithmetic of the forward passes, default `exact`. */
-  precision?: Precision
+  precision?: Exclude<Precision, 'fast'>
   /** What runs the forward passes, default `cpu`. */
   backend?: Backend
   /** Discard what an interrupted job left in `OUT.partial` instead of going on with it; default false. */
@@ -130,8 +130,15 @@ export interface EoraOptions {
 /** Which way the weights of a group lie: inputs of one output, or outputs of one input. */
 export type GroupAxis = 'input' | 'output'
 
-/** `f32`: plain float arithmetic. `exact`: bf16 activations where the CPU multiplies bf16, else f32. */
-export type Precision = 'f32' | 'exact'
+/**
+ * `f32`: plain float arithmetic. `exact`: bf16 activations where the CPU multiplies bf16, else f32. `fast`: int8
+ * activations with a scale for each `min(group, 128)` inputs where the weights are codes that stand for integers, as
+ * `exact` elsewhere (plain floats, NF4, groups along the outputs).
+ */
+export type Precision = 'f32' | 'exact' | 'fast'
+
+/** What activations are rounded to in a product: f32 is none. */
+export type Arithmetic = 'f32' | 'bf16' | 'int8'
 
 /** `cpu`: our kernels. `candle`: candle's plain float operations, the reference. */
 export type Backend = 'cpu' | 'candle'

@@ -1,5 +1,6 @@
 export { Checkpoint, type CheckpointInfo, type DecoderSizes } from './checkpoint.js'
 export {
+  type Arithmetic,
   type Backend,
   type CalibrationOptions,
   compress,

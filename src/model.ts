@@ -1,5 +1,5 @@
 import { type Checkpoint, folderOf } from './checkpoint.js'
-import type { Backend, Precision } from './compress.js'
+import type { Arithmetic, Backend, Precision } from './compress.js'
 import { fromNative, KintsugiError } from './errors.js'
 import { Generation, type GenerationSource, type GenerationSummary } from './generation.js'
 import { Job, type RunningWork } from './job.js'
@@ -47,6 +47,8 @@ export interface ModelInfo {
   /** Bytes that the weights take in memory. */
   memoryBytes: number
   precision: Precision
+  /** How many Linears, the head among them, are multiplied in which arithmetic: `f32`, `bf16` or `int8`. */
+  arithmetic: Partial<Record<Arithmetic, number>>
   backend: Backend
   /** Instruction set of the kernels. */
   cpuLevel: string
@@ -129,10 +131,7 @@ export interface DivergenceReport {
 }
 
 const loadSchema = {
-  precision: withDefault(
-    oneOf(['f32', 'exact'], "int8 activations ('fast') are not implemented yet; use 'exact' or 'f32'."),
-    'exact',
-  ),
+  precision: withDefault(oneOf(['f32', 'exact', 'fast']), 'exact'),
   backend: withDefault(oneOf(['cpu', 'candle']), 'cpu'),
   compensation: withDefault(boolean, true),
   adapters: withDefault(textsByName, {}),

@@ -1,4 +1,4 @@
-import type { Precision } from './compress.js'
+import type { Arithmetic, Precision } from './compress.js'
 import { fromNative, KintsugiError } from './errors.js'
 import { type BindingQuantizedLinear, native } from './native.js'
 import { boolean, checkOptions, groupSize, integer, oneOf, withDefault } from './options.js'
@@ -26,6 +26,8 @@ export interface QuantizedLinearInfo {
   bitsPerWeight: number
   /** Bytes of the packed matrix. */
   memoryBytes: number
+  /** What the precision comes to with this matrix on this machine. */
+  arithmetic: Arithmetic
   /** Instruction set of the kernels. */
   cpuLevel: string
 }
@@ -36,7 +38,7 @@ const schema = {
   bits: withDefault(oneOf([2, 3, 4, 5, 6, 8]), 4),
   groupSize: withDefault(groupSize, 128),
   symmetric: withDefault(boolean, false),
-  precision: withDefault(oneOf(['f32', 'exact']), 'exact'),
+  precision: withDefault(oneOf(['f32', 'exact', 'fast']), 'exact'),
 }
 
 /** One `y = W x` with a quantized `W`, which lives outside the JavaScript heap in the layout that this CPU reads. */

@@ -48,8 +48,9 @@ export async function publicTypes(model: Model, signal: AbortSignal): Promise<vo
   expectTypeOf(loadModel('a')).toEqualTypeOf<Job<Model>>()
   expectTypeOf(loadModel('a')).toExtend<Promise<Model>>()
   expectTypeOf(loadModel('a').progress()).toEqualTypeOf<AsyncGenerator<Progress, void, undefined>>()
-  // @ts-expect-error not implemented
   loadModel('a', { precision: 'fast' })
+  // @ts-expect-error no such precision
+  loadModel('a', { precision: 'int8' })
 
   expectTypeOf(model.generate('x')).toEqualTypeOf<Generation>()
   for await (const piece of model.generate('x', { stop: 'y', signal })) expectTypeOf(piece).toEqualTypeOf<Piece>()

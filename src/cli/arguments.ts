@@ -47,16 +47,16 @@ export function listArgument(value: string, previous: string[] | undefined): str
   return [...(previous ?? []), value]
 }
 
-/** Adds the options that say how a model runs. */
-export function withModelOptions(command: Command): Command {
+/** Adds the options that say how a model runs; `precisions` are those that the command takes. */
+export function withModelOptions(command: Command, precisions = 'f32, exact or fast'): Command {
   return command
-    .option('--precision <name>', 'f32 or exact', 'exact')
+    .option('--precision <name>', precisions, 'exact')
     .option('--backend <name>', 'cpu, or candle for the plain reference', 'cpu')
 }
 
 /** Values of {@link withModelOptions}; the library checks them. */
 export interface ModelArguments {
-  precision: 'f32' | 'exact'
+  precision: 'f32' | 'exact' | 'fast'
   backend: 'cpu' | 'candle'
 }
 

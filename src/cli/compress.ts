@@ -21,7 +21,8 @@ import { formatBytes, formatCount, formatSeconds, formatShare } from './format.j
 import { runCommand } from './run-command.js'
 import { formatPairs, formatTable } from './table.js'
 
-interface CompressArguments extends ModelArguments {
+interface CompressArguments extends Omit<ModelArguments, 'precision'> {
+  precision: NonNullable<CompressOptions['precision']>
   out: string
   method: NonNullable<CompressOptions['method']>
   rounding: NonNullable<CompressOptions['rounding']>
@@ -96,7 +97,7 @@ export function registerCompress(program: Command): void {
     .option('--fresh', 'discard what an interrupted job left instead of going on with it', false)
     .option('--dry-run', 'check everything and print the plan; write nothing', false)
     .option('--json', 'print one JSON document')
-  withModelOptions(command).action((checkpoint: string, given: CompressArguments) =>
+  withModelOptions(command, 'f32 or exact').action((checkpoint: string, given: CompressArguments) =>
     runCommand(given.json, async ({ signal, follow }) => {
       const { json: _, calibration: file, eoraRank, dryRun, saveCalibration, override, ...others } = given
       const { field, sequences, length, seed, subset, activations, ...rest } = others

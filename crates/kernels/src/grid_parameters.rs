@@ -30,6 +30,18 @@ pub(crate) struct BlockGrid<V> {
     pub(crate) offsets: Option<V>,
 }
 
+impl<V> BlockGrid<V> {
+    /// Each parameter changed in the same way.
+    #[inline(always)]
+    pub(crate) fn map<W>(self, change: impl Fn(V) -> W) -> BlockGrid<W> {
+        BlockGrid {
+            scales: change(self.scales),
+            zero_points: self.zero_points.map(&change),
+            offsets: self.offsets.map(&change),
+        }
+    }
+}
+
 impl GridParameters {
     /// Bytes of the parameters of a block.
     pub(crate) fn bytes(self) -> usize {

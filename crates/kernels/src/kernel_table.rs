@@ -1,7 +1,9 @@
 use crate::accumulate::Accumulate;
 use crate::activation::{Activate, ActivateMultiply, Activation};
 use crate::attention::AttentionTask;
+use crate::integer_product::IntegerProducts;
 use crate::norm::LayerNorm;
+use crate::packed_input::QuantizedBlock;
 use crate::packed_matrix::{Arithmetic, ColumnLayout, PanelEncoding};
 use crate::strip::StripProducts;
 
@@ -19,10 +21,14 @@ pub(crate) struct KernelTable {
     pub(crate) accumulate: fn(PanelEncoding, Arithmetic, rows: usize, panels: usize) -> Accumulate,
     /// Products of many rows in f32.
     pub(crate) strip: StripProducts,
+    /// Products of int8 activations.
+    pub(crate) integers: IntegerProducts,
     /// A row of x as f32 in the column order of a layout, and its block sums.
     pub(crate) pack_f32: unsafe fn(&ColumnLayout, &[f32], &mut [f32], &mut [f32]),
     /// The same as bf16, two columns to a word.
     pub(crate) pack_bf16: unsafe fn(&ColumnLayout, &[f32], &mut [u32], &mut [f32]),
+    /// The same as i8 in a given unit, with the scale and the sum of each block.
+    pub(crate) pack_i8: unsafe fn(&ColumnLayout, f32, &[f32], &mut [i8], &mut [QuantizedBlock]),
     pub(crate) rms_norm: unsafe fn(&[f32], &[f32], f32, &mut [f32]),
     pub(crate) rms_norm_assign: unsafe fn(&mut [f32], &[f32], f32),
     pub(crate) layer_norm: LayerNorm,
@@ -39,7 +45,9 @@ pub(crate) struct KernelTable {
 /// The table of a level: each generic body instantiated under the level's `target_feature`.
 ///
 /// `queries` is how many queries attention keeps in registers, `shapes` the `(rows, panels)` of products, `strip` the
-/// fewest rows that are worth a strip and the rows of its tiles.
+/// fewest rows that are worth a strip and the rows of its tiles. `integers` is the same for products in int8: the
+/// registers of a panel and the most rows that fit into registers, then the fewest rows of a strip and the rows and
+/// registers of its tiles.
 macro_rules! kernel_table {
     (
         level: $level:ty,
@@ -50,6 +58,7 @@ macro_rules! kernel_table {
         queries: $queries:literal,
         strip: ($least:expr, $strip_rows:literal),
         shapes: [$($shape:tt)+],
+        integers: ($registers:literal, $most:literal: [$($integer_rows:literal)+], $least_strip:literal, $tile:literal, $tile_registers:literal),
     ) => {
         /// The functions of this level.
         pub(crate) static TABLE: $crate::kernel_table::KernelTable = $crate::kernel_table::KernelTable {
@@ -58,7 +67,14 @@ macro_rules! kernel_table {
             accumulate,
             strip: $crate::strip::StripProducts { least_rows: $least, accumulate: accumulate_strip },
             pack_f32,
+            integers: $crate::integer_product::IntegerProducts {
+                least_strip_rows: $least_strip,
+                most_rows: $most,
+                accumulate: accumulate_integers,
+                accumulate_strip: accumulate_integer_strip,
+            },
             pack_bf16,
+            pack_i8,
             rms_norm,
             rms_norm_assign,
             layer_norm,
@@ -79,6 +95,7 @@ macro_rules! kernel_table {
             use $crate::codec::{self, F32Products};
             use $crate::packed_matrix::{Arithmetic, PanelEncoding};
             match (arithmetic, encoding) {
+                (Arithmetic::Int8, _) => unreachable!("products in int8 are `accumulate_integers`"),
                 (Arithmetic::Bf16, _) => $bf16(encoding, rows, panels),
                 (Arithmetic::F32, PanelEncoding::Bits2) => f32_products::<F32Products<$level, codec::Bits2>>(rows, panels),
                 (Arithmetic::F32, PanelEncoding::Bits4) => f32_products::<F32Products<$level, codec::Bits4>>(rows, panels),
@@ -109,6 +126,59 @@ macro_rules! kernel_table {
             }
         }
 
+        fn accumulate_integers(
+            encoding: $crate::packed_matrix::PanelEncoding,
+            rows: usize,
+        ) -> $crate::integer_product::AccumulateIntegers {
+            use $crate::codec;
+            use $crate::integer_encoding::IntegerEncoding;
+            use $crate::integer_product::{AccumulateIntegers, IntegerJob, accumulate};
+            use $crate::packed_matrix::PanelEncoding;
+            $(#[target_feature(enable = $features)])?
+            unsafe fn product<E: IntegerEncoding<$level>, const ROWS: usize>(job: &IntegerJob<'_>) {
+                // SAFETY: the caller has the level and a sound job.
+                unsafe { accumulate::<$level, E, ROWS, $registers>(job) }
+            }
+            fn of_rows<E: IntegerEncoding<$level>>(rows: usize) -> AccumulateIntegers {
+                match rows {
+                    $($integer_rows => product::<E, $integer_rows>,)+
+                    _ => unreachable!("no product of {rows} rows"),
+                }
+            }
+            match encoding {
+                PanelEncoding::Bits2 => of_rows::<codec::Bits2>(rows),
+                PanelEncoding::Bits4 => of_rows::<codec::Bits4>(rows),
+                PanelEncoding::Table4 => of_rows::<codec::Table4>(rows),
+                PanelEncoding::Bits8 => of_rows::<codec::Bits8>(rows),
+                PanelEncoding::F32 | PanelEncoding::F16 | PanelEncoding::Bf16 => {
+                    unreachable!("{encoding:?} has no products in int8")
+                }
+            }
+        }
+
+        fn accumulate_integer_strip(
+            encoding: $crate::packed_matrix::PanelEncoding,
+        ) -> $crate::integer_product::AccumulateIntegers {
+            use $crate::codec;
+            use $crate::integer_encoding::IntegerEncoding;
+            use $crate::integer_product::{IntegerJob, accumulate_strip};
+            use $crate::packed_matrix::PanelEncoding;
+            $(#[target_feature(enable = $features)])?
+            unsafe fn product<E: IntegerEncoding<$level>>(job: &IntegerJob<'_>) {
+                // SAFETY: the caller has the level and a sound job.
+                unsafe { accumulate_strip::<$level, E, $tile, $tile_registers>(job) }
+            }
+            match encoding {
+                PanelEncoding::Bits2 => product::<codec::Bits2>,
+                PanelEncoding::Bits4 => product::<codec::Bits4>,
+                PanelEncoding::Table4 => product::<codec::Table4>,
+                PanelEncoding::Bits8 => product::<codec::Bits8>,
+                PanelEncoding::F32 | PanelEncoding::F16 | PanelEncoding::Bf16 => {
+                    unreachable!("{encoding:?} has no products in int8")
+                }
+            }
+        }
+
         $crate::kernel_table::product_shapes!(f32_products, $($features,)? [$($shape)+]);
 
         $(#[target_feature(enable = $features)])?
@@ -129,6 +199,17 @@ macro_rules! kernel_table {
             block_sums: &mut [f32],
         ) {
             $crate::packed_input::pack_bf16(layout, x, out, block_sums);
+        }
+
+        $(#[target_feature(enable = $features)])?
+        unsafe fn pack_i8(
+            layout: &$crate::packed_matrix::ColumnLayout,
+            unit: f32,
+            x: &[f32],
+            out: &mut [i8],
+            blocks: &mut [$crate::packed_input::QuantizedBlock],
+        ) {
+            $crate::packed_input::pack_i8(layout, unit, x, out, blocks);
         }
 
         $(#[target_feature(enable = $features)])?

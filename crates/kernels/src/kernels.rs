@@ -1,5 +1,7 @@
+use std::ops::Range;
+
 use kintsugi_runtime::{CpuFeatures, CpuLevel, Error, ErrorCode, Result, ThreadPool};
-use kintsugi_weights::{ElementType, LinearWeight, LowRank};
+use kintsugi_weights::{LinearWeight, LowRank};
 
 use crate::activation::Activation;
 use crate::attention::{AttentionTask, ROWS_PER_TASK, Scores};
@@ -7,7 +9,7 @@ use crate::kernel_table::KernelTable;
 use crate::kv_pages::{AttentionSegment, KvPages, PAGE_POSITIONS};
 use crate::pack::{pack_factors, pack_linear};
 use crate::packed_matrix::Arithmetic;
-use crate::product::{Output, multiply};
+use crate::product::{UpdatedRows, accumulate_updates, multiply};
 use crate::shared_rows::SharedRows;
 use crate::{PackedLowRank, PackedMatrix, RotaryTable, scalar};
 #[cfg(target_arch = "x86_64")]
@@ -27,6 +29,10 @@ pub enum Precision {
     /// Activations rounded to bf16 where the CPU multiplies bf16 and the weights are exact in it (codes and bf16),
     /// f32 elsewhere; sums and low-rank parts in f32 in any case.
     Exact,
+    /// Activations rounded to int8, with a scale for each `min(group, 128)` columns of each row, where weights are
+    /// codes that stand for integers; as `Exact` where they are not (plain floats, NF4, groups along the outputs).
+    /// Sums of a block in i32, then f32; low-rank parts in f32.
+    Fast,
 }
 
 /// The operations of one CPU level.
@@ -81,17 +87,14 @@ impl Kernels {
         self.level
     }
 
-    /// The type that products with `weight` take activations in: bf16 or f32.
-    pub fn activation_type(&self, weight: &PackedMatrix) -> ElementType {
-        match self.arithmetic(weight) {
-            Arithmetic::F32 => ElementType::F32,
-            Arithmetic::Bf16 => ElementType::Bf16,
+    /// What products with `weight` are computed in, low-rank part aside: what its precision comes to with these
+    /// weights on this CPU.
+    pub fn arithmetic(&self, weight: &PackedMatrix) -> Arithmetic {
+        if weight.main.integers.is_some() {
+            return Arithmetic::Int8;
         }
-    }
-
-    pub(crate) fn arithmetic(&self, weight: &PackedMatrix) -> Arithmetic {
         let bf16 = self.level == CpuLevel::Avx512Vnni && self.features.avx512_bf16;
-        if weight.precision == Precision::Exact && bf16 && weight.main.encoding.fits_bf16() {
+        if weight.precision != Precision::F32 && bf16 && weight.main.encoding.fits_bf16() {
             Arithmetic::Bf16
         } else {
             Arithmetic::F32
@@ -117,7 +120,7 @@ impl Kernels {
     /// When the lengths of `x` and `y` are not multiples of `in` and `out` by the same count.
     pub fn product(&self, weight: &PackedMatrix, x: &[f32], y: &mut [f32], pool: &ThreadPool) {
         check_product(weight.rows, weight.columns, x, y);
-        multiply(self, weight, x, y, Output::Set, pool);
+        multiply(self, weight, x, y, pool);
     }
 
     /// Packs a low-rank update that is added per request.
@@ -134,17 +137,33 @@ impl Kernels {
         Ok(PackedLowRank { out_features, in_features, scaling, factors })
     }
 
-    /// `y += scaling · B (A x)` for each row of `x`, `[count, in]`, into `y`, `[count, out]`, in f32.
+    /// `y += scaling · B (A x)` in f32 for some rows of `x`, `[count, in]`, and the same rows of `y`, `[count, out]`:
+    /// each range of rows with an update of its own, all of them in two steps of the pool. Ranks may differ.
     ///
     /// # Panics
-    /// When the lengths of `x` and `y` are not multiples of `in` and `out` by the same count.
-    pub fn accumulate_low_rank(&self, factors: &PackedLowRank, x: &[f32], y: &mut [f32], pool: &ThreadPool) {
-        check_product(factors.out_features, factors.in_features, x, y);
-        let Some((a, b)) = &factors.factors else { return };
-        let mut projected = vec![0.0; x.len() / a.columns * a.rows];
-        multiply(self, a, x, &mut projected, Output::Set, pool);
-        projected.iter_mut().for_each(|value| *value *= factors.scaling);
-        multiply(self, b, &projected, y, Output::Add, pool);
+    /// When the lengths of `x` and `y` are not multiples of `in` and `out` of every update by the same count, or ranges
+    /// overlap or reach beyond it.
+    pub fn accumulate_low_ranks(
+        &self,
+        updates: &[(Range<usize>, &PackedLowRank)],
+        x: &[f32],
+        y: &mut [f32],
+        pool: &ThreadPool,
+    ) {
+        let Some((_, first)) = updates.first() else { return };
+        let mut taken = vec![false; x.len() / first.in_features];
+        let mut grouped: Vec<UpdatedRows<'_>> = Vec::new();
+        for (rows, update) in updates {
+            check_product(update.out_features, update.in_features, x, y);
+            for taken in &mut taken[rows.clone()] {
+                assert!(!std::mem::replace(taken, true), "two updates share a row");
+            }
+            match grouped.iter_mut().find(|group| std::ptr::eq(group.update, *update)) {
+                Some(group) => group.rows.extend(rows.clone()),
+                None => grouped.push(UpdatedRows { update, rows: rows.clone().collect() }),
+            }
+        }
+        accumulate_updates(self, &grouped, x, &SharedRows::new(y, first.out_features), pool);
     }
 
     /// `out = weight · x / √(mean(x²) + epsilon)` for each row of `weight.len()`.

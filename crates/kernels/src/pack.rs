@@ -7,7 +7,7 @@ use kintsugi_weights::{
 use crate::Precision;
 use crate::aligned_bytes::AlignedBytes;
 use crate::grid_parameters::{GridOrigin, GridParameters};
-use crate::packed_matrix::{ColumnLayout, Compensation, PackedMatrix, PanelEncoding, Section};
+use crate::packed_matrix::{ColumnLayout, Compensation, IntegerCodes, PackedMatrix, PanelEncoding, Section};
 use crate::vector::LANES;
 
 /// Packs a Linear: matrix, compensation and bias.
@@ -80,7 +80,7 @@ fn pack_panels(
     };
     let main = match matrix {
         WeightMatrix::Dense(matrix) => dense_section(matrix, 0),
-        WeightMatrix::Quantized(matrix) => quantized_section(matrix),
+        WeightMatrix::Quantized(matrix) => quantized_section(matrix, precision),
     };
     let b_section = b.map(|b| dense_section(b, main.bytes()));
     let panel_bytes = main.bytes() + b_section.as_ref().map_or(0, Section::bytes);
@@ -105,18 +105,20 @@ fn pack_panels(
 fn dense_section(matrix: &DenseMatrix, offset: usize) -> Section {
     let encoding = PanelEncoding::of_element(matrix.element_type());
     let layout = ColumnLayout::plain(matrix.columns(), encoding.step_columns());
-    Section { encoding, layout, grid: None, table: CodeTable::FP4, offset }
+    Section { encoding, layout, grid: None, table: CodeTable::FP4, integers: None, offset }
 }
 
-fn quantized_section(matrix: &QuantizedMatrix) -> Section {
+fn quantized_section(matrix: &QuantizedMatrix, precision: Precision) -> Section {
     let encoding = match matrix.code_table() {
         Some(_) => PanelEncoding::Table4,
         None => PanelEncoding::of_bits(matrix.bits()),
     };
+    let integers = if precision == Precision::Fast { IntegerCodes::of(matrix.code_table()) } else { None };
     let layout = ColumnLayout::grouped(
         matrix.columns(),
         matrix.groups(),
         encoding.step_columns(),
+        if integers.is_some() { ColumnLayout::INTEGER_BLOCK_COLUMNS } else { ColumnLayout::BLOCK_COLUMNS },
         |column| matrix.group_of(column),
         matrix.group_index().is_some(),
     );
@@ -130,7 +132,7 @@ fn quantized_section(matrix: &QuantizedMatrix) -> Section {
         (None, None) => GridOrigin::Centre,
     };
     let table = matrix.code_table().copied().unwrap_or(CodeTable::FP4);
-    Section { encoding, layout, grid: Some(GridParameters { scale_type, origin }), table, offset: 0 }
+    Section { encoding, layout, grid: Some(GridParameters { scale_type, origin }), table, integers, offset: 0 }
 }
 
 /// Writes the rows of a panel. Rows past the end stay zero.
@@ -173,7 +175,11 @@ fn write_quantized(matrix: &QuantizedMatrix, section: &Section, panel: usize, by
     let centre = 1u32 << (bits - 1);
     // Codes of fewer bits move to the middle of the range, so that their centre is the same.
     let shift = centre - (1 << (matrix.bits() - 1));
-    let shifts: Vec<u32> = (0..step_columns as u32).map(|column| column % 2 * 16 + column / 2 * bits).collect();
+    let place = |column: u32| match section.integers {
+        Some(_) => column % 4 * 8 + column / 4 * bits,
+        None => column % 2 * 16 + column / 2 * bits,
+    };
+    let shifts: Vec<u32> = (0..step_columns as u32).map(place).collect();
     let padding: u32 = shifts.iter().map(|shift| centre << shift).sum();
 
     let mut at = section.offset;

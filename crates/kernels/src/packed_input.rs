@@ -1,17 +1,34 @@
 use std::cell::RefCell;
 
+use bytemuck::{Pod, Zeroable};
 use kintsugi_runtime::ThreadPool;
 
+use crate::grid_parameters::GridParameters;
 use crate::kernel_table::KernelTable;
-use crate::packed_matrix::{Arithmetic, ColumnLayout};
+use crate::packed_matrix::{Arithmetic, ColumnLayout, Section};
 
 /// Rows of x as the panels of one matrix read them: in the column order of its layout, every block padded with
-/// zeros, in the type of its products, and with the sum over each block.
+/// zeros, in the type of its products, and with the sum over each block (and its scale, in int8).
 pub(crate) struct PackedInput {
     words: Vec<u32>,
     stride: usize,
     x_words: usize,
 }
+
+/// How one row of x is rounded in one block: `x ≈ scale · i8`.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[repr(C)]
+pub(crate) struct QuantizedBlock {
+    /// Times the unit of the matrix.
+    pub(crate) scale: f32,
+    /// The sum of the i8.
+    pub(crate) sum: i32,
+}
+
+// SAFETY: two words without padding, for which every bit pattern, all zeros too, is a value.
+unsafe impl Zeroable for QuantizedBlock {}
+// SAFETY: as above; the type is `Copy` and has no pointers.
+unsafe impl Pod for QuantizedBlock {}
 
 thread_local! {
     /// Memory of the last input of this thread: taking it from the system anew for each product would cost as much
@@ -31,22 +48,25 @@ impl Drop for PackedInput {
 }
 
 impl PackedInput {
-    /// Packs `x`, `[count, columns]`. Block sums are needed where the matrix has zero points or offsets.
+    /// Packs `x`, `[count, columns]`, for the products with a section.
     pub(crate) fn new(
         table: &KernelTable,
-        layout: &ColumnLayout,
+        section: &Section,
         arithmetic: Arithmetic,
-        block_sums: bool,
         x: &[f32],
         columns: usize,
         pool: &ThreadPool,
     ) -> Self {
+        let layout = &section.layout;
         let padded = layout.padded_columns();
-        let x_words = match arithmetic {
-            Arithmetic::F32 => padded,
-            Arithmetic::Bf16 => padded / 2,
+        // Block sums are needed where the matrix has zero points or offsets.
+        let block_sums = section.grid.is_some_and(GridParameters::needs_block_sums);
+        let (x_words, sums) = match arithmetic {
+            Arithmetic::F32 => (padded, if block_sums { layout.blocks.len() } else { 0 }),
+            Arithmetic::Bf16 => (padded / 2, if block_sums { layout.blocks.len() } else { 0 }),
+            Arithmetic::Int8 => (padded / 4, 2 * layout.blocks.len()),
         };
-        let sums = if block_sums { layout.blocks.len() } else { 0 };
+        let unit = section.integers.map_or(1.0, |integers| integers.unit);
         // An odd number of cache lines: rows at a power of two would all fall into the same few sets of the cache.
         let stride = (x_words + sums).div_ceil(16) | 1;
         let stride = stride * 16;
@@ -57,12 +77,19 @@ impl PackedInput {
             let x = x[task * rows_per_task * columns..].chunks_exact(columns);
             for (words, x) in words.chunks_exact_mut(stride).zip(x) {
                 let (values, rest) = words.split_at_mut(x_words);
-                let sums = bytemuck::cast_slice_mut(&mut rest[..sums]);
+                let sums = &mut rest[..sums];
                 // SAFETY: the table is of a level that this CPU has.
                 unsafe {
                     match arithmetic {
-                        Arithmetic::F32 => (table.pack_f32)(layout, x, bytemuck::cast_slice_mut(values), sums),
-                        Arithmetic::Bf16 => (table.pack_bf16)(layout, x, values, sums),
+                        Arithmetic::F32 => {
+                            let values = bytemuck::cast_slice_mut(values);
+                            (table.pack_f32)(layout, x, values, bytemuck::cast_slice_mut(sums));
+                        }
+                        Arithmetic::Bf16 => (table.pack_bf16)(layout, x, values, bytemuck::cast_slice_mut(sums)),
+                        Arithmetic::Int8 => {
+                            let values = bytemuck::cast_slice_mut(values);
+                            (table.pack_i8)(layout, unit, x, values, bytemuck::cast_slice_mut(sums));
+                        }
                     }
                 }
             }
@@ -80,6 +107,11 @@ impl PackedInput {
 
     /// The block sums from row `row` on.
     pub(crate) fn block_sums(&self, row: usize) -> *const f32 {
+        self.words[row * self.stride + self.x_words..].as_ptr().cast()
+    }
+
+    /// How each block of row `row` and of those after it is rounded, where the products are in int8.
+    pub(crate) fn quantized_blocks(&self, row: usize) -> *const QuantizedBlock {
         self.words[row * self.stride + self.x_words..].as_ptr().cast()
     }
 
@@ -143,6 +175,58 @@ pub(crate) fn pack_bf16(layout: &ColumnLayout, x: &[f32], out: &mut [u32], block
     }
 }
 
+/// One row in int8, with the scale and the sum of each block.
+#[inline(always)]
+pub(crate) fn pack_i8(layout: &ColumnLayout, unit: f32, x: &[f32], out: &mut [i8], blocks: &mut [QuantizedBlock]) {
+    let mut gathered = [0.0; ColumnLayout::INTEGER_BLOCK_COLUMNS];
+    let mut at = 0;
+    for ((block, &steps), quantized) in layout.blocks.iter().zip(&layout.steps).zip(blocks) {
+        let padded = steps as usize * layout.step_columns;
+        let (values, padding) = out[at..at + padded].split_at_mut(block.columns);
+        padding.fill(0);
+        let columns = block.start..block.start + block.columns;
+        let x = match &layout.order {
+            None => &x[columns],
+            Some(order) => {
+                for (value, &column) in gathered.iter_mut().zip(&order[columns]) {
+                    *value = x[column as usize];
+                }
+                &gathered[..block.columns]
+            }
+        };
+        *quantized = quantize(x, values);
+        quantized.scale *= unit;
+        at += padded;
+    }
+}
+
+/// Rounds a block to multiples of a 127th of its largest size, to nearest.
+///
+/// Steps are no smaller than the smallest normal number, so that their reciprocal is finite. A block with a value
+/// that is not finite becomes zeros with that scale: its products are NaN.
+#[inline(always)]
+fn quantize(x: &[f32], out: &mut [i8]) -> QuantizedBlock {
+    // Adding it rounds to an integer, which then stands in the lowest bits.
+    const ROUND: f32 = 12_582_912.0;
+
+    // As integers the sizes have the same order, with infinities and then NaN at the end.
+    let largest = x.iter().fold(0, |largest, x| x.abs().to_bits().max(largest));
+    let largest = f32::from_bits(largest);
+    if !largest.is_finite() {
+        out.fill(0);
+        return QuantizedBlock { scale: largest, sum: 0 };
+    }
+    let scale = (largest / 127.0).max(f32::MIN_POSITIVE);
+    let reciprocal = 1.0 / scale;
+    let mut sum = 0;
+    for (out, x) in out.iter_mut().zip(x) {
+        let rounded = (x * reciprocal + ROUND).to_bits() as i32 - ROUND.to_bits() as i32;
+        *out = rounded as i8;
+        sum += rounded;
+    }
+    QuantizedBlock { scale, sum }
+}
+
 /// To nearest, ties to even; NaN stays NaN.
 #[inline(always)]
 fn round_to_bf16(value: f32) -> f32 {
@@ -194,15 +278,39 @@ mod tests {
     #[test]
     fn rows_are_permuted_and_padded() {
         let group_of = |column: usize| [1, 0, 1, 0, 0][column];
-        let layout = ColumnLayout::grouped(5, 2, 4, group_of, true);
+        let layout = ColumnLayout::grouped(5, 2, 4, 512, group_of, true);
         let x = [1.0, 2.0, 3.0, 4.0, 5.0];
         let (mut out, mut sums) = ([7.0; 8], [7.0; 2]);
         pack_f32(&layout, &x, &mut out, &mut sums);
         assert_eq!(out, [2.0, 4.0, 5.0, 0.0, 1.0, 3.0, 0.0, 0.0]);
         assert_eq!(sums, [11.0, 4.0]);
+        let (mut out, mut blocks) = ([7i8; 8], [QuantizedBlock::default(); 2]);
+        pack_i8(&layout, 0.5, &x, &mut out, &mut blocks);
+        assert_eq!(out, [51, 102, 127, 0, 42, 127, 0, 0]);
+        assert_eq!(blocks.map(|block| block.sum), [280, 169]);
+        assert_eq!(blocks.map(|block| block.scale), [5.0 / 127.0 / 2.0, 3.0 / 127.0 / 2.0]);
         let (mut out, mut sums) = ([7u32; 4], [7.0; 2]);
         pack_bf16(&layout, &x, &mut out, &mut sums);
         assert_eq!(out, [0x4080_4000, 0x0000_40a0, 0x4040_3f80, 0]);
         assert_eq!(sums, [11.0, 4.0]);
+    }
+
+    #[test]
+    fn blocks_are_rounded_to_a_127th_of_their_largest_value() {
+        let quantized = |x: &[f32]| {
+            let mut out = vec![7; x.len()];
+            let block = quantize(x, &mut out);
+            (out, block.scale, block.sum)
+        };
+        assert_eq!(quantized(&[0.0, -0.0]), (vec![0, 0], f32::MIN_POSITIVE, 0));
+        assert_eq!(quantized(&[-254.0, 1.0, 3.0, 2.9]), (vec![-127, 0, 2, 1], 2.0, -124));
+        assert_eq!(quantized(&[f32::MAX, f32::MIN]).0, [127, -127]);
+        // Subnormal values are multiples of the smallest normal number.
+        assert_eq!(quantized(&[1e-39, f32::MIN_POSITIVE]), (vec![0, 1], f32::MIN_POSITIVE, 1));
+        for value in [f32::INFINITY, f32::NEG_INFINITY] {
+            assert_eq!(quantized(&[1.0, value]), (vec![0, 0], f32::INFINITY, 0));
+        }
+        let (out, scale, sum) = quantized(&[f32::INFINITY, f32::NAN, 1.0]);
+        assert!(out == [0, 0, 0] && scale.is_nan() && sum == 0);
     }
 }

@@ -1,6 +1,6 @@
 use crate::packed_matrix::PackedMatrix;
 
-/// A low-rank update in the layout that [`Kernels::accumulate_low_rank`](crate::Kernels::accumulate_low_rank) reads:
+/// A low-rank update in the layout that [`Kernels::accumulate_low_ranks`](crate::Kernels::accumulate_low_ranks) reads:
 /// an adapter that is chosen per request and therefore stays outside of the panels of the weight.
 #[derive(Clone, Debug)]
 pub struct PackedLowRank {

@@ -41,8 +41,19 @@ pub(crate) struct Section {
     pub(crate) grid: Option<GridParameters>,
     /// What codes stand for, where they are not integers.
     pub(crate) table: CodeTable,
+    /// Where products are computed in int8: codes then lie as [`integer_encoding`](crate::integer_encoding) reads them.
+    pub(crate) integers: Option<IntegerCodes>,
     /// Bytes from the start of a panel.
     pub(crate) offset: usize,
+}
+
+/// How codes are integers.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct IntegerCodes {
+    /// What stands for a code, in units, where codes do not stand for themselves.
+    pub(crate) table: [i8; 16],
+    /// A power of two.
+    pub(crate) unit: f32,
 }
 
 /// Which columns of x a matrix reads in which order, and in which blocks.
@@ -82,11 +93,26 @@ pub(crate) enum PanelEncoding {
     Bf16,
 }
 
-/// The type that products are computed in; sums are f32 in both.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Arithmetic {
+/// The type that the activations of a product are rounded to; sums are f32 in the end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Arithmetic {
+    /// Activations are not rounded.
     F32,
+    /// Products of bf16 are added up in f32.
     Bf16,
+    /// Products of int8 are added up in i32 for each block of up to 128 columns.
+    Int8,
+}
+
+impl Arithmetic {
+    /// `f32`, `bf16` or `int8`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Arithmetic::F32 => "f32",
+            Arithmetic::Bf16 => "bf16",
+            Arithmetic::Int8 => "int8",
+        }
+    }
 }
 
 impl PackedMatrix {
@@ -147,18 +173,22 @@ impl ColumnLayout {
     /// longer group of a grid repeats its scale (under 1 % of the bytes).
     pub(crate) const BLOCK_COLUMNS: usize = 512;
 
+    /// Longest block of products in int8: activations have a scale of their own for each block.
+    pub(crate) const INTEGER_BLOCK_COLUMNS: usize = 128;
+
     /// The columns in their own order.
     pub(crate) fn plain(columns: usize, step_columns: usize) -> Self {
         let mut layout = ColumnLayout { step_columns, ..Self::default() };
-        layout.push_group(0, columns, 0);
+        layout.push_group(0, columns, 0, Self::BLOCK_COLUMNS);
         layout
     }
 
-    /// The columns group by group, where `group_of` tells the group of each of them.
+    /// The columns group by group, in blocks of up to `block_columns`, where `group_of` tells the group of each of them.
     pub(crate) fn grouped(
         columns: usize,
         groups: usize,
         step_columns: usize,
+        block_columns: usize,
         group_of: impl Fn(usize) -> usize,
         reordered: bool,
     ) -> Self {
@@ -167,7 +197,7 @@ impl ColumnLayout {
         (0..columns).for_each(|column| sizes[group_of(column)] += 1);
         let mut start = 0;
         for (group, &size) in sizes.iter().enumerate() {
-            layout.push_group(start, size, group);
+            layout.push_group(start, size, group, block_columns);
             start += size;
         }
         if reordered {
@@ -178,9 +208,9 @@ impl ColumnLayout {
         layout
     }
 
-    fn push_group(&mut self, start: usize, columns: usize, group: usize) {
-        for first in (0..columns).step_by(Self::BLOCK_COLUMNS) {
-            let columns = (columns - first).min(Self::BLOCK_COLUMNS);
+    fn push_group(&mut self, start: usize, columns: usize, group: usize, block_columns: usize) {
+        for first in (0..columns).step_by(block_columns) {
+            let columns = (columns - first).min(block_columns);
             self.blocks.push(ColumnBlock { start: start + first, columns, group });
             self.steps.push(columns.div_ceil(self.step_columns) as u32);
         }
@@ -203,6 +233,18 @@ impl ColumnLayout {
         self.order.as_ref().map_or(0, |order| size_of_val(order.as_slice()))
             + size_of_val(self.blocks.as_slice())
             + size_of_val(self.steps.as_slice())
+    }
+}
+
+impl IntegerCodes {
+    /// The codes of a grid themselves, or the values of a table where they are multiples of a power of two up to ±127.
+    pub(crate) fn of(table: Option<&CodeTable>) -> Option<Self> {
+        let Some(table) = table else { return Some(IntegerCodes { table: [0; 16], unit: 1.0 }) };
+        [1.0, 0.5, 0.25, 0.125].into_iter().find_map(|unit| {
+            let integers = table.values().map(|value| value / unit);
+            let fit = integers.iter().all(|value| value.fract() == 0.0 && value.abs() <= 127.0);
+            fit.then(|| IntegerCodes { table: integers.map(|value| value as i8), unit })
+        })
     }
 }
 
@@ -286,11 +328,20 @@ mod tests {
     #[test]
     fn groups_become_runs_of_columns_in_their_order() {
         let group_of = |column: usize| [1, 0, 1, 0, 0, 3][column];
-        let layout = ColumnLayout::grouped(6, 4, 4, group_of, true);
+        let layout = ColumnLayout::grouped(6, 4, 4, 512, group_of, true);
         assert_eq!(layout.order.as_deref(), Some(&[1, 3, 4, 0, 2, 5][..]));
         let blocks: Vec<_> = layout.blocks.iter().map(|block| (block.start, block.columns, block.group)).collect();
         assert_eq!(blocks, [(0, 3, 0), (3, 2, 1), (5, 1, 3)]);
         assert_eq!(layout.padded_columns(), 12);
+    }
+
+    #[test]
+    fn tables_of_integers_are_found() {
+        let fp4 = IntegerCodes::of(Some(&CodeTable::FP4)).unwrap();
+        assert_eq!((fp4.table[..8].to_vec(), fp4.unit), (vec![0, 1, 2, 3, 4, 6, 8, 12], 0.5));
+        let iq4_nl = IntegerCodes::of(Some(&CodeTable::IQ4_NL)).unwrap();
+        assert_eq!((iq4_nl.table[0], iq4_nl.unit), (-127, 1.0));
+        assert_eq!(IntegerCodes::of(Some(&CodeTable::NF4)), None);
     }
 
     #[test]

@@ -1,13 +1,13 @@
 use kintsugi_runtime::ThreadPool;
 
-use crate::Kernels;
 use crate::accumulate::PanelJob;
-use crate::grid_parameters::GridParameters;
+use crate::integer_product::IntegerJob;
 use crate::packed_input::PackedInput;
 use crate::packed_matrix::{Arithmetic, PackedMatrix, Section};
 use crate::shared_rows::SharedRows;
 use crate::strip::StripJob;
 use crate::vector::LANES;
+use crate::{Kernels, PackedLowRank};
 
 /// Rows of x that are packed at once; the weights are read once per so many rows. Packed, they stay in the cache of
 /// a core beside a panel.
@@ -33,25 +33,106 @@ pub(crate) enum Output {
 struct Tile([[f32; LANES]; MAX_TILE]);
 
 /// Multiplies every row of `x`, `[count, columns]`, into `y`, `[count, rows]`.
-pub(crate) fn multiply(
-    kernels: &Kernels,
-    weight: &PackedMatrix,
-    x: &[f32],
-    y: &mut [f32],
-    output: Output,
-    pool: &ThreadPool,
-) {
+pub(crate) fn multiply(kernels: &Kernels, weight: &PackedMatrix, x: &[f32], y: &mut [f32], pool: &ThreadPool) {
     let x = x.chunks(ROWS_AT_ONCE * weight.columns);
     for (x, y) in x.zip(y.chunks_mut(ROWS_AT_ONCE * weight.rows)) {
-        let operands = Operands::new(kernels, weight, x, pool);
-        operands.multiply(kernels, y, output, pool);
+        let operands = Operands::new(kernels, weight, x, None, pool);
+        multiply_all(kernels, &[operands], &SharedRows::new(y, weight.rows), Output::Set, pool);
     }
+}
+
+/// Some rows of x with an update of their own.
+pub(crate) struct UpdatedRows<'a> {
+    pub(crate) update: &'a PackedLowRank,
+    pub(crate) rows: Vec<usize>,
+}
+
+/// `y += scaling · B (A x)` for the rows of each update, with every A in one call of the pool and every B in another.
+pub(crate) fn accumulate_updates(
+    kernels: &Kernels,
+    updates: &[UpdatedRows<'_>],
+    x: &[f32],
+    y: &SharedRows<'_>,
+    pool: &ThreadPool,
+) {
+    let (mut projections, mut products) = (Vec::new(), Vec::new());
+    for UpdatedRows { update, rows } in updates {
+        let Some((a, b)) = &update.factors else { continue };
+        for rows in rows.chunks(ROWS_AT_ONCE) {
+            let x: Vec<f32> = rows.iter().flat_map(|row| &x[row * a.columns..(row + 1) * a.columns]).copied().collect();
+            projections.push(Operands::new(kernels, a, &x, None, pool));
+            products.push((b, update.scaling, rows));
+        }
+    }
+    let projected = multiply_by_blocks(kernels, &projections, pool);
+    let operands: Vec<Operands<'_>> = products
+        .into_iter()
+        .zip(projected)
+        .map(|((b, scaling, rows), mut projected)| {
+            projected.iter_mut().for_each(|value| *value *= scaling);
+            Operands::new(kernels, b, &projected, Some(rows.to_vec()), pool)
+        })
+        .collect();
+    multiply_all(kernels, &operands, y, Output::Add, pool);
+}
+
+/// The tasks of some products, in one call of the pool.
+fn multiply_all(kernels: &Kernels, operands: &[Operands<'_>], y: &SharedRows<'_>, output: Output, pool: &ThreadPool) {
+    let tasks: Vec<(&Operands<'_>, usize, usize)> = operands
+        .iter()
+        .flat_map(|operands| {
+            let tasks = operands.tasks(kernels);
+            (0..tasks).map(move |task| (operands, task, tasks))
+        })
+        .collect();
+    pool.for_each(tasks.len(), |index| {
+        let (operands, task, tasks) = tasks[index];
+        operands.run(kernels, task, tasks, y, output);
+    });
+}
+
+/// Products with matrices of plain floats that have few rows, `[count, rows]` each, in one call of the pool.
+///
+/// Such a matrix has too few panels to share out. So each block of columns is a task of its own, and its sums are added
+/// in the order of the blocks: the same additions as everywhere.
+fn multiply_by_blocks(kernels: &Kernels, operands: &[Operands<'_>], pool: &ThreadPool) -> Vec<Vec<f32>> {
+    let mut tasks = Vec::new();
+    for operands in operands {
+        for panel in 0..operands.weight.panel_count() {
+            tasks.extend((0..operands.weight.main.layout.steps.len()).map(|block| (operands, panel, block)));
+        }
+    }
+    let mut sums: Vec<Vec<[f32; LANES]>> =
+        tasks.iter().map(|(operands, ..)| vec![[0.0; LANES]; operands.count]).collect();
+    pool.for_each_chunk(&mut sums, 1, |task, sums| {
+        let (operands, panel, block) = tasks[task];
+        operands.add_block(kernels, panel, block, &mut sums[0]);
+    });
+    let mut sums = sums.into_iter();
+    let mut outputs = Vec::with_capacity(operands.len());
+    for operands in operands {
+        let mut y = vec![0.0; operands.count * operands.weight.rows];
+        let shared = SharedRows::new(&mut y, operands.weight.rows);
+        for panel in 0..operands.weight.panel_count() {
+            let mut totals = vec![[0.0; LANES]; operands.count];
+            for block in sums.by_ref().take(operands.weight.main.layout.steps.len()) {
+                for (total, sum) in totals.as_flattened_mut().iter_mut().zip(block.as_flattened()) {
+                    *total += sum;
+                }
+            }
+            operands.write(panel, 1, 0, operands.count, &totals, &shared, Output::Set);
+        }
+        outputs.push(y);
+    }
+    outputs
 }
 
 /// A matrix and the rows of x that it is multiplied with, packed.
 struct Operands<'a> {
     weight: &'a PackedMatrix,
     count: usize,
+    /// The row of y of each row of x; `None` where that is the row itself.
+    places: Option<Vec<usize>>,
     arithmetic: Arithmetic,
     input: PackedInput,
     /// A x, where there is a compensation.
@@ -59,66 +140,159 @@ struct Operands<'a> {
 }
 
 impl<'a> Operands<'a> {
-    fn new(kernels: &Kernels, weight: &'a PackedMatrix, x: &[f32], pool: &ThreadPool) -> Self {
+    fn new(
+        kernels: &Kernels,
+        weight: &'a PackedMatrix,
+        x: &[f32],
+        places: Option<Vec<usize>>,
+        pool: &ThreadPool,
+    ) -> Self {
         let count = x.len() / weight.columns;
         let arithmetic = kernels.arithmetic(weight);
-        let main = &weight.main;
-        let block_sums = main.grid.is_some_and(GridParameters::needs_block_sums);
-        let input = PackedInput::new(kernels.table(), &main.layout, arithmetic, block_sums, x, weight.columns, pool);
+        let input = PackedInput::new(kernels.table(), &weight.main, arithmetic, x, weight.columns, pool);
         let projected = weight.compensation.as_ref().map(|part| {
-            let rank = part.a.rows;
-            let mut projected = vec![0.0; count * rank];
-            multiply(kernels, &part.a, x, &mut projected, Output::Set, pool);
-            PackedInput::new(kernels.table(), &part.b.layout, Arithmetic::F32, false, &projected, rank, pool)
+            let a = Operands::new(kernels, &part.a, x, None, pool);
+            let projected = multiply_by_blocks(kernels, &[a], pool).pop().unwrap_or_default();
+            PackedInput::new(kernels.table(), &part.b, Arithmetic::F32, &projected, part.a.rows, pool)
         });
-        Operands { weight, count, arithmetic, input, projected }
+        Operands { weight, count, places, arithmetic, input, projected }
     }
 
-    fn multiply(&self, kernels: &Kernels, y: &mut [f32], output: Output, pool: &ThreadPool) {
-        let table = kernels.table();
+    /// Whether panels are multiplied one by one, with all rows.
+    fn panel_by_panel(&self, kernels: &Kernels) -> bool {
+        self.arithmetic == Arithmetic::Int8
+            || self.arithmetic == Arithmetic::F32 && self.count >= kernels.table().strip.least_rows
+    }
+
+    /// Panels that are multiplied at once.
+    fn panels_at_once(&self, kernels: &Kernels) -> usize {
+        if self.count <= 2 && !self.panel_by_panel(kernels) { kernels.table().few_row_panels } else { 1 }
+    }
+
+    /// How many tasks the product is worth.
+    fn tasks(&self, kernels: &Kernels) -> usize {
         let panels = self.weight.panel_count();
-        let panels_at_once = if self.count <= 2 { table.few_row_panels } else { 1 };
-        let units = panels.div_ceil(panels_at_once);
+        let units = panels.div_ceil(self.panels_at_once(kernels));
         let multiplications = panels * LANES * self.weight.columns * self.count;
-        let tasks = (multiplications / TASK_MULTIPLICATIONS).clamp(1, units);
-        let y = SharedRows::new(y, self.weight.rows);
-        if self.arithmetic == Arithmetic::F32 && self.count >= table.strip.least_rows {
-            let tasks = (multiplications / TASK_MULTIPLICATIONS).clamp(1, panels);
-            pool.for_each(tasks, |task| {
-                for panel in task * panels / tasks..(task + 1) * panels / tasks {
-                    self.multiply_strip(kernels, panel, &y, output);
-                }
-            });
-            return;
+        (multiplications / TASK_MULTIPLICATIONS).clamp(1, units)
+    }
+
+    /// One of the tasks.
+    fn run(&self, kernels: &Kernels, task: usize, tasks: usize, y: &SharedRows<'_>, output: Output) {
+        let panels = self.weight.panel_count();
+        let at_once = self.panels_at_once(kernels);
+        let units = panels.div_ceil(at_once);
+        for unit in task * units / tasks..(task + 1) * units / tasks {
+            let first = unit * at_once;
+            let last = panels.min(first + at_once);
+            if self.panel_by_panel(kernels) {
+                self.multiply_panel(kernels, first, y, output);
+            } else if last - first == at_once {
+                self.multiply_panels(kernels, first, at_once, y, output);
+            } else {
+                (first..last).for_each(|panel| self.multiply_panels(kernels, panel, 1, y, output));
+            }
         }
-        pool.for_each(tasks, |task| {
-            for unit in task * units / tasks..(task + 1) * units / tasks {
-                let first = unit * panels_at_once;
-                let last = panels.min(first + panels_at_once);
-                if last - first == panels_at_once {
-                    self.multiply_panels(kernels, first, panels_at_once, &y, output);
-                } else {
-                    (first..last).for_each(|panel| self.multiply_panels(kernels, panel, 1, &y, output));
+    }
+
+    /// The products of one panel with one block of plain floats, `[count]`.
+    fn add_block(&self, kernels: &Kernels, panel: usize, block: usize, sums: &mut [[f32; LANES]]) {
+        let main = &self.weight.main;
+        assert!(main.grid.is_none() && panel < self.weight.panel_count() && sums.len() == self.count);
+        let before: usize = main.layout.steps[..block].iter().map(|&steps| steps as usize).sum();
+        let x_words = match self.arithmetic {
+            Arithmetic::Bf16 => main.layout.step_columns / 2,
+            Arithmetic::F32 | Arithmetic::Int8 => main.layout.step_columns,
+        };
+        let most = kernels.table().tile_rows;
+        for start in (0..self.count).step_by(most) {
+            let rows = most.min(self.count - start);
+            let whole = self.panel_job(main, &self.input, panel, start, &mut sums[start..]);
+            // SAFETY: the block lies in the panel and in the rows of x, behind those before it.
+            let (panels, x) =
+                unsafe { (whole.panels.add(before * main.encoding.step_bytes()), whole.x.add(before * x_words)) };
+            let job = PanelJob { panels, x, steps: &main.layout.steps[block..=block], ..whole };
+            // SAFETY: as in `add_section`.
+            unsafe { (kernels.table().accumulate)(main.encoding, self.arithmetic, rows, 1)(&job) };
+        }
+    }
+
+    /// All rows with one panel: in int8, or many rows in f32.
+    fn multiply_panel(&self, kernels: &Kernels, panel: usize, y: &SharedRows<'_>, output: Output) {
+        let mut tile = Tile([[0.0; LANES]; MAX_TILE]);
+        let mut more = Vec::new();
+        let sums = if self.count <= MAX_TILE {
+            &mut tile.0[..self.count]
+        } else {
+            more.resize(self.count, [0.0; LANES]);
+            &mut more[..]
+        };
+        if self.arithmetic == Arithmetic::Int8 {
+            self.add_integers(kernels, panel, sums);
+        } else {
+            self.add_strip(kernels, &self.weight.main, &self.input, panel, sums);
+        }
+        if let (Some(part), Some(projected)) = (&self.weight.compensation, &self.projected) {
+            if self.count >= kernels.table().strip.least_rows {
+                self.add_strip(kernels, &part.b, projected, panel, sums);
+            } else {
+                for start in (0..self.count).step_by(kernels.table().tile_rows) {
+                    let rows = kernels.table().tile_rows.min(self.count - start);
+                    let sums = &mut sums[start..];
+                    self.add_section(kernels, &part.b, Arithmetic::F32, projected, panel, 1, start, rows, sums);
                 }
             }
-        });
+        }
+        self.write(panel, 1, 0, self.count, sums, y, output);
     }
 
-    /// Many rows with one panel, in f32.
-    fn multiply_strip(&self, kernels: &Kernels, panel: usize, y: &SharedRows<'_>, output: Output) {
-        let mut sums = vec![[0.0; LANES]; self.count];
-        let mut add = |section: &Section, input: &PackedInput| {
-            assert!(panel < self.weight.panel_count() && sums.len() == self.count);
-            let panel = self.panel_job(section, input, panel, 0, &mut sums);
-            let job = StripJob { panel, rows: self.count };
-            // SAFETY: as in `add_section`.
-            unsafe { (kernels.table().strip.accumulate)(section.encoding)(&job) };
-        };
-        add(&self.weight.main, &self.input);
-        if let (Some(part), Some(projected)) = (&self.weight.compensation, &self.projected) {
-            add(&part.b, projected);
+    /// Adds the products of one panel of the main matrix in int8, `[count]`.
+    fn add_integers(&self, kernels: &Kernels, panel: usize, sums: &mut [[f32; LANES]]) {
+        let main = &self.weight.main;
+        let (Some(integers), Some(grid)) = (&main.integers, main.grid) else { return };
+        assert!(panel < self.weight.panel_count() && sums.len() == self.count);
+        let (products, rows) = (&kernels.table().integers, self.count);
+        let passes = if rows < products.least_strip_rows { rows.div_ceil(products.most_rows) } else { 1 };
+        for pass in 0..passes {
+            let start = pass * rows / passes;
+            let rows = (pass + 1) * rows / passes - start;
+            let job = IntegerJob {
+                panel: self.weight.panels.as_slice()[panel * self.weight.panel_bytes + main.offset..].as_ptr(),
+                steps: &main.layout.steps,
+                grid,
+                table: &integers.table,
+                x: self.input.row(start),
+                blocks: self.input.quantized_blocks(start),
+                x_stride: self.input.stride(),
+                rows,
+                tile: sums[start..].as_mut_ptr().cast(),
+            };
+            let accumulate = if rows <= products.most_rows {
+                (products.accumulate)(main.encoding, rows)
+            } else {
+                (products.accumulate_strip)(main.encoding)
+            };
+            // SAFETY: the table is of a level that this CPU has; each panel holds the section at its offset, in blocks of
+            // the length that int8 has, the input was packed in the layout of the section, and panel and sums are checked
+            // above.
+            unsafe { accumulate(&job) };
         }
-        self.write(panel, 1, 0, self.count, &sums, y, output);
+    }
+
+    /// Adds the products of one panel of a section in f32, `[count]`.
+    fn add_strip(
+        &self,
+        kernels: &Kernels,
+        section: &Section,
+        input: &PackedInput,
+        panel: usize,
+        sums: &mut [[f32; LANES]],
+    ) {
+        assert!(panel < self.weight.panel_count() && sums.len() == self.count);
+        let panel = self.panel_job(section, input, panel, 0, sums);
+        let job = StripJob { panel, rows: self.count };
+        // SAFETY: as in `add_section`.
+        unsafe { (kernels.table().strip.accumulate)(section.encoding)(&job) };
     }
 
     /// All rows with some panels: tiles of as equal a size as can be.
@@ -197,10 +371,11 @@ impl<'a> Operands<'a> {
         output: Output,
     ) {
         for row in 0..rows {
+            let place = self.places.as_ref().map_or(start + row, |places| places[start + row]);
             for panel in 0..panels {
                 let outputs = (first + panel) * LANES..self.weight.rows.min((first + panel + 1) * LANES);
                 // SAFETY: the outputs of a panel are written by the one task that has the panel, one slice at a time.
-                let y = unsafe { y.slice(start + row, outputs.clone()) };
+                let y = unsafe { y.slice(place, outputs.clone()) };
                 let sums = &sums[row * panels + panel];
                 match (&self.weight.bias, output) {
                     (None, Output::Set) => y.copy_from_slice(&sums[..outputs.len()]),

@@ -17,8 +17,8 @@ pub struct SelfCheck {
     pub precision: Precision,
     /// The largest error of an output, as a share of the sum of the sizes of its products.
     pub error: f64,
-    /// The largest error that rounding explains: 2^−8 per product where activations are bf16, and sums of up to a
-    /// few hundred f32.
+    /// The largest error that rounding explains: 2^−8 per product where activations are bf16, 1/127 where they are
+    /// int8, and sums of up to a few hundred f32.
     pub budget: f64,
     /// Whether the error is within the budget.
     pub ok: bool,
@@ -28,6 +28,8 @@ pub struct SelfCheck {
 const F32_BUDGET: f64 = 4e-6;
 /// Half a unit in the last of the 8 significant bits of bf16.
 const BF16_ROUNDING: f64 = 1.0 / 256.0;
+/// Half a 127th of the largest activation of a block, where the mean is half of the largest.
+const INT8_ROUNDING: f64 = 1.0 / 127.0;
 
 const ROWS: usize = 70;
 const COLUMNS: usize = 300;
@@ -36,9 +38,14 @@ const COLUMNS: usize = 300;
 pub fn self_check(kernels: &Kernels, pool: &ThreadPool) -> Vec<SelfCheck> {
     let mut checks = Vec::new();
     for (case, weight) in cases() {
-        for precision in [Precision::F32, Precision::Exact] {
+        for precision in [Precision::F32, Precision::Exact, Precision::Fast] {
             let error = error(kernels, &weight, precision, pool);
-            let budget = if precision == Precision::F32 { F32_BUDGET } else { F32_BUDGET + BF16_ROUNDING };
+            let rounding = match precision {
+                Precision::F32 => 0.0,
+                Precision::Exact => BF16_ROUNDING,
+                Precision::Fast => INT8_ROUNDING,
+            };
+            let budget = F32_BUDGET + rounding;
             let ok = error <= budget;
             checks.push(SelfCheck { case: case.clone(), level: kernels.level(), precision, error, budget, ok });
         }

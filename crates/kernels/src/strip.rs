@@ -54,7 +54,7 @@ pub(crate) unsafe fn accumulate_strip<L: Level, E: Encoding<L>, const ROWS: usiz
                 unpack::<L, E>(level, state, bytes, step);
                 bytes = bytes.add(E::BYTES);
             }
-            let grid = job.panel.grid.map(|grid| Epilogue::of(grid.load(level, bytes)));
+            let grid = job.panel.grid.map(|grid| grid.load(level, bytes).map(Vector::to_array));
             bytes = bytes.add(job.panel.grid.map_or(0, GridParameters::bytes));
             let tiles = job.rows.div_ceil(ROWS);
             for tile in 0..tiles {
@@ -116,17 +116,6 @@ unsafe fn unpack_pair<L: Level, E: Encoding<L>, const PAIR: u32>(
 
 /// The parameters of a block in memory, where tiles read half of them at a time.
 type Epilogue = BlockGrid<[f32; LANES]>;
-
-impl Epilogue {
-    #[inline(always)]
-    fn of<V: Vector>(grid: BlockGrid<V>) -> Self {
-        BlockGrid {
-            scales: grid.scales.to_array(),
-            zero_points: grid.zero_points.map(V::to_array),
-            offsets: grid.offsets.map(V::to_array),
-        }
-    }
-}
 
 /// Some rows of x with a strip.
 struct TileJob<'a> {

@@ -1,11 +1,15 @@
-//! Every case of the table at every level that this machine has, in both precisions.
+//! Every case of the table at every level that this machine has, in every precision.
 
-use kintsugi_kernels::{Kernels, PackedMatrix, Precision};
+use kintsugi_kernels::{Arithmetic, Kernels, PackedMatrix, Precision};
 use kintsugi_runtime::{CpuLevel, ErrorCode, ThreadPool};
 use kintsugi_testkit::kernel_cases::{Format, KernelCase, ROW_COUNTS, kernel_cases};
-use kintsugi_weights::{DenseMatrix, ElementType, GroupAxis, LinearWeight, LowRank, WeightMatrix};
+use kintsugi_testkit::{Int8Activations, matrices};
+use kintsugi_weights::{
+    DenseMatrix, ElementType, GroupAxis, GroupSize, LinearWeight, LowRank, QuantizedMatrix, QuantizedParts,
+    WeightMatrix,
+};
 
-const PRECISIONS: [Precision; 2] = [Precision::F32, Precision::Exact];
+const PRECISIONS: [Precision; 3] = [Precision::F32, Precision::Exact, Precision::Fast];
 
 fn product(kernels: &Kernels, weight: &PackedMatrix, x: &[f32], pool: &ThreadPool) -> Vec<f32> {
     let mut y = vec![f32::NAN; x.len() / weight.columns() * weight.rows()];
@@ -24,6 +28,53 @@ fn worst(y: &[f32], expected: &[f64], allowed: &[f64]) -> f64 {
         if share.is_nan() { f64::INFINITY } else { share }
     });
     shares.fold(0.0, f64::max)
+}
+
+/// What precision `fast` may make of a product.
+struct Int8Reference {
+    truth: Vec<f64>,
+    /// The product of activations rounded by the independent reference, in f64.
+    expected: Vec<f64>,
+    /// How far an output may be from it: f32 sums, and where rounding an activation up or down is a matter of f32.
+    allowed: Vec<f64>,
+    /// Root of the summed squares of the reference's own error.
+    error: f64,
+}
+
+impl Int8Reference {
+    /// `None` where codes do not stand for integers.
+    fn new(case: &KernelCase, weight: &LinearWeight, x: &[f32], truth: &[f64]) -> Option<Int8Reference> {
+        let WeightMatrix::Quantized(matrix) = &weight.matrix else { return None };
+        if !case.has_integer_codes() {
+            return None;
+        }
+        let Int8Activations { rounded, undecided } = Int8Activations::new(matrix, x);
+        let expected = KernelCase::expected_of_rounded(weight, x, &rounded);
+        let sizes: Vec<f32> = x.iter().zip(&rounded).map(|(x, rounded)| x.abs().max(rounded.abs())).collect();
+        let main = LinearWeight::plain(weight.matrix.clone());
+        let allowed: Vec<f64> = KernelCase::magnitudes(weight, &sizes)
+            .iter()
+            .zip(KernelCase::products(&main, &undecided))
+            .map(|(magnitude, undecided)| {
+                case.budget.relative * magnitude + case.budget.absolute * case.columns as f64 + undecided
+            })
+            .collect();
+        let error = distance(&expected, truth);
+        Some(Int8Reference { truth: truth.to_vec(), expected, allowed, error })
+    }
+
+    /// The larger of two shares: of the allowed distance from the reference, and of 1.1 times its error.
+    fn share(&self, y: &[f32]) -> f64 {
+        let error = distance(&y.iter().map(|&y| f64::from(y)).collect::<Vec<_>>(), &self.truth);
+        let allowed = 1.1 * self.error + self.allowed.iter().map(|allowed| allowed * allowed).sum::<f64>().sqrt();
+        let share = error / allowed;
+        worst(y, &self.expected, &self.allowed).max(if share.is_nan() { f64::INFINITY } else { share })
+    }
+}
+
+/// Root of the summed squares of the differences.
+fn distance(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| (a - b) * (a - b)).sum::<f64>().sqrt()
 }
 
 #[test]
@@ -45,16 +96,21 @@ fn every_case_is_within_its_budget_at_every_level() {
             .zip(&sums)
             .map(|(products, sums)| case.budget.activations * products + sums)
             .collect();
+        let int8 = Int8Reference::new(&case, &weight, &x, &truth);
         for level in CpuLevel::available() {
             let kernels = Kernels::new(level).unwrap();
             for precision in PRECISIONS {
                 let packed = kernels.pack(&weight, precision, &pool).unwrap();
                 let y = product(&kernels, &packed, &x, &pool);
                 // Rounded activations are known, so what the kernel adds to their error can be judged as strictly.
-                let share = match kernels.activation_type(&packed) {
-                    ElementType::Bf16 => worst(&y, &truth_of_bf16, &sums).max(worst(&y, &truth, &with_rounding)),
-                    _ => worst(&y, &truth, &sums),
+                let share = match (kernels.arithmetic(&packed), &int8) {
+                    (Arithmetic::Int8, Some(int8)) => int8.share(&y),
+                    (Arithmetic::Bf16, _) => worst(&y, &truth_of_bf16, &sums).max(worst(&y, &truth, &with_rounding)),
+                    (Arithmetic::F32, _) => worst(&y, &truth, &sums),
+                    (Arithmetic::Int8, None) => f64::INFINITY,
                 };
+                let int8_expected = precision == Precision::Fast && case.has_integer_codes();
+                assert_eq!(kernels.arithmetic(&packed) == Arithmetic::Int8, int8_expected, "{}", case.name());
                 if share > 1.0 {
                     failures.push(format!(
                         "{}, {}, {precision:?}: {share:.2} of the budget ({})",
@@ -143,10 +199,112 @@ fn a_batch_longer_than_what_is_packed_at_once_is_the_same_row_by_row() {
     let x = case.input(300);
     for level in CpuLevel::available() {
         let kernels = Kernels::new(level).unwrap();
-        let packed = kernels.pack(&weight, Precision::Exact, &pool).unwrap();
-        let whole = product(&kernels, &packed, &x, &pool);
-        for (x, y) in x.chunks(case.columns).zip(whole.chunks(case.rows)) {
-            assert_eq!(bits(&product(&kernels, &packed, x, &pool)), bits(y));
+        for precision in PRECISIONS {
+            let packed = kernels.pack(&weight, precision, &pool).unwrap();
+            let whole = product(&kernels, &packed, &x, &pool);
+            for (x, y) in x.chunks(case.columns).zip(whole.chunks(case.rows)) {
+                assert_eq!(bits(&product(&kernels, &packed, x, &pool)), bits(y));
+            }
+            // 130 rows: a whole pack and two more.
+            let part = product(&kernels, &packed, &x[..130 * case.columns], &pool);
+            assert_eq!(bits(&part), bits(&whole[..130 * case.rows]));
+        }
+    }
+}
+
+/// Sums of a block are exact, and the few float operations after them are the same at every level. Low-rank parts
+/// are sums of f32, which the scalar level rounds twice where the others have fused products.
+#[test]
+fn fast_products_are_the_same_bit_for_bit_at_every_level() {
+    let pool = ThreadPool::with_threads(2);
+    for case in kernel_cases().into_iter().filter(KernelCase::has_integer_codes) {
+        let weight = case.weight();
+        let x = case.input(9);
+        let results: Vec<Vec<u32>> = CpuLevel::available()
+            .filter(|&level| case.rank == 0 || level != CpuLevel::Scalar)
+            .map(|level| {
+                let kernels = Kernels::new(level).unwrap();
+                let packed = kernels.pack(&weight, Precision::Fast, &pool).unwrap();
+                bits(&product(&kernels, &packed, &x, &pool))
+            })
+            .collect();
+        for result in &results {
+            assert!(result == &results[0], "{}", case.name());
+        }
+    }
+}
+
+/// The sums that come closest to the limits of 16 and 32 bits: the largest codes with the largest activations, all of
+/// one sign, and in pairs of either sign.
+#[test]
+fn fast_products_do_not_saturate() {
+    const COLUMNS: usize = 300;
+    let pool = ThreadPool::with_threads(1);
+    let signs: [fn(usize) -> f32; 4] = [
+        |_| 1.0,
+        |_| -1.0,
+        |column| if column % 2 == 0 { 1.0 } else { -1.0 },
+        |column| {
+            if column / 4 % 2 == 0 { 1.0 } else { -1.0 }
+        },
+    ];
+    for bits in [2, 3, 4, 5, 6, 8] {
+        let largest = ((1u16 << bits) - 1) as u8;
+        let rows: [fn(usize, u8) -> u8; 4] = [
+            |_, largest| largest,
+            |_, _| 0,
+            |column, largest| if column % 2 == 0 { largest } else { 0 },
+            |column, largest| if column / 4 % 2 == 0 { largest } else { 0 },
+        ];
+        for zero in [None, Some(0), Some(largest)] {
+            let codes: Vec<u8> =
+                rows.iter().flat_map(|code| (0..COLUMNS).map(move |column| code(column, largest))).collect();
+            let parts = QuantizedParts {
+                rows: rows.len(),
+                columns: COLUMNS,
+                bits,
+                group_size: GroupSize::WholeRow,
+                codes: codes.clone(),
+                scales: vec![1.0; rows.len()],
+                scale_type: ElementType::F32,
+                zero_points: zero.map(|zero| vec![zero; rows.len()]),
+                ..QuantizedParts::default()
+            };
+            let weight = LinearWeight::plain(WeightMatrix::Quantized(QuantizedMatrix::new(parts).unwrap()));
+            let zero = zero.map_or(1 << (bits - 1), i64::from);
+            for level in CpuLevel::available() {
+                let kernels = Kernels::new(level).unwrap();
+                let packed = kernels.pack(&weight, Precision::Fast, &pool).unwrap();
+                // 127 is its own int8, and every product an integer.
+                let x: Vec<f32> =
+                    signs.iter().flat_map(|sign| (0..COLUMNS).map(move |column| 127.0 * sign(column))).collect();
+                let y = product(&kernels, &packed, &x, &pool);
+                for (x, y) in x.chunks(COLUMNS).zip(y.chunks(rows.len())) {
+                    for (codes, &y) in codes.chunks(COLUMNS).zip(y) {
+                        let exact: i64 =
+                            codes.iter().zip(x).map(|(&code, &x)| (i64::from(code) - zero) * x as i64).sum();
+                        assert_eq!(y as i64, exact, "{bits} bits, zero point {zero}, {}", level.name());
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn what_has_no_int8_products_runs_as_exact() {
+    let pool = ThreadPool::with_threads(2);
+    let cases = kernel_cases().into_iter().filter(|case| !case.has_integer_codes());
+    for case in cases.filter(|case| case.rows == 100) {
+        let weight = case.weight();
+        let x = case.input(3);
+        for level in CpuLevel::available() {
+            let kernels = Kernels::new(level).unwrap();
+            let [exact, fast] = [Precision::Exact, Precision::Fast].map(|precision| {
+                let packed = kernels.pack(&weight, precision, &pool).unwrap();
+                bits(&product(&kernels, &packed, &x, &pool))
+            });
+            assert!(exact == fast, "{} {}", case.name(), level.name());
         }
     }
 }
@@ -177,7 +335,7 @@ fn adapters_add_their_product() {
                 let packed = kernels.pack_low_rank(&factors, scaling, &pool).unwrap();
                 assert_eq!(packed.rank(), rank);
                 let mut y = vec![1.0f32; 9 * case.rows];
-                kernels.accumulate_low_rank(&packed, &x, &mut y, &pool);
+                kernels.accumulate_low_ranks(&[(0..9, &packed)], &x, &mut y, &pool);
                 for ((&y, expected), magnitude) in y.iter().zip(&expected).zip(&magnitudes) {
                     let expected = 1.0 + f64::from(scaling) * expected;
                     let budget = case.budget.relative * (1.0 + f64::from(scaling.abs()) * magnitude);
@@ -186,6 +344,56 @@ fn adapters_add_their_product() {
             }
         }
     }
+}
+
+#[test]
+fn rows_with_adapters_of_their_own_are_the_same_bit_for_bit_as_alone() {
+    let pools: Vec<ThreadPool> = [1, 3].map(ThreadPool::with_threads).into();
+    let (outputs, inputs) = (300, 1100);
+    let factors = |rank: usize, seed: u64| {
+        let b = matrices::weights(seed, outputs, rank);
+        LowRank::new(outputs, inputs, rank, b, matrices::weights(seed + 1, rank, inputs), ElementType::Bf16)
+    };
+    let x = matrices::activations(1, 140, inputs);
+    for level in CpuLevel::available() {
+        let kernels = Kernels::new(level).unwrap();
+        let ranks = [16, 1, 40, 0];
+        let packed: Vec<_> = ranks
+            .iter()
+            .zip(0..)
+            .map(|(&rank, i)| kernels.pack_low_rank(&factors(rank, 10 * i), 0.5 + i as f32, &pools[0]).unwrap())
+            .collect();
+        // Rows 3, 4 and 139 have none; the first adapter has rows in two places.
+        let updates = [
+            (0..2, &packed[0]),
+            (2..3, &packed[1]),
+            (5..134, &packed[2]),
+            (134..135, &packed[3]),
+            (135..139, &packed[0]),
+        ];
+        for pool in &pools {
+            let mut y = vec![0.25; 140 * outputs];
+            kernels.accumulate_low_ranks(&updates, &x, &mut y, pool);
+            for row in 0..140 {
+                let mut alone = vec![0.25; outputs];
+                let x = &x[row * inputs..][..inputs];
+                if let Some((_, update)) = updates.iter().find(|(rows, _)| rows.contains(&row)) {
+                    kernels.accumulate_low_ranks(&[(0..1, update)], x, &mut alone, pool);
+                }
+                assert_eq!(bits(&y[row * outputs..][..outputs]), bits(&alone), "row {row}, {}", level.name());
+            }
+        }
+    }
+}
+
+#[test]
+#[should_panic(expected = "share a row")]
+fn rows_with_two_adapters_are_a_defect_of_the_caller() {
+    let pool = ThreadPool::with_threads(1);
+    let kernels = Kernels::selected().unwrap();
+    let factors = LowRank::new(2, 3, 1, vec![1.0; 2], vec![1.0; 3], ElementType::F32);
+    let packed = kernels.pack_low_rank(&factors, 1.0, &pool).unwrap();
+    kernels.accumulate_low_ranks(&[(0..2, &packed), (1..3, &packed)], &[1.0; 9], &mut [0.0; 6], &pool);
 }
 
 #[test]

@@ -1,7 +1,7 @@
 use std::borrow::Cow;
 use std::ops::Range;
 
-use kintsugi_kernels::{Activation, RotaryTable, Scores};
+use kintsugi_kernels::{Activation, Arithmetic, RotaryTable, Scores};
 use kintsugi_runtime::Result;
 use kintsugi_weights::{LinearWeight, LowRank};
 
@@ -65,6 +65,8 @@ pub trait Backend: Send + Sync + 'static {
     fn prepare_rotary(&self, table: RotaryTable) -> Result<Self::Rotary>;
     /// Bytes that a prepared Linear occupies.
     fn linear_bytes(&self, linear: &Self::Linear) -> usize;
+    /// What the products with a prepared Linear are computed in.
+    fn arithmetic(&self, linear: &Self::Linear) -> Arithmetic;
 
     /// A tensor of zeros.
     fn tensor(&self, rows: usize, width: usize) -> Result<Self::Tensor>;
@@ -80,11 +82,10 @@ pub trait Backend: Send + Sync + 'static {
 
     /// `y = W x + B (A x) + bias`.
     fn linear(&self, linear: &Self::Linear, x: &Self::Tensor, y: &mut Self::Tensor) -> Result<()>;
-    /// `y[rows] += scaling · B (A x[rows])`.
-    fn add_low_rank(
+    /// `y[rows] += scaling · B (A x[rows])` for ranges of rows that do not overlap, each with factors of its own.
+    fn add_low_ranks(
         &self,
-        factors: &Self::LowRank,
-        rows: Range<usize>,
+        updates: &[(Range<usize>, &Self::LowRank)],
         x: &Self::Tensor,
         y: &mut Self::Tensor,
     ) -> Result<()>;

@@ -1,6 +1,6 @@
 use std::ops::Range;
 
-use kintsugi_kernels::Activation;
+use kintsugi_kernels::{Activation, Arithmetic};
 use kintsugi_runtime::{Error, ErrorCode, Result};
 
 use crate::workspace::MlpBuffers;
@@ -103,9 +103,19 @@ impl<B: Backend> Block<B> {
 
     /// Bytes of the packed weights.
     pub fn memory_bytes(&self, backend: &B) -> usize {
+        self.every_linear().map(|linear| backend.linear_bytes(linear)).sum()
+    }
+
+    /// What the products with each Linear are computed in.
+    pub fn arithmetic(&self, backend: &B) -> impl Iterator<Item = Arithmetic> {
+        self.every_linear().map(|linear| backend.arithmetic(linear))
+    }
+
+    /// The Linears, and those that choose experts.
+    fn every_linear(&self) -> impl Iterator<Item = &B::Linear> {
         let choosers =
             self.experts.iter().flat_map(|experts| std::iter::once(&experts.router).chain(&experts.shared_gate));
-        self.linears.iter().chain(choosers).map(|linear| backend.linear_bytes(linear)).sum()
+        self.linears.iter().chain(choosers)
     }
 
     /// One pass over `hidden` `[rows, hiddenSize]`, in place; `taps` sees the input of every Linear.
@@ -331,12 +341,13 @@ impl<B: Backend> Block<B> {
             return Err(Error::new(ErrorCode::Internal, format!("the block has no {slot:?}")));
         };
         backend.linear(&self.linears[index], x, y)?;
-        for AdaptedRows { rows, adapter } in adapted {
-            if let Some(update) = &self.adapters[*adapter][index] {
-                backend.add_low_rank(update, rows.clone(), x, y)?;
-            }
-        }
-        Ok(())
+        let updates: Vec<_> = adapted
+            .iter()
+            .filter_map(|AdaptedRows { rows, adapter }| {
+                self.adapters[*adapter][index].as_ref().map(|update| (rows.clone(), update))
+            })
+            .collect();
+        backend.add_low_ranks(&updates, x, y)
     }
 }
 

@@ -2,7 +2,7 @@ use std::borrow::Cow;
 use std::ops::Range;
 
 use candle_core::{D, DType, Device, Tensor};
-use kintsugi_kernels::{Activation, PAGE_POSITIONS, RotaryTable, Scores};
+use kintsugi_kernels::{Activation, Arithmetic, PAGE_POSITIONS, RotaryTable, Scores};
 use kintsugi_runtime::{Error, ErrorCode, Result};
 use kintsugi_weights::{LinearWeight, LowRank};
 
@@ -244,6 +244,10 @@ impl Backend for CandleBackend {
         (linear.transposed.elem_count() + factors) * size_of::<f32>()
     }
 
+    fn arithmetic(&self, _: &CandleLinear) -> Arithmetic {
+        Arithmetic::F32
+    }
+
     fn tensor(&self, rows: usize, width: usize) -> Result<CandleTensor> {
         // candle has no tensors without elements; the first operation replaces this one anyway.
         let tensor = Tensor::zeros((rows.max(1), width), DType::F32, &Device::Cpu).map_err(failed)?;
@@ -285,14 +289,13 @@ impl Backend for CandleBackend {
         Ok(())
     }
 
-    fn add_low_rank(
+    fn add_low_ranks(
         &self,
-        factors: &CandleLowRank,
-        rows: Range<usize>,
+        updates: &[(Range<usize>, &CandleLowRank)],
         x: &CandleTensor,
         y: &mut CandleTensor,
     ) -> Result<()> {
-        let compute = || {
+        let compute = |rows: &Range<usize>, factors: &CandleLowRank, y: &CandleTensor| {
             let update = factors.apply(&x.tensor.narrow(0, rows.start, rows.len())?)?;
             let after = y.tensor.dim(0)? - rows.end;
             let changed = (y.tensor.narrow(0, rows.start, rows.len())? + update)?;
@@ -306,7 +309,9 @@ impl Backend for CandleBackend {
             }
             Tensor::cat(&parts, 0)
         };
-        y.tensor = compute().map_err(failed)?;
+        for (rows, factors) in updates {
+            y.tensor = compute(rows, factors, y).map_err(failed)?;
+        }
         Ok(())
     }
 

@@ -2,7 +2,7 @@ use std::borrow::Cow;
 use std::ops::Range;
 
 use kintsugi_kernels::{
-    Activation, AttentionSegment, Kernels, KvPages, PackedLowRank, PackedMatrix, Precision, RotaryTable,
+    Activation, Arithmetic, AttentionSegment, Kernels, KvPages, PackedLowRank, PackedMatrix, Precision, RotaryTable,
 };
 use kintsugi_runtime::{CpuFeatures, Result, ThreadPool};
 use kintsugi_weights::{LinearWeight, LowRank};
@@ -98,6 +98,10 @@ impl Backend for CpuBackend {
         linear.memory_bytes()
     }
 
+    fn arithmetic(&self, linear: &PackedMatrix) -> Arithmetic {
+        self.kernels.arithmetic(linear)
+    }
+
     fn tensor(&self, rows: usize, width: usize) -> Result<CpuTensor> {
         Ok(CpuTensor { width, values: vec![0.0; rows * width] })
     }
@@ -126,16 +130,13 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn add_low_rank(
+    fn add_low_ranks(
         &self,
-        factors: &PackedLowRank,
-        rows: Range<usize>,
+        updates: &[(Range<usize>, &PackedLowRank)],
         x: &CpuTensor,
         y: &mut CpuTensor,
     ) -> Result<()> {
-        let x = &x.values[rows.start * x.width..rows.end * x.width];
-        let y = &mut y.values[rows.start * y.width..rows.end * y.width];
-        self.kernels.accumulate_low_rank(factors, x, y, self.pool);
+        self.kernels.accumulate_low_ranks(updates, &x.values, &mut y.values, self.pool);
         Ok(())
     }
 

@@ -1,3 +1,4 @@
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -87,6 +88,11 @@ impl LoadedModel {
     /// Bytes of the packed weights.
     pub fn memory_bytes(&self) -> usize {
         on_backend!(self, model => model.memory_bytes())
+    }
+
+    /// See [`Model::arithmetic`].
+    pub fn arithmetic(&self) -> BTreeMap<&'static str, usize> {
+        on_backend!(self, model => model.arithmetic())
     }
 
     /// See [`Model::perplexity`].

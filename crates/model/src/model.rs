@@ -1,3 +1,5 @@
+use std::collections::BTreeMap;
+
 use kintsugi_checkpoint::Checkpoint;
 use kintsugi_runtime::{CancelToken, Error, ErrorCode, Progress, Result};
 use kintsugi_weights::Adapter;
@@ -165,6 +167,17 @@ impl<B: Backend> Model<B> {
     pub fn memory_bytes(&self) -> usize {
         let blocks: usize = self.blocks.iter().map(|block| block.memory_bytes(&self.backend)).sum();
         blocks + self.embedding.memory_bytes() + self.backend.linear_bytes(&self.head)
+    }
+
+    /// How many Linears have their products computed in which arithmetic, the head among them: what a precision comes
+    /// to with these weights on this machine.
+    pub fn arithmetic(&self) -> BTreeMap<&'static str, usize> {
+        let mut counts = BTreeMap::new();
+        let blocks = self.blocks.iter().flat_map(|block| block.arithmetic(&self.backend));
+        for arithmetic in blocks.chain([self.backend.arithmetic(&self.head)]) {
+            *counts.entry(arithmetic.name()).or_default() += 1;
+        }
+        counts
     }
 
     /// Runs the rows of `batch`, one token per row, through all blocks; the result stays in `session`.

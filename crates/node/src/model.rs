@@ -18,7 +18,7 @@ use crate::job::{spawn, to_json};
 #[napi(object, object_to_js = false)]
 pub struct BindingLoadOptions {
     pub path: String,
-    /// `f32` or `exact`.
+    /// `f32`, `exact` or `fast`.
     pub precision: String,
     /// `cpu` or `candle`.
     pub backend: String,
@@ -76,6 +76,7 @@ impl BindingModel {
             "linearParameters": spec.linear_parameters(),
             "memoryBytes": model.memory_bytes(),
             "precision": self.precision,
+            "arithmetic": model.arithmetic(),
             "backend": model.backend_name(),
             "cpuLevel": level,
             "adapters": model.adapters(),
@@ -150,6 +151,7 @@ pub(crate) fn precision(name: &str) -> Result<Precision> {
     match name {
         "f32" => Ok(Precision::F32),
         "exact" => Ok(Precision::Exact),
-        other => Err(invalid_option("precision", other, &["f32", "exact"])),
+        "fast" => Ok(Precision::Fast),
+        other => Err(invalid_option("precision", other, &["f32", "exact", "fast"])),
     }
 }

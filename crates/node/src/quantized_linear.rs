@@ -21,7 +21,7 @@ pub struct BindingQuantizedLinearOptions {
     /// 0 for the whole row.
     pub group_size: u32,
     pub symmetric: bool,
-    /// `f32` or `exact`.
+    /// `f32`, `exact` or `fast`.
     pub precision: String,
 }
 
@@ -82,6 +82,7 @@ impl BindingQuantizedLinear {
             "bits": layer.bits,
             "bitsPerWeight": layer.stored_bits as f64 / weights as f64,
             "memoryBytes": layer.packed.memory_bytes(),
+            "arithmetic": layer.kernels.arithmetic(&layer.packed).name(),
             "cpuLevel": layer.kernels.level().name(),
         }))
     }

@@ -227,15 +227,28 @@ impl KernelCase {
 
     /// The product in f64, with the activations of the main matrix rounded to `activations` first.
     pub fn expected(weight: &LinearWeight, x: &[f32], activations: ElementType) -> Vec<f64> {
-        let whole = reference_product(weight, x);
         if activations == ElementType::F32 {
-            return whole;
+            return reference_product(weight, x);
         }
-        let main = LinearWeight { low_rank: None, ..weight.clone() };
         let rounded: Vec<f32> = x.iter().map(|&x| activations.round(x)).collect();
-        let main_rounded = reference_product(&main, &rounded);
+        Self::expected_of_rounded(weight, x, &rounded)
+    }
+
+    /// The product in f64, of the main matrix with `rounded` and of the low-rank part with `x`.
+    pub fn expected_of_rounded(weight: &LinearWeight, x: &[f32], rounded: &[f32]) -> Vec<f64> {
+        let whole = reference_product(weight, x);
+        let main = LinearWeight { low_rank: None, ..weight.clone() };
+        let main_rounded = reference_product(&main, rounded);
         let main = reference_product(&main, x);
         whole.iter().zip(main).zip(main_rounded).map(|((whole, main), rounded)| whole - main + rounded).collect()
+    }
+
+    /// Whether precision `fast` takes activations as int8: codes stand for integers.
+    pub fn has_integer_codes(&self) -> bool {
+        match self.format {
+            Format::Dense(_) => false,
+            Format::Integer { grid, .. } => !matches!(grid, Grid::OutputGroups | Grid::Table("nf4", _)),
+        }
     }
 
     /// Σ|w||x| of each output, low-rank part and bias included.
@@ -383,8 +396,7 @@ pub fn kernel_cases() -> Vec<KernelCase> {
     let ranks = [(0, BF16), (5, BF16), (16, F16), (0, F32), (16, BF16), (5, F32)];
     let mut turn = 0;
     for bits in [2, 3, 4, 5, 6, 8] {
-        for group_size in [GroupSize::Columns(32), GroupSize::Columns(64), GroupSize::Columns(128), GroupSize::WholeRow]
-        {
+        for group_size in [32, 64, 128, 256].map(GroupSize::Columns).into_iter().chain([GroupSize::WholeRow]) {
             for symmetric in [true, false] {
                 let (rank, factor_type) = ranks[turn % ranks.len()];
                 let scale_type = ElementType::ALL[turn / 2 % 3];

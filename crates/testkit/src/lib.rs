@@ -2,6 +2,7 @@
 
 pub mod eora_cases;
 pub mod float8_checkpoint;
+mod int8_activations;
 pub mod kernel_cases;
 pub mod matrices;
 pub mod outlier_checkpoint;
@@ -9,4 +10,5 @@ mod random;
 pub mod reference_rows;
 pub mod synthetic_checkpoint;
 
+pub use int8_activations::Int8Activations;
 pub use random::Random;

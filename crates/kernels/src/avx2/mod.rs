@@ -1,5 +1,6 @@
 //! AVX2, FMA and F16C.
 
+mod integer;
 mod table;
 mod vector;
 

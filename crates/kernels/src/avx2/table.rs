@@ -12,6 +12,7 @@ kernel_table! {
     queries: 2,
     strip: (8, 6),
     shapes: [(1, 1) (2, 1) (3, 1)],
+    integers: (4, 3: [1 2 3], 9, 6, 2),
 }
 
 fn no_bf16(_: PanelEncoding, _: usize, _: usize) -> Accumulate {

@@ -1,5 +1,6 @@
 //! Portable Rust, in a shape that compilers vectorize for the baseline of the target.
 
+mod integer;
 mod table;
 mod vector;
 

@@ -11,6 +11,7 @@ kernel_table! {
     queries: 1,
     strip: (8, 2),
     shapes: [(1, 1) (2, 1) (3, 1) (4, 1)],
+    integers: (4, 2: [1 2], 3, 4, 1),
 }
 
 fn no_bf16(_: PanelEncoding, _: usize, _: usize) -> Accumulate {

@@ -1,0 +1,47 @@
+//! Activations as precision `fast` rounds them, straight from its definition and in f64.
+
+use kintsugi_weights::QuantizedMatrix;
+
+/// Longest run of columns that share a scale.
+const RUN: usize = 128;
+
+/// A quotient this close to the middle of two integers may be rounded to either.
+const TIE: f64 = 1e-4;
+
+/// Rows of x rounded to int8.
+pub struct Int8Activations {
+    /// What stands for x, `[count, columns]`.
+    pub rounded: Vec<f32>,
+    /// The step of each value whose rounding is a matter of f32 arithmetic, 0 elsewhere.
+    pub undecided: Vec<f32>,
+}
+
+impl Int8Activations {
+    /// Rounds `x`, `[count, columns]`, for the products with a matrix: the columns of each of its groups, in their
+    /// order and in runs of up to 128, to multiples of a 127th of the largest size among them, but of no less than the
+    /// smallest normal f32.
+    pub fn new(matrix: &QuantizedMatrix, x: &[f32]) -> Int8Activations {
+        let columns = matrix.columns();
+        let mut runs: Vec<Vec<usize>> = Vec::new();
+        for group in 0..matrix.groups() {
+            let members: Vec<usize> = (0..columns).filter(|&column| matrix.group_of(column) == group).collect();
+            runs.extend(members.chunks(RUN).map(<[usize]>::to_vec));
+        }
+        let mut rounded = vec![0.0; x.len()];
+        let mut undecided = vec![0.0; x.len()];
+        for start in (0..x.len()).step_by(columns) {
+            for run in &runs {
+                let largest = run.iter().map(|&column| x[start + column].abs()).fold(0.0, f32::max);
+                let step = (f64::from(largest) / 127.0).max(f64::from(f32::MIN_POSITIVE));
+                for &column in run {
+                    let quotient = f64::from(x[start + column]) / step;
+                    rounded[start + column] = (quotient.round_ties_even() * step) as f32;
+                    if ((quotient - quotient.floor()) - 0.5).abs() < TIE {
+                        undecided[start + column] = step as f32;
+                    }
+                }
+            }
+        }
+        Int8Activations { rounded, undecided }
+    }
+}
