@@ -154,7 +154,7 @@ export interface BindingLinearOverride {
 /** Options of `loadModel`; `src/model.ts` fills in the defaults. */
 export interface BindingLoadOptions {
   path: string
-  /** `f32` or `exact`. */
+  /** `f32`, `exact` or `fast`. */
   precision: string
   /** `cpu` or `candle`. */
   backend: string
@@ -240,7 +240,7 @@ export interface BindingQuantizedLinearOptions {
   /** 0 for the whole row. */
   groupSize: number
   symmetric: boolean
-  /** `f32` or `exact`. */
+  /** `f32`, `exact` or `fast`. */
   precision: string
 }
 

@@ -1,11 +1,9 @@
 //! One test per trick that a broken or foreign adapter folder can play; each must end in `ERR_ADAPTER_INVALID` with a
 //! subject and a hint.
 
-mod fixture;
-
 use std::fs;
 
-use fixture::{Tensor, assert_refused, floats, safetensors, write_checkpoint};
+use crate::fixture::{Tensor, assert_refused, floats, safetensors, write_checkpoint};
 use kintsugi_checkpoint::{Checkpoint, read_adapter};
 use kintsugi_runtime::{Error, ErrorCode};
 use kintsugi_weights::Adapter;

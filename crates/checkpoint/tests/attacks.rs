@@ -1,12 +1,10 @@
 //! One test per trick that a broken or hostile folder can play. Each must end in a typed error that says with what and
 //! what to do, never in a crash or an allocation that the file does not justify.
 
-mod fixture;
-
 use std::fs;
 use std::path::Path;
 
-use fixture::{Tensor, assert_refused, floats, longs, raw_file, safetensors, words, write_checkpoint};
+use crate::fixture::{Tensor, assert_refused, floats, longs, raw_file, safetensors, words, write_checkpoint};
 use kintsugi_checkpoint::Checkpoint;
 use kintsugi_runtime::{Error, ErrorCode};
 use serde_json::{Value, json};

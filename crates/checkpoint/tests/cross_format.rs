@@ -1,10 +1,8 @@
 //! The same matrix in every format that can hold it, and what happens to those that cannot.
 
-mod fixture;
-
 use std::path::Path;
 
-use fixture::{assert_refused, finish, floats, raw_file, safetensors, words, write_checkpoint};
+use crate::fixture::{assert_refused, finish, floats, raw_file, safetensors, words, write_checkpoint};
 use kintsugi_checkpoint::{
     Awq, Checkpoint, CheckpointWriter, FORMATS, Gptq, IntQuantized, Kintsugi, LinearFormat, LinearTarget, MatrixForm,
     PackQuantized, QuantizationConfig, Scheme, SchemeException, linear_format,
@@ -336,7 +334,7 @@ fn files_of_the_time_before_config_json_are_read() {
     let of_gptq = json!({ "bits": 4, "group_size": -1, "damp_percent": 0.01, "desc_act": false, "static_groups": false,
         "sym": true, "true_sequential": true, "model_name_or_path": null, "model_file_base_name": "model" });
     let of_awq = json!({ "zero_point": true, "q_group_size": 8, "w_bit": 4, "version": "GEMM" });
-    let cases: [(&str, &Value, &[fixture::Tensor], &dyn LinearFormat); 2] =
+    let cases: [(&str, &Value, &[crate::fixture::Tensor], &dyn LinearFormat); 2] =
         [("quantize_config.json", &of_gptq, &gptq, &Gptq::V1), ("quant_config.json", &of_awq, &awq, &Awq)];
     for (file, config, tensors, format) in cases {
         let folder = tempfile::tempdir().unwrap();

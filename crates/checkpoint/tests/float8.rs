@@ -1,8 +1,6 @@
 //! Weights of 8-bit floats: what they mean, worked out by hand, and what is refused.
 
-mod fixture;
-
-use fixture::{Tensor, assert_refused, floats, safetensors, write_checkpoint};
+use crate::fixture::{Tensor, assert_refused, floats, safetensors, write_checkpoint};
 use kintsugi_checkpoint::{Checkpoint, CheckpointWriter};
 use kintsugi_runtime::{Error, ErrorCode};
 use kintsugi_weights::{DenseMatrix, WeightMatrix};

@@ -1,9 +1,7 @@
 //! Broken and hostile Linears of GPTQ, AWQ, int-quantized and our own format. Each must end in a typed error that says with what and
 //! what to do.
 
-mod fixture;
-
-use fixture::{Tensor, assert_refused, floats, safetensors, words, write_checkpoint};
+use crate::fixture::{Tensor, assert_refused, floats, safetensors, words, write_checkpoint};
 use kintsugi_checkpoint::Checkpoint;
 use kintsugi_runtime::{Error, ErrorCode};
 use proptest::prelude::*;

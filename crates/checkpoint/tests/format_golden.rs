@@ -1,10 +1,8 @@
 //! Linears of every format whose words were worked out by hand from the published layouts.
 
-mod fixture;
-
 use std::path::Path;
 
-use fixture::{finish, floats, raw_file, safetensors, words, write_checkpoint};
+use crate::fixture::{finish, floats, raw_file, safetensors, words, write_checkpoint};
 use kintsugi_checkpoint::{
     Awq, Checkpoint, CheckpointWriter, Gptq, Kintsugi, LinearFormat, QuantizationConfig, Scheme,
 };
@@ -12,7 +10,7 @@ use kintsugi_weights::{ElementType, GroupAxis, GroupSize, QuantizedMatrix, Quant
 use serde_json::{Value, json};
 
 /// The only Linear of a folder with these tensors and this `quantization_config`.
-fn read(tensors: &[fixture::Tensor], config: &Value) -> QuantizedMatrix {
+fn read(tensors: &[crate::fixture::Tensor], config: &Value) -> QuantizedMatrix {
     let folder = tempfile::tempdir().unwrap();
     write_checkpoint(folder.path(), &json!({ "quantization_config": config }), &safetensors(tensors));
     let checkpoint = Checkpoint::open(folder.path()).unwrap();
@@ -121,7 +119,7 @@ fn middle_words(bits: u8, version: &str) -> Vec<u32> {
 }
 
 /// An f16 tensor of these bits.
-fn halves(name: &'static str, shape: &[usize], values: &[u16]) -> fixture::Tensor {
+fn halves(name: &'static str, shape: &[usize], values: &[u16]) -> crate::fixture::Tensor {
     (name, "F16", shape.to_vec(), values.iter().flat_map(|value| value.to_le_bytes()).collect())
 }
 
@@ -314,7 +312,7 @@ fn awq_says_symmetric_by_its_data() {
 
 // --- compressed-tensors int-quantized ---
 
-fn bytes(name: &'static str, shape: &[usize], values: &[i8]) -> fixture::Tensor {
+fn bytes(name: &'static str, shape: &[usize], values: &[i8]) -> crate::fixture::Tensor {
     (name, "I8", shape.to_vec(), values.iter().map(|&value| value as u8).collect())
 }
 

@@ -1,11 +1,9 @@
 //! One test per trick that a broken or hostile GGUF file can play. Each must end in a typed error that says with what
 //! and what to do, never in a crash or an allocation that the file does not justify.
 
-mod fixture;
-
 use std::fs;
 
-use fixture::assert_refused;
+use crate::fixture::assert_refused;
 use kintsugi_checkpoint::Checkpoint;
 use kintsugi_checkpoint::gguf::{GgufFile, GgufHeader, tokenizer_of};
 use kintsugi_runtime::{Error, ErrorCode};

@@ -1,11 +1,9 @@
 //! What is written as GGUF is read back: floats and codes bit for bit, rounded values close to the source.
 
-mod fixture;
-
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use fixture::{assert_refused, finish};
+use crate::fixture::{assert_refused, finish};
 use kintsugi_checkpoint::gguf::{
     GgufEntry, GgufFile, GgufMetadata, GgufPlan, GgufSummary, GgufType, GgufValue, GgufWriter, exact_type, write_gguf,
 };

@@ -1,8 +1,6 @@
 //! One compressed-tensors checkpoint whose bytes were worked out by hand from the format.
 
-mod fixture;
-
-use fixture::{finish, raw_file, write_checkpoint};
+use crate::fixture::{finish, raw_file, write_checkpoint};
 use kintsugi_checkpoint::{Checkpoint, CheckpointWriter, PackQuantized, QuantizationConfig};
 use kintsugi_weights::{ElementType, GroupAxis, GroupSize, QuantizedMatrix, QuantizedParts, WeightMatrix};
 use serde_json::json;

@@ -1,12 +1,10 @@
 //! What is written is read back bit for bit, the same bytes come out every time, and a failure leaves nothing.
 
-mod fixture;
-
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use fixture::{assert_refused, finish, floats, raw_file, safetensors, write_checkpoint};
+use crate::fixture::{assert_refused, finish, floats, raw_file, safetensors, write_checkpoint};
 use kintsugi_checkpoint::{
     Checkpoint, CheckpointWriter, PackQuantized, QuantizationConfig, read_adapter, write_adapter,
 };

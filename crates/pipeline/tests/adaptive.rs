@@ -1,10 +1,8 @@
 //! Choices that are made per Linear: the axis of the groups (AdaDim), and widths under a bit budget.
 
-mod common;
-
 use std::path::Path;
 
-use common::{assets, backend, perplexity, recipe};
+use crate::common::{assets, backend, perplexity, recipe};
 use kintsugi_checkpoint::Checkpoint;
 use kintsugi_compress::AxisRule;
 use kintsugi_model::DecoderSpec;

@@ -1,11 +1,9 @@
 //! AWQ over whole checkpoints: scales that are folded into norms and rows, against rounding to nearest.
 #![allow(clippy::print_stdout, reason = "the figures are worth a look: cargo test -- --nocapture")]
 
-mod common;
-
 use std::path::Path;
 
-use common::{assets, backend, perplexity, recipe};
+use crate::common::{assets, backend, perplexity, recipe};
 use kintsugi_pipeline::{Recipe, Report, compress};
 use kintsugi_runtime::{CancelToken, Progress};
 use kintsugi_testkit::outlier_checkpoint::write_outlier_checkpoint;

@@ -1,11 +1,9 @@
 //! Bad input gives a typed error with subject and hint and leaves nothing behind.
 
-mod common;
-
 use std::fs;
 use std::path::Path;
 
-use common::{assets, backend, recipe};
+use crate::common::{assets, backend, recipe};
 use kintsugi_pipeline::{Recipe, compress};
 use kintsugi_runtime::{CancelToken, ErrorCode, Progress};
 

@@ -1,11 +1,9 @@
 //! Where calibration comes from, where it is kept, and what is saved of it: none of it changes the output.
 
-mod common;
-
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use common::{assets, backend, recipe};
+use crate::common::{assets, backend, recipe};
 use kintsugi_calibration::Calibration;
 use kintsugi_checkpoint::Checkpoint;
 use kintsugi_model::{Block, BlockWeights, CpuBackend, DecoderSpec, TapPoint, Tokenizer, read_tokenizer};

@@ -1,10 +1,8 @@
 //! Quantized Linears from one format to another.
 
-mod common;
-
 use std::path::{Path, PathBuf};
 
-use common::{assets, backend, load, recipe};
+use crate::common::{assets, backend, load, recipe};
 use kintsugi_checkpoint::Checkpoint;
 use kintsugi_model::{BlockWeights, DecoderSpec};
 use kintsugi_pipeline::{ConversionReport, ConvertRecipe, LinearOverride, Recipe, compress, convert, plan};

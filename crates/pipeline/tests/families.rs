@@ -1,10 +1,8 @@
 //! Every decoder family is compressed, written, loaded and run: the tiny random models of `__test__/vectors`.
 
-mod common;
-
 use std::path::{Path, PathBuf};
 
-use common::{backend, load, recipe};
+use crate::common::{backend, load, recipe};
 use kintsugi_checkpoint::Checkpoint;
 use kintsugi_model::DecoderSpec;
 use kintsugi_pipeline::{compress, inspect};

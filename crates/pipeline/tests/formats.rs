@@ -1,11 +1,9 @@
 //! Checkpoints in the formats of others, from the folder to the perplexity.
 
-mod common;
-
 use std::collections::HashSet;
 use std::path::Path;
 
-use common::{assets, backend, load, recipe};
+use crate::common::{assets, backend, load, recipe};
 use kintsugi_checkpoint::{Awq, Checkpoint, CheckpointWriter, Gptq, Kintsugi, LinearFormat, QuantizationConfig};
 use kintsugi_pipeline::{Recipe, compress, inspect};
 use kintsugi_runtime::{CancelToken, Progress};

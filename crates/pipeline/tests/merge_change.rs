@@ -1,14 +1,12 @@
 //! Sources that join an earlier merge or leave it: what comes out is the merge that never knew better.
 
-mod merges;
-
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use crate::merges::{recipe, refused, run, vectors};
 use kintsugi_merge::RankRule;
 use kintsugi_pipeline::{MergeChange, changed_recipe};
 use kintsugi_runtime::{Error, ErrorCode};
-use merges::{recipe, refused, run, vectors};
 
 fn copies(folder: &Path, names: &[&str]) -> Vec<PathBuf> {
     let copy = |name: &&str| {

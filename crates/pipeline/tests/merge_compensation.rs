@@ -1,22 +1,19 @@
 //! The compensation of a compressed model and task adapters as one adapter, and merging by the statistics that the
 //! compression has saved.
 
-mod common;
-mod merges;
-
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use common::backend;
+use crate::common::backend;
+use crate::merges::{assets as adapters, recipe, refused, relative, run, sum, updates};
 use kintsugi_checkpoint::{AdapterFolder, Checkpoint, read_adapter};
 use kintsugi_merge::{RankRule, ScaleRule};
 use kintsugi_model::{Batch, Model, Session};
 use kintsugi_pipeline::{MergeRecipe, RankPadding, compress, plan_merge};
 use kintsugi_runtime::{CancelToken, ErrorCode, Progress};
 use kintsugi_weights::ElementType;
-use merges::{assets as adapters, recipe, refused, relative, run, sum, updates};
 
 const EORA_RANK: usize = 8;
 
@@ -32,7 +29,7 @@ fn compressed() -> &'static Compressed {
     MADE.get_or_init(|| {
         let folder = tempfile::tempdir().unwrap();
         let (model, statistics) = (folder.path().join("w3"), folder.path().join("statistics.safetensors"));
-        let mut recipe = common::recipe(&common::assets("llama-7m"), &model, "rtn", 3, EORA_RANK);
+        let mut recipe = crate::common::recipe(&crate::common::assets("llama-7m"), &model, "rtn", 3, EORA_RANK);
         recipe.save_statistics = Some(statistics.clone());
         let calibration = recipe.calibration.as_mut().unwrap();
         (calibration.sequences, calibration.length) = (8, 128);
@@ -51,7 +48,7 @@ fn logits(model: &Path, compensation: bool, adapter: &Path) -> Vec<f64> {
     let (cancel, progress) = (CancelToken::new(), Progress::new());
     let mut model = Model::load(&checkpoint, backend(), compensation, &cancel, &progress).unwrap();
     model.add_adapter("a", &read_adapter(adapter).unwrap()).unwrap();
-    let text = fs::read_to_string(common::assets("text/eval-shakespeare.txt")).unwrap();
+    let text = fs::read_to_string(crate::common::assets("text/eval-shakespeare.txt")).unwrap();
     let mut tokens = model.tokenizer().encode(&text[..400], false).unwrap();
     tokens.truncate(64);
     let mut session = Session::new(&model).unwrap();
@@ -197,7 +194,7 @@ fn statistics_of_a_compression_weigh_the_errors_of_a_merge() {
     }
     refusal("cat", ScaleRule::Refit);
     let mut other = with("x", "svd", ScaleRule::Method);
-    other.adapters = ["first", "second"].map(|name| merges::vectors().join(name)).to_vec();
+    other.adapters = ["first", "second"].map(|name| crate::merges::vectors().join(name)).to_vec();
     refused(&other, ErrorCode::StatisticsMismatch);
     let mut none = with("x", "svd", ScaleRule::Method);
     none.calibration = Some(compressed().model.join("model.safetensors"));

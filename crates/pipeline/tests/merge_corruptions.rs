@@ -4,15 +4,13 @@
 //! leaves a valid adapter, and so do bytes that the formats do not look at: blanks in a header, dates in an archive. What
 //! is changed here is structure, numbers that stop being finite, and anything below a checksum.
 
-mod merges;
-
 use std::fs;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use crate::merges::{recipe, run, vectors};
 use kintsugi_runtime::ErrorCode;
 use kintsugi_testkit::Random;
-use merges::{recipe, run, vectors};
 use serde_json::{Value, json};
 
 const SAFETENSORS: &str = "adapter_model.safetensors";

@@ -1,17 +1,15 @@
 //! Merging whole PEFT folders: against peft itself, against each other, and against what must not be written.
 
-mod merges;
-
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use crate::merges::{assets, recipe, refused, relative, run, run_on, sum, updates, vectors, write_adapter};
 use kintsugi_checkpoint::{AdapterFolder, ModuleKind};
 use kintsugi_merge::{Coordinates, Gauge, METHODS, MergeOptions, RankRule, SignElection};
 use kintsugi_pipeline::{MergeRecipe, RankPadding, merge_adapters, plan_merge};
 use kintsugi_runtime::{CancelToken, ErrorCode, Progress, ThreadPool};
 use kintsugi_weights::ElementType;
-use merges::{assets, recipe, refused, relative, run, run_on, sum, updates, vectors, write_adapter};
 use serde_json::Value;
 
 #[test]

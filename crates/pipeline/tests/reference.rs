@@ -1,11 +1,9 @@
 //! Perplexities and output errors of whole compressions against published figures (torch, float32).
 
-mod common;
-
 use std::path::Path;
 
-use common::reference::measure;
-use common::{assets, perplexity};
+use crate::common::reference::measure;
+use crate::common::{assets, perplexity};
 use kintsugi_testkit::outlier_checkpoint::write_outlier_checkpoint;
 use kintsugi_testkit::reference_rows::{FLOAT_PERPLEXITY, OUTLIERS, PLAIN, ReferenceRow};
 

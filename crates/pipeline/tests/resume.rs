@@ -1,13 +1,11 @@
 //! A job that was interrupted goes on where it was and writes the same bytes; what does not belong to it is refused.
 
-mod common;
-
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use common::{assets, backend, recipe};
+use crate::common::{assets, backend, recipe};
 use kintsugi_pipeline::{Recipe, Report, compress};
 use kintsugi_runtime::{CancelToken, ErrorCode, Progress, Result};
 

@@ -1,11 +1,9 @@
 //! What is written equals what was in memory, whatever the threads.
 
-mod common;
-
 use std::path::Path;
 use std::sync::Arc;
 
-use common::{assets, backend, load, recipe};
+use crate::common::{assets, backend, load, recipe};
 use kintsugi_checkpoint::Checkpoint;
 use kintsugi_model::{
     BlockWeights, CpuBackend, DecoderSpec, GenerateOptions, Generation, LoadedModel, Model, ModelWeights,

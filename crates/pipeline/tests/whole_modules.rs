@@ -1,16 +1,14 @@
 //! Modules that adapters hold whole (`modules_to_save` of peft) in a merge.
 
-mod merges;
-
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use crate::merges::{recipe, refused, run, vectors};
 use kintsugi_checkpoint::{AdapterDescription, AdapterFolder, AdapterWriter, MergedModule, ModuleKind, WholeTensor};
 use kintsugi_pipeline::{MergeRecipe, RankPadding, WholeModuleRule, plan_merge};
 use kintsugi_runtime::ErrorCode;
 use kintsugi_testkit::Random;
 use kintsugi_weights::{ElementType, LowRank};
-use merges::{recipe, refused, run, vectors};
 use serde_json::Value;
 
 /// An adapter of one Linear, with `lm_head` whole (weight and bias) where it is given as numbers and their type.
