@@ -99,7 +99,7 @@ export interface BindingCompressOptions {
   memory?: number
   /** 0 for none. */
   eoraRank: number
-  /** `f32` or `exact`. */
+  /** `f32` or `exact`; `src/compress.ts` refuses `fast`. */
   precision: string
   /** `cpu` or `candle`. */
   backend: string

@@ -19,13 +19,14 @@ const MEMORY_PER_BYTE = 16
 let child: ChildProcess | undefined
 
 function attack(path: string): Promise<Report> {
-  child ??= fork(join(FOLDER, 'runner.ts'), { execArgv: ['--import=tsx'], stdio: ['ignore', 'ignore', 'pipe', 'ipc'] })
+  child ??= fork(join(FOLDER, 'runner.ts'), { execArgv: ['--import=tsx'], stdio: ['ignore', 'pipe', 'pipe', 'ipc'] })
   const runner = child
   let noise = ''
   const listen = (text: Buffer): void => {
     noise += text.toString()
   }
-  runner.stderr!.on('data', listen)
+  const streams = [runner.stdout!, runner.stderr!]
+  for (const stream of streams) stream.on('data', listen)
   return new Promise<Report>((resolve, reject) => {
     const fail = (message: string): void => {
       runner.kill('SIGKILL')
@@ -38,12 +39,17 @@ function attack(path: string): Promise<Report> {
     runner.once('message', (answer: Report | { failed: string }) => {
       clearTimeout(timer)
       runner.off('exit', onExit)
-      if ('failed' in answer) reject(new Error(answer.failed))
-      else if (noise !== '') reject(new Error(`the library printed: ${noise}`))
-      else resolve(answer)
+      // What was printed before the answer may still be on its way.
+      setTimeout(() => {
+        if ('failed' in answer) reject(new Error(answer.failed))
+        else if (noise !== '') reject(new Error(`the library printed: ${noise}`))
+        else resolve(answer)
+      }, 20)
     })
     runner.send(path)
-  }).finally(() => runner.stderr!.off('data', listen))
+  }).finally(() => {
+    for (const stream of streams) stream.off('data', listen)
+  })
 }
 
 interface Trick {

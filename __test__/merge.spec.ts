@@ -155,6 +155,10 @@ test('an adapter for a compressed model holds its compensation, and statistics w
   })
   t.is(cut.summary.rank, 16)
   t.true(cut.modules.every(({ rank, joined }) => rank === 12 && joined!.weightedError! < joined!.error))
+  // What the sum lost is nothing, what the cut cost is not.
+  t.true(cut.summary.error! < 1e-6 && cut.summary.joined!.error > 0.01)
+  t.true(cut.summary.joined!.weightedError! > 0 && cut.summary.joined!.weightedError! < cut.summary.joined!.error)
+  t.is(joined.summary.joined, null)
 
   using beside = await loadModel(model, { precision: 'f32', adapters: { alone: path('alone') } })
   using within = await loadModel(model, { precision: 'f32', compensation: false, adapters: { joined: path('joined') } })

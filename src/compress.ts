@@ -132,7 +132,7 @@ export type GroupAxis = 'input' | 'output'
 
 /**
  * `f32`: plain float arithmetic. `exact`: bf16 activations where the CPU multiplies bf16, else f32. `fast`: int8
- * activations with a scale for each `min(group, 128)` inputs where the weights are codes that stand for integers, as
+ * activations with a scale for each run of up to 128 inputs of a group where the weights are codes that stand for integers, as
  * `exact` elsewhere (plain floats, NF4, groups along the outputs).
  */
 export type Precision = 'f32' | 'exact' | 'fast'

@@ -93,14 +93,16 @@ export interface MergeOptions {
   calibration?: string
   /**
    * The compensation of a compressed base (its folder `eora/`), which becomes part of the result: one adapter to serve on
-   * the compressed model without its own compensation. It is kept exactly, and its rank comes on top.
+   * the compressed model without its own compensation. Its rank comes on top, and its factors stay as they are where the
+   * stored type can hold them (`factorType` as theirs, a scaling that is a power of two), else they are rounded once.
    */
   compensation?: string
   /** With `compensation`: cut both together to this rank, the best one for the outputs with `calibration`. */
   totalRank?: number
   /**
    * Modules that adapters hold whole (`modules_to_save` of peft): carried over where one has them or all agree (`equal`,
-   * the default), averaged by weight (`mean`), or refused.
+   * the default), averaged by weight (`mean`), or refused. A module that one adapter has whole and another has factors for
+   * is refused: peft would leave the factors out.
    */
   modulesToSave?: 'equal' | 'mean' | 'refuse'
   /** Check everything and return the plan; nothing is written. */
@@ -188,23 +190,35 @@ export interface MergeSummary {
   /** Bytes of the weights file. */
   bytes: number
   sourceBytes: number
-  /** ‖M − T‖ / ‖T‖ over all modules, T the exact weighted sum; `null` without report. */
+  /**
+   * ‖M − T‖ / ‖T‖ over all modules, T the exact weighted sum of the adapters and M their merge, before a compensation is
+   * joined and both are cut to `totalRank`; `null` without report.
+   */
   error: number | null
   /** The same for the outputs, over the modules with statistics; `null` without report or calibration. */
   weightedError: number | null
+  /**
+   * What cutting to `totalRank` costs over all modules, ‖J − (E + M)‖ / ‖E + M‖ for the compensation E; `null` without
+   * `totalRank`.
+   */
+  joined: {
+    error: number
+    /** The same for the outputs, over the modules with statistics; `null` without calibration. */
+    weightedError: number | null
+  } | null
   adapters: AdapterShare[]
   seconds: number
   /** Largest resident set of the process so far; `null` where the system does not tell. */
   peakMemoryBytes: number | null
 }
 
-/** What is left of one adapter. */
+/** What is left of one adapter, before a cut to `totalRank`. */
 export interface AdapterShare {
   path: string
   weight: number
   /** Modules that it has factors for. */
   modules: number
-  /** Of scalings, shapes and a sample of its factors: what {@link remerge} holds it against. */
+  /** Of scalings, shapes, a sample of its factors and of its whole modules: what {@link remerge} holds it against. */
   fingerprint: string
   /** Share of its energy in the row and column spaces of the result, from 0 to 1; `null` without report. */
   retained: number | null
@@ -234,8 +248,12 @@ export interface MergedModule {
     mergedRank: number
     /** What cutting both to the total rank costs, relative; 0 where both are kept. */
     error: number
-    /** The same for the outputs; `null` without calibration. */
+    /** ‖E + M‖, E the compensation and M the merged adapters. */
+    sumNorm: number
+    /** `error` for the outputs; `null` without calibration. */
     weightedError: number | null
+    /** `sumNorm` for the outputs; `null` without calibration. */
+    weightedSumNorm: number | null
   } | null
 }
 
@@ -348,8 +366,11 @@ const remergeSchema = {
 
 /**
  * Merges anew what an earlier merge has merged, with some adapters more or less: by the recipe in its `report.json`, from
- * its sources, which must still be where and what they were. The result is that of a merge that never knew the removed
- * ones, byte for byte; the weights of the others stay as they were.
+ * its sources, which must still be where they were. The weights and the config that are written are those of a merge that
+ * never knew the removed ones, byte for byte; the weights of the other adapters stay as they were.
+ *
+ * The merge, not a dry run, holds each adapter that stays against its fingerprint: scalings, shapes, a sample of the factors
+ * and of the modules that are saved whole. The folder of a compensation and the file of a calibration are taken as they are.
  */
 export function remerge(merged: string, options: RemergeOptions & { dryRun: true }): Job<MergePlan>
 export function remerge(merged: string, options: RemergeOptions & { dryRun?: false }): Job<MergeReport>

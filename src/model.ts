@@ -47,7 +47,10 @@ export interface ModelInfo {
   /** Bytes that the weights take in memory. */
   memoryBytes: number
   precision: Precision
-  /** How many Linears, the head among them, are multiplied in which arithmetic: `f32`, `bf16` or `int8`. */
+  /**
+   * How many Linears, the head, routers and gates of shared experts among them, are multiplied in which arithmetic:
+   * `f32`, `bf16` or `int8`.
+   */
   arithmetic: Partial<Record<Arithmetic, number>>
   backend: Backend
   /** Instruction set of the kernels. */

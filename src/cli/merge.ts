@@ -42,7 +42,7 @@ export function registerMerge(program: Command): void {
     .option('--no-report', 'do not measure what was kept')
     .option('--calibration <file>', 'saved statistics of the base model: count errors by what they do to outputs')
     .option('--compensation <folder>', 'eora/ of a compressed base, to be part of the result')
-    .option('--total-rank <n>', 'with --compensation: rank of both together; exact and added without', numberArgument)
+    .option('--total-rank <n>', 'with --compensation: rank of both together; added up without', numberArgument)
     .option('--modules-to-save <name>', 'modules that adapters hold whole: equal, mean or refuse', 'equal')
     .option('--allow-different-bases', 'merge adapters that name different base models', false)
     .option('--dry-run', 'check everything and print the plan; write nothing', false)
@@ -81,6 +81,9 @@ export function describePlan(plan: MergePlan): string {
 
 /** A report, for a reader. */
 export function describeReport({ recipe, summary, modules }: MergeReport): string {
+  const stage = summary.joined ? ', before the cut' : ''
+  const distance = (value: number | null | undefined): string | undefined =>
+    value === null || value === undefined ? undefined : formatShare(value)
   const pairs = formatPairs(
     [
       ['written', recipe.out],
@@ -88,8 +91,10 @@ export function describeReport({ recipe, summary, modules }: MergeReport): strin
       ['modules', String(summary.modules)],
       ['rank', String(summary.rank)],
       ['size', `${formatBytes(summary.sourceBytes)} → ${formatBytes(summary.bytes)}`],
-      ['distance from the sum', summary.error === null ? undefined : formatShare(summary.error)],
-      ['of the outputs', summary.weightedError === null ? undefined : formatShare(summary.weightedError)],
+      [`distance from the sum${stage}`, distance(summary.error)],
+      ['of the outputs', distance(summary.weightedError)],
+      [`cost of the cut to ${recipe.totalRank ?? ''}`, distance(summary.joined?.error)],
+      ['cost for the outputs', distance(summary.joined?.weightedError)],
       ['time', formatSeconds(summary.seconds)],
       ['peak memory', summary.peakMemoryBytes === null ? undefined : formatBytes(summary.peakMemoryBytes)],
     ],
@@ -120,7 +125,7 @@ export function describeReport({ recipe, summary, modules }: MergeReport): strin
   if (worst.length === 0) return `${pairs}\n\n${adapters}`
   const table = formatTable(
     [
-      { title: 'farthest from the sum' },
+      { title: `farthest from the sum${stage}` },
       { title: 'rank', align: 'right' },
       { title: 'distance', align: 'right' },
       { title: 'cosine', align: 'right' },

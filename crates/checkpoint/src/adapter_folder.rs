@@ -153,8 +153,11 @@ impl AdapterFolder {
     pub fn open(folder: &Path) -> Result<Self> {
         let config = PeftConfig::read(&folder.join(PeftConfig::FILE_NAME))?;
         if !config.modules_to_save.is_empty() {
-            return Err(invalid("'modules_to_save' is set: fully trained modules are not supported", folder.display())
-                .hint("Merge it into the base model with PEFT, or train a plain LoRA"));
+            return Err(invalid(
+                "'modules_to_save' is set: fully trained modules are not supported",
+                folder.join(PeftConfig::FILE_NAME).display(),
+            )
+            .hint("Merge it into the base model with PEFT, or train a plain LoRA"));
         }
         Self::with_config(folder, config)
     }

@@ -62,8 +62,8 @@ impl AdapterWriter {
     /// Begins a folder that will hold `modules`, which are sorted by name, and tensors that are `whole`.
     ///
     /// # Errors
-    /// `ERR_ADAPTER_INVALID` when there are no modules, a name cannot be written or a rank is 0,
-    /// `ERR_OUTPUT_NOT_EMPTY`, `ERR_OUTPUT_UNWRITABLE`.
+    /// `ERR_ADAPTER_INVALID` when there are no modules, a name cannot be written, a rank is 0 or a whole tensor has a
+    /// place between two factors, `ERR_OUTPUT_NOT_EMPTY`, `ERR_OUTPUT_UNWRITABLE`.
     pub fn create(
         folder: &Path,
         description: AdapterDescription,
@@ -85,7 +85,6 @@ impl AdapterWriter {
                 .hint("Use letters, digits, dots, underscores and hyphens"));
             }
         }
-        let staged = StagedFolder::create(folder)?;
         let mut headers: Vec<TensorHeader> =
             modules.iter().flat_map(|module| factor_headers(module, description.element_type)).collect();
         debug_assert!(headers.is_sorted_by(|left, right| file_order(left, right).is_le()));
@@ -93,15 +92,20 @@ impl AdapterWriter {
         headers.extend(whole.iter().map(whole_header));
         let mut places: Vec<usize> = (0..headers.len()).collect();
         places.sort_by(|&left, &right| file_order(&headers[left], &headers[right]));
-        let mut before = 0;
+        let mut before = 0usize;
         let mut placed = Vec::new();
         for &place in &places {
             match place.checked_sub(factors) {
-                Some(index) => placed.push((whole[index].clone(), before / 2)),
+                Some(index) if before.is_multiple_of(2) => placed.push((whole[index].clone(), before / 2)),
+                Some(index) => {
+                    let message = "the tensor is saved whole and belongs between the two factors of a module";
+                    return Err(invalid(message, &whole[index].name).hint("Give adapters that have one or the other"));
+                }
                 None => before += 1,
             }
         }
         let ordered = places.iter().map(|&place| &headers[place]);
+        let staged = StagedFolder::create(folder)?;
         let writer = SafetensorsWriter::create(&staged.path().join(WEIGHTS), ordered)?;
         Ok(AdapterWriter { staged, writer, description, modules, next: 0, whole: placed, next_whole: 0 })
     }

@@ -11,8 +11,12 @@ use crate::config_fields::{invalid, unsupported};
 const BACKTRACK_LIMIT: usize = 10_000;
 /// Most expressions of one configuration; names and their exact expressions do not count.
 const MOST_EXPRESSIONS: usize = 1000;
-/// Most bytes of the state machine of an expression. `\\w` takes some 60 kB.
-const EXPRESSION_BYTES: usize = 256 << 10;
+/// Most bytes of the state machine of an expression.
+const EXPRESSION_BYTES: usize = 2 << 20;
+/// Most bytes of all state machines of one configuration, by [`estimated_bytes`].
+const ALL_EXPRESSION_BYTES: usize = 64 << 20;
+/// What a class of Unicode characters such as `\w` takes, about.
+const CLASS_BYTES: usize = 60 << 10;
 
 /// How the weights of a configuration, or of one matrix, are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -59,12 +63,13 @@ enum Matcher {
 pub(crate) struct ExpressionReader<'a> {
     field: &'a str,
     left: usize,
+    left_bytes: usize,
 }
 
 impl<'a> ExpressionReader<'a> {
     /// For the expressions in `field`.
     pub(crate) fn new(field: &'a str) -> Self {
-        ExpressionReader { field, left: MOST_EXPRESSIONS }
+        ExpressionReader { field, left: MOST_EXPRESSIONS, left_bytes: ALL_EXPRESSION_BYTES }
     }
 
     /// As [`LinearTarget::expression`].
@@ -75,9 +80,18 @@ impl<'a> ExpressionReader<'a> {
         if exact_name(expression).is_none() {
             let left = self.left.checked_sub(1);
             self.left = left.ok_or_else(|| invalid(self.field, &format!("at most {MOST_EXPRESSIONS} expressions")))?;
+            let left = self.left_bytes.checked_sub(estimated_bytes(expression));
+            self.left_bytes = left.ok_or_else(|| invalid(self.field, "expressions of a reasonable size together"))?;
         }
         LinearTarget::expression(expression)
     }
+}
+
+/// What the state machine of an expression takes at most, about: counted repetitions make copies.
+fn estimated_bytes(expression: &str) -> usize {
+    let classes = expression.matches('\\').count();
+    let plain = classes.saturating_mul(CLASS_BYTES).saturating_add(expression.len().saturating_mul(256));
+    if expression.contains('{') { EXPRESSION_BYTES } else { plain.min(EXPRESSION_BYTES) }
 }
 
 /// The only name that an expression matches, where it is no more than that name with dots escaped.

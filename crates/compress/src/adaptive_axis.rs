@@ -1,5 +1,5 @@
 use kintsugi_calibration::Calibration;
-use kintsugi_linalg::quadratic_trace_of;
+use kintsugi_linalg::quadratic_forms;
 use kintsugi_runtime::{Result, ThreadPool};
 use kintsugi_weights::{DenseMatrix, GroupAxis, QuantizedMatrix};
 
@@ -9,9 +9,14 @@ use crate::{AxisRule, QuantizeOptions};
 /// The axis of the groups that `options` ask for.
 ///
 /// AdaDim (arXiv 2309.15531) rounds the weight to nearest both ways and keeps the axis that does less damage; a solver
-/// such as GPTQ then runs once. The damage is `tr(D S Dᵀ)`, that of the outputs of this Linear over the calibration
-/// tokens, or `‖D‖²` where there are none. Groups along the outputs are better where some inputs are much larger than
-/// the others, or their weights are; groups along the inputs where some outputs are. Equal damage keeps the inputs.
+/// such as GPTQ then runs once. The published damage is that of all outputs together, in which the largest outputs drown
+/// the others: a norm or a gate behind them may make all equal again, and a few rows of large weights would choose an axis
+/// that ruins the rest. Here it is the mean over the outputs of `d S dᵀ / w S wᵀ`, d and w being the rows of `W − Ŵ`
+/// and W; without calibration S is the identity.
+///
+/// Groups along the outputs are better where some inputs are much larger than the others, or their weights are; groups
+/// along the inputs where some outputs are. Equal damage keeps the inputs. Weights of inputs that no token activates
+/// count here, although GPTQ drops them.
 ///
 /// # Errors
 /// Those of [`crate::rtn`].
@@ -25,8 +30,10 @@ pub(crate) fn group_axis(
         AxisRule::Input => Ok(GroupAxis::Input),
         AxisRule::Output => Ok(GroupAxis::Output),
         AxisRule::Adaptive => {
+            let energies = energies(weight, None, calibration, pool);
             let damage_along = |axis| -> Result<f64> {
-                Ok(damage(weight, &round(weight, calibration, options, axis, pool)?, calibration, pool))
+                let quantized = round(weight, calibration, options, axis, pool)?;
+                Ok(damage(weight, &quantized, calibration, &energies, pool))
             };
             let (input, output) = (damage_along(GroupAxis::Input)?, damage_along(GroupAxis::Output)?);
             Ok(if output < input { GroupAxis::Output } else { GroupAxis::Input })
@@ -34,32 +41,47 @@ pub(crate) fn group_axis(
     }
 }
 
-/// `tr(D S Dᵀ)` of `D = W − Ŵ`; S is the identity without calibration.
+/// The mean over the outputs of the relative damage; outputs that are always zero count with what is added to them.
 fn damage(
     weight: &DenseMatrix,
     quantized: &QuantizedMatrix,
     calibration: Option<&Calibration>,
+    energies_before: &[f64],
     pool: &ThreadPool,
 ) -> f64 {
+    let errors = energies(weight, Some(quantized), calibration, pool);
+    let relative = errors.iter().zip(energies_before).map(|(&error, &energy)| match energy > 0.0 {
+        true => error / energy,
+        false => error,
+    });
+    relative.sum::<f64>() / errors.len().max(1) as f64
+}
+
+/// `m S mᵀ` of every row m of `W − Ŵ`, or of W.
+fn energies(
+    weight: &DenseMatrix,
+    quantized: Option<&QuantizedMatrix>,
+    calibration: Option<&Calibration>,
+    pool: &ThreadPool,
+) -> Vec<f64> {
     let columns = weight.columns();
-    let difference = |row: usize, out: &mut [f64]| {
+    let fill = |row: usize, out: &mut [f64]| {
         let (mut before, mut after) = (vec![0.0; columns], vec![0.0; columns]);
         weight.row_to_f32(row, &mut before);
-        quantized.row_to_f32(row, &mut after);
+        if let Some(quantized) = quantized {
+            quantized.row_to_f32(row, &mut after);
+        }
         for (out, (before, after)) in out.iter_mut().zip(before.iter().zip(&after)) {
             *out = f64::from(*before) - f64::from(*after);
         }
     };
     match calibration {
-        Some(calibration) => quadratic_trace_of(weight.rows(), difference, calibration.second_moment(), pool),
-        None => {
-            let squares = pool.map(weight.rows(), |row| {
-                let mut values = vec![0.0; columns];
-                difference(row, &mut values);
-                values.iter().map(|value| value * value).sum::<f64>()
-            });
-            squares.iter().sum()
-        }
+        Some(calibration) => quadratic_forms(weight.rows(), fill, calibration.second_moment(), pool),
+        None => pool.map(weight.rows(), |row| {
+            let mut values = vec![0.0; columns];
+            fill(row, &mut values);
+            values.iter().map(|value| value * value).sum::<f64>()
+        }),
     }
 }
 
@@ -105,6 +127,19 @@ mod tests {
     }
 
     #[test]
+    fn the_size_of_an_output_does_not_matter() {
+        let pool = ThreadPool::with_threads(2);
+        let (plain, calibration) = (weight(0.0, 1.0), calibration(30.0, &pool));
+        let chosen = |weight: &DenseMatrix| group_axis(weight, Some(&calibration), &options(AxisRule::Adaptive), &pool);
+        assert_eq!(chosen(&plain).unwrap(), GroupAxis::Output);
+        // One output in a thousand times the size: along the outputs its group has nothing left for its neighbours.
+        let mut values = plain.to_f32();
+        values.iter_mut().enumerate().filter(|(i, _)| i / COLUMNS % 32 == 5).for_each(|(_, value)| *value *= 1000.0);
+        let large = DenseMatrix::from_f32(ROWS, COLUMNS, values);
+        assert_eq!(chosen(&large).unwrap(), GroupAxis::Input);
+    }
+
+    #[test]
     fn the_better_axis_is_taken_and_both_occur() {
         let pool = ThreadPool::with_threads(2);
         let cases = [
@@ -116,7 +151,8 @@ mod tests {
         for (weight, calibration, expected) in cases {
             let damage_with = |rule| {
                 let matrix = rtn(&weight, calibration.as_ref(), &options(rule), &pool).unwrap();
-                (damage(&weight, &matrix, calibration.as_ref(), &pool), matrix.group_axis())
+                let energies = energies(&weight, None, calibration.as_ref(), &pool);
+                (damage(&weight, &matrix, calibration.as_ref(), &energies, &pool), matrix.group_axis())
             };
             let (input, output) = (damage_with(AxisRule::Input), damage_with(AxisRule::Output));
             let adaptive = damage_with(AxisRule::Adaptive);
@@ -126,7 +162,8 @@ mod tests {
             if let Some(calibration) = &calibration {
                 let solved = gptq(&weight, calibration, &options(AxisRule::Adaptive), &pool).unwrap().matrix;
                 assert_eq!(solved.group_axis(), expected);
-                assert!(damage(&weight, &solved, Some(calibration), &pool) < adaptive.0);
+                let energies = energies(&weight, None, Some(calibration), &pool);
+                assert!(damage(&weight, &solved, Some(calibration), &energies, &pool) < adaptive.0);
             }
         }
     }

@@ -29,9 +29,9 @@ pub enum Precision {
     /// Activations rounded to bf16 where the CPU multiplies bf16 and the weights are exact in it (codes and bf16),
     /// f32 elsewhere; sums and low-rank parts in f32 in any case.
     Exact,
-    /// Activations rounded to int8, with a scale for each `min(group, 128)` columns of each row, where weights are
-    /// codes that stand for integers; as `Exact` where they are not (plain floats, NF4, groups along the outputs).
-    /// Sums of a block in i32, then f32; low-rank parts in f32.
+    /// Activations rounded to int8, with a scale in each row for each run of up to 128 columns of a group, where
+    /// weights are codes that stand for integers; as `Exact` where they are not (plain floats, NF4, groups along the
+    /// outputs). Sums of a block in i32, then f32; low-rank parts in f32.
     Fast,
 }
 
@@ -138,11 +138,12 @@ impl Kernels {
     }
 
     /// `y += scaling · B (A x)` in f32 for some rows of `x`, `[count, in]`, and the same rows of `y`, `[count, out]`:
-    /// each range of rows with an update of its own, all of them in two steps of the pool. Ranks may differ.
+    /// each range of rows with an update of its own. The products with every A share a call of the pool, and those with
+    /// every B another; packing x takes more where an update has many rows. Ranks may differ.
     ///
     /// # Panics
-    /// When the lengths of `x` and `y` are not multiples of `in` and `out` of every update by the same count, or ranges
-    /// overlap or reach beyond it.
+    /// When updates differ in `in` or `out`, the lengths of `x` and `y` are not multiples of them by the same count, or
+    /// ranges overlap or reach beyond it.
     pub fn accumulate_low_ranks(
         &self,
         updates: &[(Range<usize>, &PackedLowRank)],
@@ -151,10 +152,12 @@ impl Kernels {
         pool: &ThreadPool,
     ) {
         let Some((_, first)) = updates.first() else { return };
+        check_product(first.out_features, first.in_features, x, y);
         let mut taken = vec![false; x.len() / first.in_features];
         let mut grouped: Vec<UpdatedRows<'_>> = Vec::new();
         for (rows, update) in updates {
-            check_product(update.out_features, update.in_features, x, y);
+            let same = (update.out_features, update.in_features) == (first.out_features, first.in_features);
+            assert!(same, "updates of one call have one shape");
             for taken in &mut taken[rows.clone()] {
                 assert!(!std::mem::replace(taken, true), "two updates share a row");
             }

@@ -41,13 +41,16 @@ pub(crate) fn multiply(kernels: &Kernels, weight: &PackedMatrix, x: &[f32], y: &
     }
 }
 
-/// Some rows of x with an update of their own.
+/// Some rows of x with an update of their own; each at most once.
 pub(crate) struct UpdatedRows<'a> {
     pub(crate) update: &'a PackedLowRank,
     pub(crate) rows: Vec<usize>,
 }
 
-/// `y += scaling · B (A x)` for the rows of each update, with every A in one call of the pool and every B in another.
+/// `y += scaling · B (A x)` for the rows of each update: the products with every A share a call of the pool, and those
+/// with every B another.
+///
+/// Every update must have the shape of x and y, and no row may have two: the tasks of all updates write y at once.
 pub(crate) fn accumulate_updates(
     kernels: &Kernels,
     updates: &[UpdatedRows<'_>],
@@ -81,7 +84,7 @@ fn multiply_all(kernels: &Kernels, operands: &[Operands<'_>], y: &SharedRows<'_>
     let tasks: Vec<(&Operands<'_>, usize, usize)> = operands
         .iter()
         .flat_map(|operands| {
-            let tasks = operands.tasks(kernels);
+            let tasks = operands.tasks(operands.units(kernels));
             (0..tasks).map(move |task| (operands, task, tasks))
         })
         .collect();
@@ -93,29 +96,35 @@ fn multiply_all(kernels: &Kernels, operands: &[Operands<'_>], y: &SharedRows<'_>
 
 /// Products with matrices of plain floats that have few rows, `[count, rows]` each, in one call of the pool.
 ///
-/// Such a matrix has too few panels to share out. So each block of columns is a task of its own, and its sums are added
-/// in the order of the blocks: the same additions as everywhere.
+/// Such a matrix has too few panels to share out. So blocks of columns are shared out too. Each has sums of its own,
+/// which are added in the order of the blocks: the same additions as everywhere.
 fn multiply_by_blocks(kernels: &Kernels, operands: &[Operands<'_>], pool: &ThreadPool) -> Vec<Vec<f32>> {
     let mut tasks = Vec::new();
     for operands in operands {
-        for panel in 0..operands.weight.panel_count() {
-            tasks.extend((0..operands.weight.main.layout.steps.len()).map(|block| (operands, panel, block)));
-        }
+        let blocks = operands.weight.panel_count() * operands.weight.main.layout.steps.len();
+        let count = operands.tasks(blocks);
+        tasks.extend((0..count).map(|task| (operands, task * blocks / count..(task + 1) * blocks / count)));
     }
-    let mut sums: Vec<Vec<[f32; LANES]>> =
-        tasks.iter().map(|(operands, ..)| vec![[0.0; LANES]; operands.count]).collect();
-    pool.for_each_chunk(&mut sums, 1, |task, sums| {
-        let (operands, panel, block) = tasks[task];
-        operands.add_block(kernels, panel, block, &mut sums[0]);
+    let sums = pool.map(tasks.len(), |task| {
+        let (operands, blocks) = &tasks[task];
+        let panel_blocks = operands.weight.main.layout.steps.len();
+        let mut sums = vec![[0.0f32; LANES]; blocks.len() * operands.count];
+        for (block, sums) in blocks.clone().zip(sums.chunks_exact_mut(operands.count)) {
+            operands.add_block(kernels, block / panel_blocks, block % panel_blocks, sums);
+        }
+        sums
     });
-    let mut sums = sums.into_iter();
+    let sums = sums.concat();
+    let mut sums = &sums[..];
     let mut outputs = Vec::with_capacity(operands.len());
     for operands in operands {
         let mut y = vec![0.0; operands.count * operands.weight.rows];
         let shared = SharedRows::new(&mut y, operands.weight.rows);
         for panel in 0..operands.weight.panel_count() {
             let mut totals = vec![[0.0; LANES]; operands.count];
-            for block in sums.by_ref().take(operands.weight.main.layout.steps.len()) {
+            let (blocks, after) = sums.split_at(operands.weight.main.layout.steps.len() * operands.count);
+            sums = after;
+            for block in blocks.chunks_exact(operands.count) {
                 for (total, sum) in totals.as_flattened_mut().iter_mut().zip(block.as_flattened()) {
                     *total += sum;
                 }
@@ -169,11 +178,14 @@ impl<'a> Operands<'a> {
         if self.count <= 2 && !self.panel_by_panel(kernels) { kernels.table().few_row_panels } else { 1 }
     }
 
-    /// How many tasks the product is worth.
-    fn tasks(&self, kernels: &Kernels) -> usize {
-        let panels = self.weight.panel_count();
-        let units = panels.div_ceil(self.panels_at_once(kernels));
-        let multiplications = panels * LANES * self.weight.columns * self.count;
+    /// Runs of panels that are multiplied at once.
+    fn units(&self, kernels: &Kernels) -> usize {
+        self.weight.panel_count().div_ceil(self.panels_at_once(kernels))
+    }
+
+    /// How many tasks the product is worth, where that many units can be shared out.
+    fn tasks(&self, units: usize) -> usize {
+        let multiplications = self.weight.panel_count() * LANES * self.weight.columns * self.count;
         (multiplications / TASK_MULTIPLICATIONS).clamp(1, units)
     }
 
@@ -181,7 +193,7 @@ impl<'a> Operands<'a> {
     fn run(&self, kernels: &Kernels, task: usize, tasks: usize, y: &SharedRows<'_>, output: Output) {
         let panels = self.weight.panel_count();
         let at_once = self.panels_at_once(kernels);
-        let units = panels.div_ceil(at_once);
+        let units = self.units(kernels);
         for unit in task * units / tasks..(task + 1) * units / tasks {
             let first = unit * at_once;
             let last = panels.min(first + at_once);
@@ -374,7 +386,9 @@ impl<'a> Operands<'a> {
             let place = self.places.as_ref().map_or(start + row, |places| places[start + row]);
             for panel in 0..panels {
                 let outputs = (first + panel) * LANES..self.weight.rows.min((first + panel + 1) * LANES);
-                // SAFETY: the outputs of a panel are written by the one task that has the panel, one slice at a time.
+                // SAFETY: within these operands the outputs of a panel are written by the one task that has the panel,
+                // one slice at a time. Other operands that write y at the same time have other rows: those of
+                // `accumulate_updates` by its requirement, which `accumulate_low_ranks` checks; there are no others.
                 let y = unsafe { y.slice(place, outputs.clone()) };
                 let sums = &sums[row * panels + panel];
                 match (&self.weight.bias, output) {

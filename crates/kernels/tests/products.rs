@@ -212,30 +212,32 @@ fn a_batch_longer_than_what_is_packed_at_once_is_the_same_row_by_row() {
     }
 }
 
-/// Sums of a block are exact, and the few float operations after them are the same at every level. Low-rank parts
-/// are sums of f32, which the scalar level rounds twice where the others have fused products.
+/// Sums of a block are exact, and the few float operations after them are the same at every level. Low-rank parts are
+/// left out: they are sums of f32, which the scalar level rounds twice where the others have fused products.
 #[test]
 fn fast_products_are_the_same_bit_for_bit_at_every_level() {
     let pool = ThreadPool::with_threads(2);
     for case in kernel_cases().into_iter().filter(KernelCase::has_integer_codes) {
-        let weight = case.weight();
+        let weight = LinearWeight { low_rank: None, ..case.weight() };
         let x = case.input(9);
-        let results: Vec<Vec<u32>> = CpuLevel::available()
-            .filter(|&level| case.rank == 0 || level != CpuLevel::Scalar)
-            .map(|level| {
-                let kernels = Kernels::new(level).unwrap();
-                let packed = kernels.pack(&weight, Precision::Fast, &pool).unwrap();
-                bits(&product(&kernels, &packed, &x, &pool))
-            })
-            .collect();
-        for result in &results {
-            assert!(result == &results[0], "{}", case.name());
+        let multiply = |level: CpuLevel, count: usize| {
+            let kernels = Kernels::new(level).unwrap();
+            let packed = kernels.pack(&weight, Precision::Fast, &pool).unwrap();
+            assert_eq!(kernels.arithmetic(&packed), Arithmetic::Int8);
+            bits(&product(&kernels, &packed, &x[..count * case.columns], &pool))
+        };
+        // Unpacked in registers, and in a strip where the level has one.
+        for count in [1, 9] {
+            let scalar = multiply(CpuLevel::Scalar, count);
+            for level in CpuLevel::available() {
+                assert!(multiply(level, count) == scalar, "{}, {}, {count} rows", case.name(), level.name());
+            }
         }
     }
 }
 
 /// The sums that come closest to the limits of 16 and 32 bits: the largest codes with the largest activations, all of
-/// one sign, and in pairs of either sign.
+/// one sign, and in pairs of either sign; unpacked in registers and in a strip.
 #[test]
 fn fast_products_do_not_saturate() {
     const COLUMNS: usize = 300;
@@ -248,6 +250,13 @@ fn fast_products_do_not_saturate() {
             if column / 4 % 2 == 0 { 1.0 } else { -1.0 }
         },
     ];
+    // 127 is its own int8, and every product an integer.
+    let x: Vec<f32> = signs
+        .iter()
+        .cycle()
+        .take(17 + signs.len() - 1)
+        .flat_map(|sign| (0..COLUMNS).map(move |column| 127.0 * sign(column)))
+        .collect();
     for bits in [2, 3, 4, 5, 6, 8] {
         let largest = ((1u16 << bits) - 1) as u8;
         let rows: [fn(usize, u8) -> u8; 4] = [
@@ -275,15 +284,18 @@ fn fast_products_do_not_saturate() {
             for level in CpuLevel::available() {
                 let kernels = Kernels::new(level).unwrap();
                 let packed = kernels.pack(&weight, Precision::Fast, &pool).unwrap();
-                // 127 is its own int8, and every product an integer.
-                let x: Vec<f32> =
-                    signs.iter().flat_map(|sign| (0..COLUMNS).map(move |column| 127.0 * sign(column))).collect();
-                let y = product(&kernels, &packed, &x, &pool);
-                for (x, y) in x.chunks(COLUMNS).zip(y.chunks(rows.len())) {
-                    for (codes, &y) in codes.chunks(COLUMNS).zip(y) {
-                        let exact: i64 =
-                            codes.iter().zip(x).map(|(&code, &x)| (i64::from(code) - zero) * x as i64).sum();
-                        assert_eq!(y as i64, exact, "{bits} bits, zero point {zero}, {}", level.name());
+                for count in [1, 3, 4, 9, 17] {
+                    // Each pattern in each place of a pass.
+                    for x in x.windows(count * COLUMNS).step_by(COLUMNS).take(signs.len()) {
+                        let y = product(&kernels, &packed, x, &pool);
+                        for (x, y) in x.chunks(COLUMNS).zip(y.chunks(rows.len())) {
+                            for (codes, &y) in codes.chunks(COLUMNS).zip(y) {
+                                let exact: i64 =
+                                    codes.iter().zip(x).map(|(&code, &x)| (i64::from(code) - zero) * x as i64).sum();
+                                let place = format!("{bits} bits, zero point {zero}, {}", level.name());
+                                assert_eq!(y as i64, exact, "{place}, {count} rows");
+                            }
+                        }
                     }
                 }
             }
@@ -394,6 +406,19 @@ fn rows_with_two_adapters_are_a_defect_of_the_caller() {
     let factors = LowRank::new(2, 3, 1, vec![1.0; 2], vec![1.0; 3], ElementType::F32);
     let packed = kernels.pack_low_rank(&factors, 1.0, &pool).unwrap();
     kernels.accumulate_low_ranks(&[(0..2, &packed), (1..3, &packed)], &[1.0; 9], &mut [0.0; 6], &pool);
+}
+
+/// Twelve inputs and eight outputs are four rows of the first and two of the second.
+#[test]
+#[should_panic(expected = "one shape")]
+fn updates_of_different_shapes_are_a_defect_of_the_caller() {
+    let pool = ThreadPool::with_threads(1);
+    let kernels = Kernels::selected().unwrap();
+    let packed = [(2, 3), (4, 6)].map(|(outputs, inputs)| {
+        let factors = LowRank::new(outputs, inputs, 1, vec![1.0; outputs], vec![1.0; inputs], ElementType::F32);
+        kernels.pack_low_rank(&factors, 1.0, &pool).unwrap()
+    });
+    kernels.accumulate_low_ranks(&[(0..1, &packed[0]), (1..2, &packed[1])], &[1.0; 12], &mut [0.0; 8], &pool);
 }
 
 #[test]

@@ -117,11 +117,22 @@ pub fn quadratic_trace_of(
     s: &UpperTriangle<f64>,
     pool: &ThreadPool,
 ) -> f64 {
+    // S is positive semidefinite; what rounding leaves below zero is zero.
+    quadratic_forms(rows, fill, s, pool).iter().sum::<f64>().max(0.0)
+}
+
+/// `m S mᵀ` of each of `rows` rows m, which `fill(i, row)` writes: the diagonal of `M S Mᵀ`.
+pub fn quadratic_forms(
+    rows: usize,
+    fill: impl Fn(usize, &mut [f64]) + Sync + Send,
+    s: &UpperTriangle<f64>,
+    pool: &ThreadPool,
+) -> Vec<f64> {
     let n = s.side();
     if n == 0 {
-        return 0.0;
+        return vec![0.0; rows];
     }
-    let partial = pool.map(rows.div_ceil(BAND), |index| {
+    let bands = pool.map(rows.div_ceil(BAND), |index| {
         let height = BAND.min(rows - index * BAND);
         let mut band = vec![0.0; height * n];
         band.chunks_exact_mut(n).enumerate().for_each(|(row, values)| fill(index * BAND + row, values));
@@ -136,10 +147,12 @@ pub fn quadratic_trace_of(
             add(behind, right);
         }
         // Every pair of columns was counted once, the diagonal half.
-        2.0 * weighted.iter().zip(&band).map(|(weighted, value)| weighted * value).sum::<f64>()
+        let of_row = |(weighted, values): (&[f64], &[f64])| {
+            2.0 * weighted.iter().zip(values).map(|(weighted, value)| weighted * value).sum::<f64>()
+        };
+        weighted.chunks_exact(n).zip(band.chunks_exact(n)).map(of_row).collect::<Vec<f64>>()
     });
-    // S is positive semidefinite; what rounding leaves below zero is zero.
-    partial.iter().sum::<f64>().max(0.0)
+    bands.concat()
 }
 
 /// The bands of a symmetric matrix: first row, rows, the block on the diagonal as the upper triangular matrix that,

@@ -68,6 +68,9 @@ pub fn merge_linear(
     Ok(MergedLinear { factors, cluster_sizes, scales, scale, report })
 }
 
+/// Below this share of the most that it could be, the energy of an update in a metric is rounding noise.
+const NOISE: f64 = 1e-12;
+
 /// The rounded factors, sizes and scales of clusters, and the closed-form scale.
 fn solve(
     method: &dyn MergeMethod,
@@ -79,12 +82,16 @@ fn solve(
     let mut scale = 1.0;
     if update.rank() > 0 && options.scale != ScaleRule::Method {
         let merged = update.to_low_rank(kintsugi_weights::ElementType::F32);
-        let products = MergeProducts::new(&merged, linear.stack(), pool);
-        let products = products.weighted(&merged, linear, pool).unwrap_or(products);
+        let plain = MergeProducts::new(&merged, linear.stack(), pool);
+        // The most that the metric can make of the energy: ‖M S^½‖² ≤ tr(S) ‖M‖².
+        let trace: f64 = linear.second_moment().map_or(1.0, |second_moment| second_moment.diagonal().iter().sum());
+        let most = plain.energy() * trace;
+        let products = plain.weighted(&merged, linear, pool).unwrap_or(plain);
         match options.scale {
             ScaleRule::ClosedForm => {
                 let energy = products.energy();
-                if energy > 0.0 {
+                // What is less gives no output but rounding noise.
+                if energy > NOISE * most {
                     scale = products.with_sum(linear.stack()) / energy;
                     (0..update.rank()).for_each(|term| update.scale_b(term, scale));
                 }

@@ -3,6 +3,12 @@ use kintsugi_runtime::{Error, ErrorCode, Result, nearest};
 use kintsugi_weights::ElementType;
 use serde::{Deserialize, Serialize};
 
+/// Most that a rank can be.
+pub const MOST_RANK: usize = 1 << 16;
+/// Most starts of k-means, and most iterations of one.
+const MOST_RESTARTS: usize = 10_000;
+const MOST_ITERATIONS: usize = 100_000;
+
 /// How many terms the merged factors get.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -196,6 +202,9 @@ impl MergeOptions {
             Some(RankRule::Fixed(0) | RankRule::Energy { most: 0, .. }) => {
                 return invalid("rank", "must be at least 1, but it is 0", "Give a rank of at least 1");
             }
+            Some(rule) if rule.most() > MOST_RANK => {
+                return invalid("rank", &format!("must be at most {MOST_RANK}"), "Give a smaller rank");
+            }
             Some(RankRule::Energy { share, .. }) if !(share > 0.0 && share <= 1.0) => {
                 return invalid("energy", "must be above 0 and at most 1", "Give a share, for example 0.95");
             }
@@ -206,6 +215,12 @@ impl MergeOptions {
         }
         if self.restarts == 0 || self.iterations == 0 {
             return invalid("restarts", "and iterations must be at least 1", "Leave them out for 10 and 300");
+        }
+        if self.restarts > MOST_RESTARTS {
+            return invalid("restarts", &format!("must be at most {MOST_RESTARTS}"), "Leave it out for 10");
+        }
+        if self.iterations > MOST_ITERATIONS {
+            return invalid("iterations", &format!("must be at most {MOST_ITERATIONS}"), "Leave it out for 300");
         }
         if self.reference_rank.is_some_and(|rank| !(rank > 0.0 && rank.is_finite())) {
             return invalid("referenceRank", "must be above 0", "Leave it out for the mean rank of the adapters");

@@ -143,16 +143,10 @@ impl LinearMergeReport {
         let stack = linear.stack();
         let units = stack.units();
         let (gram_b, gram_a) = (stack.gram_b(pool), stack.gram_a(pool));
-        let energy_with = |gram_a: &[f64], range: std::ops::Range<usize>, factors: &[f64]| -> f64 {
-            let row = |i: usize| -> f64 {
-                range.clone().map(|j| factors[j] * gram_b[i * units + j] * gram_a[i * units + j]).sum()
-            };
-            range.clone().map(|i| factors[i] * row(i)).sum::<f64>().max(0.0)
-        };
-        let energy = |range, factors: &[f64]| energy_with(gram_a, range, factors);
+        let energy = |range, factors: &[f64]| energy_of(gram_b, gram_a, units, range, factors);
         let total = energy(0..units, &stack.coefficients);
         let outputs = weighted.zip(linear.weighted(pool)).map(|(products, units_in_metric)| {
-            let total = energy_with(&units_in_metric.gram, 0..units, &stack.coefficients);
+            let total = energy_of(gram_b, &units_in_metric.gram, units, 0..units, &stack.coefficients);
             ((products.energy().max(0.0) - 2.0 * products.with_sum(stack) + total).max(0.0), total)
         });
         let (merged, common) = (products.energy().max(0.0), products.with_sum(stack));
@@ -183,6 +177,22 @@ impl LinearMergeReport {
             overlaps: overlaps(linear, gram_b, gram_a)?,
         })
     }
+}
+
+/// `‖T‖` of the exact weighted sum and, with statistics of the inputs, `‖T S^½‖`.
+pub fn sum_norms(linear: &LinearSources<'_>, pool: &ThreadPool) -> (f64, Option<f64>) {
+    let stack = linear.stack();
+    let norm = |gram_a: &[f64]| {
+        energy_of(stack.gram_b(pool), gram_a, stack.units(), 0..stack.units(), &stack.coefficients).sqrt()
+    };
+    (norm(stack.gram_a(pool)), linear.weighted(pool).map(|weighted| norm(&weighted.gram)))
+}
+
+/// `‖Σ factorⱼ bⱼ aⱼᵀ‖²` over some units with these products `[units, units]` of their halves.
+fn energy_of(gram_b: &[f64], gram_a: &[f64], units: usize, range: std::ops::Range<usize>, factors: &[f64]) -> f64 {
+    let row =
+        |i: usize| -> f64 { range.clone().map(|j| factors[j] * gram_b[i * units + j] * gram_a[i * units + j]).sum() };
+    range.clone().map(|i| factors[i] * row(i)).sum::<f64>().max(0.0)
 }
 
 /// Coordinates `[kept, units]` of the units in an orthonormal basis of some rows: `gram` holds the products of the

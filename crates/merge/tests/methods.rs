@@ -315,7 +315,14 @@ fn bad_input_is_refused_by_name() {
         (MergeOptions { rank: Some(RankRule::Energy { share: 1.5, most: 4 }), ..Default::default() }, "energy"),
         (MergeOptions { density: 0.0, ..Default::default() }, "density"),
         (MergeOptions { density: f64::NAN, ..Default::default() }, "density"),
+        (rank((1 << 16) + 1), "rank"),
+        (
+            MergeOptions { rank: Some(RankRule::Energy { share: 0.5, most: (1 << 16) + 1 }), ..Default::default() },
+            "rank",
+        ),
         (MergeOptions { restarts: 0, ..Default::default() }, "restarts"),
+        (MergeOptions { restarts: 10_001, ..Default::default() }, "restarts"),
+        (MergeOptions { iterations: 100_001, ..Default::default() }, "iterations"),
         (MergeOptions { reference_rank: Some(0.0), ..Default::default() }, "referenceRank"),
     ] {
         assert_eq!(failure(&good, "lego", &options), name(ErrorCode::OptionInvalid, subject));

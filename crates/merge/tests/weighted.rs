@@ -170,6 +170,40 @@ fn the_best_scale_and_the_best_b_are_the_best_for_the_outputs() {
 }
 
 #[test]
+fn an_update_that_gives_no_output_keeps_its_scale() {
+    let (out, input) = (16, 24);
+    let adapters = adapters(out, input, &[3, 4, 3]);
+    // One direction that no adapter reads.
+    let mut random = Random::new(9);
+    let mut x: Vec<f64> = (0..input).map(|_| random.normal()).collect();
+    let mut basis: Vec<Vec<f64>> = Vec::new();
+    let dot = |left: &[f64], right: &[f64]| left.iter().zip(right).map(|(l, r)| l * r).sum::<f64>();
+    let project = |vector: &mut [f64], basis: &[Vec<f64>]| {
+        for unit in basis.iter().chain(basis) {
+            let part = dot(vector, unit);
+            vector.iter_mut().zip(unit).for_each(|(value, u)| *value -= part * u);
+        }
+    };
+    for row in adapters.iter().flat_map(|adapter| adapter.factors.a().chunks_exact(input)) {
+        let mut unit: Vec<f64> = row.iter().map(|&value| f64::from(value)).collect();
+        project(&mut unit, &basis);
+        let length = dot(&unit, &unit).sqrt();
+        unit.iter_mut().for_each(|value| *value /= length);
+        basis.push(unit);
+    }
+    project(&mut x, &basis);
+    let s: Vec<f64> = (0..input * input).map(|at| x[at / input] * x[at % input]).collect();
+    for method in ["lego", "tsv"] {
+        let of = |scale| MergeOptions { rank: Some(RankRule::Fixed(4)), scale, report: false, ..Default::default() };
+        let scale = merged(&adapters, method, &of(ScaleRule::ClosedForm), &s, 2).unwrap().scale;
+        assert_eq!(scale, 1.0, "{method}");
+        // What reads the direction is scaled.
+        let all = merged(&adapters, method, &of(ScaleRule::ClosedForm), &identity(input), 2).unwrap().scale;
+        assert!(all != 1.0 && all.is_finite(), "{method} {all}");
+    }
+}
+
+#[test]
 fn an_energy_target_counts_the_energy_of_the_outputs() {
     let (out, input) = (40, 56);
     let adapters = adapters(out, input, &[6, 6, 6]);

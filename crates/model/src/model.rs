@@ -169,8 +169,8 @@ impl<B: Backend> Model<B> {
         blocks + self.embedding.memory_bytes() + self.backend.linear_bytes(&self.head)
     }
 
-    /// How many Linears have their products computed in which arithmetic, the head among them: what a precision comes
-    /// to with these weights on this machine.
+    /// How many Linears have their products computed in which arithmetic, the head, routers and gates of shared experts
+    /// among them: what a precision comes to with these weights on this machine.
     pub fn arithmetic(&self) -> BTreeMap<&'static str, usize> {
         let mut counts = BTreeMap::new();
         let blocks = self.blocks.iter().flat_map(|block| block.arithmetic(&self.backend));

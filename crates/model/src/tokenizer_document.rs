@@ -5,7 +5,8 @@
 
 use serde_json::{Map, Value};
 
-/// Most bytes that a byte of text may become on its way through all replacements. Real files stay below a hundred.
+/// Most bytes that a byte of text may become on its way through all replacements. Real files stay far below: the largest map of
+/// characters that is common, nmt_nfkc, makes 33 bytes of 3.
 const MOST_GROWTH: usize = 4096;
 /// Most regular expressions; each may take ten megabytes when it is compiled.
 const MOST_EXPRESSIONS: usize = 32;

@@ -55,7 +55,7 @@ pub struct BindingCompressOptions {
     pub memory: Option<f64>,
     /// 0 for none.
     pub eora_rank: u32,
-    /// `f32` or `exact`.
+    /// `f32` or `exact`; `src/compress.ts` refuses `fast`.
     pub precision: String,
     /// `cpu` or `candle`.
     pub backend: String,

@@ -108,7 +108,7 @@ fn run<'env>(
     spawn(env, move || {
         let recipe = recipe()?;
         if dry_run {
-            return to_json(&plan_merge(&recipe)?);
+            return to_json(&plan_merge(&recipe, &cancel)?);
         }
         to_json(&merge_adapters(&recipe, ThreadPool::global(), &cancel, &progress)?)
     })

@@ -1,7 +1,7 @@
 //! What the choices per Linear gain, at equal bits: the axis of the groups (AdaDim), and widths under a bit budget. Markdown
 //! tables on stdout.
 //!
-//! `cargo bench -p kintsugi-pipeline --bench choices [-- axes|budgets]`
+//! `cargo bench -p kintsugi-pipeline --bench choices [-- axes [input|output|adaptive] | budgets]`
 #![allow(clippy::print_stdout, reason = "a bench is there to print")]
 
 #[path = "../tests/common/mod.rs"]
@@ -17,7 +17,8 @@ use kintsugi_weights::GroupAxis;
 const TEXTS: [&str; 3] = ["eval-wikitext.txt", "eval-stories.txt", "eval-shakespeare.txt"];
 
 fn main() {
-    let part = std::env::args().nth(1).filter(|argument| !argument.starts_with('-'));
+    let mut arguments = std::env::args().skip(1).filter(|argument| !argument.starts_with('-'));
+    let (part, only) = (arguments.next(), arguments.next());
     let asked = |name: &str| part.as_deref().is_none_or(|part| part == name);
     let scratch = tempfile::tempdir().unwrap();
     let (plain, outliers) = (assets("llama-7m"), scratch.path().join("outliers"));
@@ -37,7 +38,10 @@ fn main() {
         for (name, source) in [("llama-7m", &plain), ("llama-7m with outlier channels", &outliers)] {
             head(&format!("{name}, 3 bits, groups of 64"));
             for method in ["rtn", "gptq"] {
-                for (axis, group_axis) in AxisRule::NAMES.iter().map(|name| (name, AxisRule::from_name(name).unwrap()))
+                for (axis, group_axis) in AxisRule::NAMES
+                    .iter()
+                    .filter(|name| only.as_deref().is_none_or(|only| only == **name))
+                    .map(|name| (name, AxisRule::from_name(name).unwrap()))
                 {
                     let job = recipe(source, &scratch.path().join("out"), method, 3, 0);
                     row(&format!("{method}, {axis}"), &Recipe { group_axis, ..job });

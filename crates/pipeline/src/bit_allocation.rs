@@ -1,5 +1,6 @@
 use std::collections::BTreeMap;
-use std::fs;
+use std::fs::File;
+use std::io::Read;
 use std::path::Path;
 
 use kintsugi_checkpoint::{Checkpoint, LinearFormat};
@@ -17,6 +18,9 @@ use crate::{CalibrationStream, CalibrationTokens, LinearOverride, Recipe};
 
 /// Steps that the budget is divided into at most; costs are rounded up to whole steps.
 const STEPS: u64 = 50_000;
+
+/// Most bytes that are read of widths that were found before; a name and a number for each Linear.
+const FILE_LIMIT: u64 = 64 << 20;
 
 /// Code widths for all Linears of a model within a budget of bits.
 ///
@@ -58,7 +62,9 @@ impl BitAllocation {
         progress: &Progress,
     ) -> Result<Self> {
         let path = folder.join(Self::FILE_NAME);
-        if let Some(found) = fs::read(&path).ok().and_then(|text| serde_json::from_slice(&text).ok()) {
+        if let Some(found) = Self::read(&path)
+            && search.allows(&found)?
+        {
             return Ok(found);
         }
         let found = search.find(progress)?;
@@ -66,6 +72,18 @@ impl BitAllocation {
             .map_err(|error| Error::new(ErrorCode::Internal, format!("the widths cannot be recorded: {error}")))?;
         replace_file(&path, &text)?;
         Ok(found)
+    }
+
+    /// Whether widths lie in `folder`.
+    pub(crate) fn is_found(folder: &Path) -> bool {
+        folder.join(Self::FILE_NAME).is_file()
+    }
+
+    /// What lies at `path`, if it is a file that can be understood. Pipes are not opened: that would wait for a writer.
+    fn read(path: &Path) -> Option<Self> {
+        let mut text = Vec::new();
+        path.is_file().then(|| File::open(path)).and_then(Result::ok)?.take(FILE_LIMIT).read_to_end(&mut text).ok()?;
+        serde_json::from_slice(&text).ok()
     }
 
     /// `recipe` with the widths as overrides, in front of its own.
@@ -93,6 +111,28 @@ pub(crate) struct Search<'a, B: Backend> {
 }
 
 impl<B: Backend> Search<'_, B> {
+    /// Whether this search could have found these widths: files are not trusted.
+    fn allows(&self, found: &BitAllocation) -> Result<bool> {
+        let (spec, recipe) = (self.spec, self.recipe);
+        let (mut names, mut bits) = (0, 0);
+        for block in 0..spec.layers {
+            for places in fused_places(spec) {
+                let widths = candidate_widths(recipe, spec, self.format, self.stored, block, &places)?;
+                for &place in &places {
+                    let linear = &spec.linears[place];
+                    let name = spec.linear_name(block, linear);
+                    let Some(&width) = found.bits.get(&name).filter(|width| widths.contains(width)) else {
+                        return Ok(false);
+                    };
+                    let options = QuantizeOptions { bits: width, ..recipe.quantize_options(&name, self.stored) };
+                    bits += grid_bits(&options, (linear.rows, linear.columns), recipe.has_group_index());
+                    names += 1;
+                }
+            }
+        }
+        Ok(names == found.bits.len() && bits <= budget_bits(recipe, spec))
+    }
+
     fn find(&self, progress: &Progress) -> Result<BitAllocation> {
         let (spec, recipe) = (self.spec, self.recipe);
         let budget = budget_bits(recipe, spec);
@@ -208,7 +248,16 @@ fn candidate_widths(
     let asked = |(name, _): &(String, _)| {
         recipe.overrides.iter().find(|given| given.matches(name)).and_then(|given| given.bits)
     };
-    let widths = linears.iter().find_map(asked).map_or(CODE_BITS.to_vec(), |width| vec![width]);
+    let mut asked: Vec<u8> = linears.iter().filter_map(asked).collect();
+    asked.dedup();
+    if asked.len() > 1 {
+        let names: Vec<&str> = linears.iter().map(|(name, _)| name.as_str()).collect();
+        let message = format!("servers fuse {}, and overrides give them several widths", names.join(", "));
+        return Err(Error::new(ErrorCode::OptionInvalid, message)
+            .subject("overrides")
+            .hint("Under a bit budget, give Linears that are fused one width, or none"));
+    }
+    let widths = asked.first().map_or(CODE_BITS.to_vec(), |&width| vec![width]);
     let held =
         |width: &u8| linears.iter().all(|(name, shape)| holds(format, &recipe.with_bits(*width), name, *shape, stored));
     let widths: Vec<u8> = widths.into_iter().filter(held).collect();
@@ -273,6 +322,14 @@ fn choose(groups: &[Group], budget: u64) -> Option<Vec<usize>> {
     let least: u64 = groups.iter().map(Group::least).sum();
     let most: u64 = groups.iter().filter_map(|group| group.choices.iter().map(|choice| choice.bits).max()).sum();
     let room = budget.min(most).checked_sub(least)?;
+    if budget >= most {
+        // Rounded costs could keep the last step from being bought.
+        let least_damage = |group: &Group| {
+            let choices = group.choices.iter().enumerate();
+            choices.min_by(|(_, a), (_, b)| a.damage.total_cmp(&b.damage)).map_or(0, |(at, _)| at)
+        };
+        return Some(groups.iter().map(least_damage).collect());
+    }
     let extra = |group: &Group, choice: &Choice| choice.bits - group.least();
     let common = groups
         .iter()
@@ -373,6 +430,29 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn costs_without_a_common_step_are_rounded_up() {
+        let sizes = |i: u64| 1_000_003 + 7919 * i * i;
+        let groups: Vec<Group> = (0..300)
+            .map(|i| {
+                let damages = [9.0, 3.0, 1.0, 0.3, 0.1, 0.01].map(|damage| damage * (1 + i % 7) as f64);
+                group(sizes(i), &damages)
+            })
+            .collect();
+        let weights: u64 = (0..300).map(sizes).sum();
+        for bits in [2.0, 2.5, 3.01, 4.0, 6.7, 7.99] {
+            let budget = (weights as f64 * bits) as u64;
+            let (taken, damage) = cost(&groups, &choose(&groups, budget).unwrap());
+            // What rounding costs is at most a step of each group.
+            let slack = 300 * (budget - weights * 2).div_ceil(STEPS);
+            assert!(taken <= budget, "{bits}");
+            let tighter = choose(&groups, budget - slack.min(budget - weights * 2)).unwrap();
+            assert!(damage <= cost(&groups, &tighter).1, "{bits}");
+        }
+        let widest = choose(&groups, weights * 8).unwrap();
+        assert_eq!(cost(&groups, &widest).0, weights * 8);
     }
 
     #[test]

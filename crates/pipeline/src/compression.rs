@@ -94,7 +94,7 @@ pub fn compress<B: Backend>(recipe: &Recipe, backend: &B, cancel: &CancelToken, 
         Err(error) => {
             use ErrorCode::{Cancelled, Io, OutputBusy, OutputUnwritable, ResumeMismatch};
             let kept = matches!(error.code, Cancelled | Io | OutputBusy | OutputUnwritable | ResumeMismatch);
-            if !kept || job.units.len() < 2 {
+            if !kept || (job.units.len() < 2 && !BitAllocation::is_found(job.writer.folder())) {
                 job.writer.discard();
                 recipe.save_statistics.as_deref().inspect(|path| StatisticsWriter::discard(path));
             }
@@ -165,6 +165,7 @@ impl Compression<'_> {
                 let search = Search { recipe, checkpoint, spec, backend, text, format, stored, cancel };
                 let (found, seconds) = timed(|| BitAllocation::resume_or_find(&search, &folder, progress))?;
                 phases.calibrate += seconds;
+                self.writer.keep();
                 progress.begin("prepare", spec.layers as u64);
                 Some(found.applied(recipe))
             }
@@ -177,7 +178,7 @@ impl Compression<'_> {
         let saver = match &recipe.save_statistics {
             // The last run may have ended before the file had its name.
             Some(path) if !done || StatisticsWriter::is_unfinished(path) || !path.is_file() => {
-                Some(StatisticsWriter::create(path, recipe, self.checkpoint, spec, finished_blocks)?)
+                Some(StatisticsWriter::create(path, self.recipe, self.checkpoint, spec, finished_blocks)?)
             }
             _ => None,
         };

@@ -39,8 +39,9 @@ pub use inspection::{Inspection, inspect};
 pub use linear_override::LinearOverride;
 pub use memory_plan::{MemoryParts, MemoryPlan};
 pub use merging::{
-    AdapterShare, JoinReport, MergeChange, MergePlan, MergeRecipe, MergeReport, MergeSummary, ModuleMergeReport,
-    PlannedMerge, RankPadding, VLLM_RANKS, WholeModuleRule, changed_recipe, merge_adapters, plan_merge,
+    AdapterShare, JoinReport, JoinSummary, MergeChange, MergePlan, MergeRecipe, MergeReport, MergeSummary,
+    ModuleMergeReport, PlannedMerge, RankPadding, VLLM_RANKS, WholeModuleRule, changed_recipe, merge_adapters,
+    plan_merge,
 };
 pub use plan::{Plan, PlannedLinear};
 pub use recipe::{ActivationPlace, CalibrationRecipe, EoraRecipe, Recipe};

@@ -1,6 +1,6 @@
 use kintsugi_calibration::{CHUNK_TOKENS, Calibration};
 use kintsugi_checkpoint::Checkpoint;
-use kintsugi_compress::tile_rows;
+use kintsugi_compress::{AxisRule, tile_rows};
 use kintsugi_kernels::PAGE_POSITIONS;
 use kintsugi_model::{CpuBackend, DecoderSpec, LinearSpec, PositionRule, TapPoint};
 use kintsugi_runtime::{Error, ErrorCode, Result, ThreadPool, available_memory_bytes};
@@ -225,7 +225,8 @@ impl Shapes<'_> {
             text: recipe.passes().map_or(0, reading_bytes),
             embedding: if calibrated { self.embedding() } else { 0 },
             weights: weights + if folds { elements * 4 } else { 0 },
-            prepared: match (calibrated, folds) {
+            // Linears with groups along the outputs are packed as f32.
+            prepared: match (calibrated, folds || recipe.group_axis != AxisRule::Input) {
                 (false, _) => 0,
                 (true, false) => weights,
                 (true, true) => elements * 4,
@@ -316,8 +317,10 @@ impl Shapes<'_> {
 
     fn solver(&self, linear: &LinearSpec) -> u64 {
         let (m, k, t) = (linear.rows as u64, linear.columns as u64, self.threads as u64);
-        let tile_rows = tile_rows(&self.recipe.usual_options(ElementType::F16)) as u64;
+        let tile_rows =
+            tile_rows(&self.recipe.quantize_options(&self.spec.linear_name(0, linear), ElementType::F16)) as u64;
         let tiles = t.min(m.div_ceil(tile_rows)) * tile_rows.min(m);
+        let bands = if self.recipe.group_axis == AxisRule::Input { 0 } else { 8 * k * tiles + m * k };
         let gptq = if self.recipe.solves_gptq() { Calibration::bytes(linear.columns) + 13 * k * tiles } else { 0 };
         let errors = t * (1024 * k + 256 * 256 * 8);
         let side = m.min(k);
@@ -328,21 +331,25 @@ impl Shapes<'_> {
             _ => residual + (residual + side * side * 8).max(40 * side * side),
         };
         // Packed and encoded for the file, one byte per weight at most.
-        gptq.max(errors).max(eora).max(m * k)
+        (gptq.max(bands)).max(errors).max(eora).max(m * k)
+    }
+
+    /// What a sample of tokens takes that runs through the block again and again: as input and output, twice each.
+    fn sample(&self) -> u64 {
+        let length = self.recipe.calibration.as_ref().map_or(0, |calibration| calibration.length);
+        SAMPLE_TOKENS.max(length) as u64 * self.spec.hidden_size as u64 * 4 * 4
     }
 
     fn folding(&self) -> u64 {
         if self.recipe.block_method().is_none() {
-            return 0;
+            return if self.recipe.bit_budget.is_some() { self.sample() + self.forward(&self.points()) } else { 0 };
         }
         let readers = |point: TapPoint| {
             let of_point = self.spec.linears.iter().filter(move |linear| linear.slot.tap() == point);
             of_point.map(|linear| (linear.rows * linear.columns) as u64).sum::<u64>()
         };
         let largest = self.points().iter().map(|&point| readers(point)).max().unwrap_or(0);
-        let length = self.recipe.calibration.as_ref().map_or(0, |calibration| calibration.length);
-        let sample = SAMPLE_TOKENS.max(length) as u64 * self.spec.hidden_size as u64 * 4 * 4;
-        5 * 4 * largest + sample + self.forward(&self.points())
+        5 * 4 * largest + self.sample() + self.forward(&self.points())
     }
 }
 

@@ -10,8 +10,8 @@ use crate::Recipe;
 pub(crate) const AUTO: &str = "auto";
 
 /// The format that `recipe` writes: the one it names, or for `auto` what the fast paths of vLLM accept:
-/// compressed-tensors, and GPTQ for 2 and 3 bits or a bit budget where it holds every Linear. Groups along the outputs
-/// have only our own.
+/// compressed-tensors. GPTQ for 2 and 3 bits, and for a bit budget because its readers take mixed widths with zero
+/// points, where it holds every Linear. Groups along the outputs have only our own.
 ///
 /// # Errors
 /// `ERR_OPTION_UNKNOWN` for a name that no format has, `ERR_QUANTIZATION_UNSUPPORTED` with the name of the Linear that

@@ -25,7 +25,7 @@ pub struct Recipe {
     pub method: String,
     /// AWQ: name of the method that rounds the scaled weights.
     pub rounding: String,
-    /// Width of a code: 2, 3, 4, 5, 6 or 8. Not with a bit budget.
+    /// Width of a code: 2, 3, 4, 5, 6 or 8. Means nothing under a bit budget.
     pub bits: u8,
     /// Bits per weight that codes, scales and zero points may take; each Linear gets a width of its own.
     pub bit_budget: Option<f64>,

@@ -7,6 +7,7 @@ use crate::merges::{recipe, refused, run, vectors};
 use kintsugi_merge::RankRule;
 use kintsugi_pipeline::{MergeChange, changed_recipe};
 use kintsugi_runtime::{Error, ErrorCode};
+use serde_json::{Value, json};
 
 fn copies(folder: &Path, names: &[&str]) -> Vec<PathBuf> {
     let copy = |name: &&str| {
@@ -96,9 +97,12 @@ fn changes_that_mean_nothing_are_refused_by_name() {
     let twin = copies(&path("others"), &["first"]).remove(0);
     run(&recipe(&[all[0].clone(), all[1].clone(), twin.clone()], &[1.0; 3], "cat", &path("whole"))).unwrap();
     let merged = path("whole");
+    let (other_spelling, small) = (path("sources").join("second/../first"), vectors().join("small"));
     let cases = [
         (change(&merged, &[], &[], &path("x")), ErrorCode::OptionInvalid, "add"),
         (change(&merged, &[(&all[0], 1.0)], &[], &path("x")), ErrorCode::OptionInvalid, "add"),
+        (change(&merged, &[(&other_spelling, 1.0)], &[], &path("x")), ErrorCode::OptionInvalid, "add"),
+        (change(&merged, &[(&small, 1.0), (&small, 0.5)], &[], &path("x")), ErrorCode::OptionInvalid, "add"),
         (change(&merged, &[], &["third"], &path("x")), ErrorCode::OptionInvalid, "remove"),
         (change(&merged, &[], &["first"], &path("x")), ErrorCode::OptionInvalid, "remove"),
         (change(&all[0], &[], &["first"], &path("x")), ErrorCode::AdapterInvalid, "report.json"),
@@ -107,6 +111,8 @@ fn changes_that_mean_nothing_are_refused_by_name() {
         let error = changed_recipe(&change).unwrap_err();
         assert!(error.code == code && error.subject.ends_with(subject) && !error.hint.is_empty(), "{error}");
     }
+    let removed = changed_recipe(&change(&merged, &[], &[other_spelling.to_str().unwrap()], &path("x"))).unwrap();
+    assert_eq!(removed.adapters, [all[1].clone(), twin.clone()]);
     // By its whole path the twin is told from the other.
     let recipe = changed_recipe(&change(&merged, &[], &[twin.to_str().unwrap()], &path("x"))).unwrap();
     assert_eq!(recipe.adapters, all);
@@ -117,6 +123,23 @@ fn changes_that_mean_nothing_are_refused_by_name() {
         &path("x"),
     ));
     refused(&none.unwrap(), ErrorCode::OptionInvalid);
+    // A recorded recipe is no better than a given one.
+    let text = fs::read_to_string(merged.join("report.json")).unwrap();
+    let recorded: Value = serde_json::from_str(&text).unwrap();
+    for (place, value, subject) in [
+        ("/recipe/options/restarts", json!(10_001), "restarts"),
+        ("/recipe/options/iterations", json!(100_001), "iterations"),
+        ("/recipe/options/rank", json!({ "fixed": 65_537 }), "rank"),
+        ("/recipe/options/rank", json!({ "energy": { "share": 0.5, "most": 65_537 } }), "rank"),
+        ("/recipe/totalRank", json!(65_537), "totalRank"),
+    ] {
+        let mut edited = recorded.clone();
+        edited["recipe"]["compensation"] = json!(all[0]);
+        *edited.pointer_mut(place).unwrap() = value;
+        fs::write(merged.join("report.json"), edited.to_string()).unwrap();
+        let recipe = changed_recipe(&change(&merged, &[], &["second"], &path("x"))).unwrap();
+        assert_eq!(refused(&recipe, ErrorCode::OptionInvalid).subject, subject);
+    }
     fs::write(merged.join("report.json"), "{}").unwrap();
     assert_eq!(
         changed_recipe(&change(&merged, &[], &["second"], &path("x"))).unwrap_err().code,

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use crate::common::backend;
-use crate::merges::{assets as adapters, recipe, refused, relative, run, sum, updates};
+use crate::merges::{assets as adapters, recipe, refused, relative, run, sum, updates, write_adapter};
 use kintsugi_checkpoint::{AdapterFolder, Checkpoint, read_adapter};
 use kintsugi_merge::{RankRule, ScaleRule};
 use kintsugi_model::{Batch, Model, Session};
@@ -73,7 +73,7 @@ fn the_joined_adapter_is_the_compensation_and_the_task_in_one() {
         let [alone, together] = ["alone", "joined"].map(|kind| out.path().join(format!("{name}-{kind}")));
         run(&recipe(&folders, &weights, method, &alone)).unwrap();
         let report = run(&joined(&folders, &weights, method, &together)).unwrap();
-        assert_eq!(report.summary.rank, EORA_RANK + 8);
+        assert!(report.summary.rank == EORA_RANK + 8 && report.summary.joined.is_none());
         for module in &report.modules {
             let how = module.joined.as_ref().unwrap();
             assert_eq!((how.compensation_rank, how.merged_rank, how.error), (EORA_RANK, 8, 0.0), "{}", module.name);
@@ -92,7 +92,7 @@ fn the_compensation_stands_in_the_result_as_it_is() {
     let out = tempfile::tempdir().unwrap();
     let path = |name: &str| out.path().join(name);
     let of_both = joined(&[task("shakespeare"), task("python")], &[1.0, 0.5], "lego", &path("both"));
-    let plan = plan_merge(&of_both).unwrap();
+    let plan = plan_merge(&of_both, &CancelToken::new()).unwrap();
     assert!(plan.modules.iter().all(|module| module.compensation_rank == EORA_RANK && module.rank == EORA_RANK + 8));
     run(&of_both).unwrap();
     let [eora, both] =
@@ -136,6 +136,13 @@ fn a_total_rank_cuts_both_together_and_statistics_say_where() {
             assert!((error - how.error).abs() <= 1e-5, "{} {error} {}", module.name, how.error);
             assert_eq!(how.weighted_error.is_some(), weighted);
         }
+        let flat = |of: &BTreeMap<String, Vec<f64>>| of.values().flatten().copied().collect::<Vec<f64>>();
+        let whole = report.summary.joined.unwrap();
+        let error = relative(&flat(&found), &flat(&target));
+        assert!((error - whole.error).abs() <= 1e-5, "{error} {}", whole.error);
+        assert_eq!(whole.weighted_error.is_some(), weighted);
+        let picture = fs::read_to_string(path.join("report.svg")).unwrap();
+        assert!(picture.contains("before the cut to rank 12"));
         let total: f64 = report.modules.iter().map(|module| module.joined.as_ref().unwrap().error.powi(2)).sum();
         errors.push(total);
     }
@@ -147,6 +154,55 @@ fn a_total_rank_cuts_both_together_and_statistics_say_where() {
     // No part is larger than what there is.
     let wide = MergeRecipe { total_rank: Some(4000), ..joined(&folders, &[1.0, 1.0], "cat", &path) };
     assert_eq!(run(&wide).unwrap().summary.rank, EORA_RANK + 16);
+}
+
+#[test]
+fn a_total_rank_above_the_smaller_side_is_cut_to_it() {
+    let out = tempfile::tempdir().unwrap();
+    let [eora, first] = [("eora", 2), ("first", 3)].map(|(name, rank)| {
+        let folder = out.path().join(name);
+        write_adapter(&folder, None, false, 4, rank);
+        folder
+    });
+    for padding in [RankPadding::None, RankPadding::Uniform] {
+        for total_rank in [4, 5, 6, 64] {
+            let path = out.path().join(format!("{padding:?}-{total_rank}"));
+            let mut square = recipe(std::slice::from_ref(&first), &[1.0], "cat", &path);
+            (square.compensation, square.total_rank, square.padding) = (Some(eora.clone()), Some(total_rank), padding);
+            let plan = plan_merge(&square, &CancelToken::new()).unwrap();
+            assert_eq!(plan.modules[0].rank, 4);
+            let report = run(&square).unwrap();
+            // Nothing is lost: a 4×4 matrix has no more directions.
+            assert!(report.summary.rank <= 4 && report.summary.joined.unwrap().error <= 1e-5);
+            for (module, update) in sum(&[eora.clone(), first.clone()], &[1.0, 1.0]) {
+                assert!(relative(&updates(&path)[&module], &update) <= 1e-5);
+            }
+        }
+    }
+}
+
+#[test]
+fn what_will_be_cut_is_rounded_once() {
+    let out = tempfile::tempdir().unwrap();
+    let folders = [task("shakespeare"), task("python")];
+    let path = |name: &str| out.path().join(name);
+    // With all terms of the sum there is nothing that a merge before the cut may lose but by rounding.
+    let cut = |name: &str, factor_type| MergeRecipe {
+        total_rank: Some(12),
+        factor_type: Some(factor_type),
+        ..joined(&folders, &[0.5, 0.5], "cat", &path(name))
+    };
+    let narrow = run(&cut("bf16", ElementType::Bf16)).unwrap();
+    let wide = run(&cut("f32", ElementType::F32)).unwrap();
+    for (narrow, wide) in narrow.modules.iter().zip(&wide.modules) {
+        assert_eq!(narrow.kept, wide.kept, "{}", narrow.name);
+    }
+    let [narrow, wide] = [path("bf16"), path("f32")].map(|path| AdapterFolder::open(&path).unwrap());
+    for module in wide.modules() {
+        let [narrow, wide] = [&narrow, &wide].map(|folder| folder.factors(&module.name).unwrap());
+        let rounded = wide.a().iter().map(|&value| ElementType::Bf16.round(value));
+        assert!(rounded.eq(narrow.a().iter().copied()), "{}", module.name);
+    }
 }
 
 /// Weighted errors of all modules.

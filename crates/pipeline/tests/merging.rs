@@ -156,7 +156,7 @@ fn an_energy_target_is_not_a_rank_that_vllm_must_serve() {
     recipe.options.rank = Some(RankRule::Energy { share: 0.5, most: 1 << 16 });
     recipe.options.density = 0.9;
     recipe.padding = RankPadding::Vllm;
-    assert_eq!(plan_merge(&recipe).unwrap().modules[0].rank, 512);
+    assert_eq!(plan_merge(&recipe, &CancelToken::new()).unwrap().modules[0].rank, 512);
     assert_eq!(run(&recipe).unwrap().summary.rank, 8);
     recipe.out = out.path().join("fixed");
     recipe.options.rank = Some(RankRule::Fixed(515));
@@ -170,7 +170,7 @@ fn an_output_that_may_not_be_written_is_refused_first() {
     fs::write(out.path().join("file"), "x").unwrap();
     let mut recipe = recipe(&folders, &[1.0, 1.0], "svd", out.path());
     recipe.options.rank = Some(RankRule::Energy { share: 0.9, most: 16 });
-    assert_eq!(plan_merge(&recipe).unwrap_err().code, ErrorCode::OutputNotEmpty);
+    assert_eq!(plan_merge(&recipe, &CancelToken::new()).unwrap_err().code, ErrorCode::OutputNotEmpty);
     let progress = Progress::new();
     let error = merge_adapters(&recipe, &ThreadPool::with_threads(1), &CancelToken::new(), &progress).unwrap_err();
     assert_eq!(error.code, ErrorCode::OutputNotEmpty);
@@ -203,7 +203,7 @@ fn the_report_is_about_what_is_in_the_file() {
     assert!(picture.starts_with("<svg xmlns") && picture.ends_with("</svg>\n") && picture.contains("shakespeare"));
     // A cell for each module: of its distance, and of what is left of either adapter.
     assert!(picture.matches("<rect class=\"c").count() >= 3 * report.modules.len());
-    let plan = plan_merge(&MergeRecipe { out: out.path().join("plan"), ..recipe }).unwrap();
+    let plan = plan_merge(&MergeRecipe { out: out.path().join("plan"), ..recipe }, &CancelToken::new()).unwrap();
     assert_eq!(plan.modules.len(), report.summary.modules);
     assert!(plan.bytes < report.summary.bytes && plan.bytes > report.summary.bytes * 9 / 10);
 }

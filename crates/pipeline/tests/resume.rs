@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::common::{assets, backend, recipe};
 use kintsugi_pipeline::{Recipe, Report, compress};
-use kintsugi_runtime::{CancelToken, ErrorCode, Progress, Result};
+use kintsugi_runtime::{CancelToken, ErrorCode, Progress, ProgressSnapshot, Result};
 
 /// A copy of a checkpoint with eight blocks, and a job that takes a moment.
 fn scene() -> (tempfile::TempDir, Recipe) {
@@ -27,10 +27,15 @@ fn scene() -> (tempfile::TempDir, Recipe) {
 
 /// Runs until `blocks` blocks are done, then cancels.
 fn interrupt_after(recipe: &Recipe, blocks: u64) -> Result<Report> {
+    interrupt_when(recipe, |reading| reading.done >= blocks)
+}
+
+/// Runs until the progress has come to a point, then cancels.
+fn interrupt_when(recipe: &Recipe, there: impl Fn(&ProgressSnapshot) -> bool + Sync) -> Result<Report> {
     let (cancel, progress, over) = (CancelToken::new(), Progress::new(), AtomicBool::new(false));
     std::thread::scope(|scope| {
         scope.spawn(|| {
-            while !over.load(Ordering::Relaxed) && progress.snapshot().done < blocks {
+            while !over.load(Ordering::Relaxed) && !there(&progress.snapshot()) {
                 std::thread::yield_now();
             }
             cancel.cancel();
@@ -101,6 +106,47 @@ fn a_job_that_folds_scales_ends_in_the_same_bytes_too() {
     assert!(bytes_of(&recipe.out) == undisturbed);
     assert_eq!(facts_of(&resumed), facts_of(&report));
     assert!(resumed.linears.iter().all(|linear| linear.alpha.is_some()));
+}
+
+#[test]
+fn a_job_with_a_bit_budget_keeps_the_widths_that_it_found() {
+    let (root, mut recipe) = scene();
+    let statistics = root.path().join("statistics.safetensors");
+    (recipe.bit_budget, recipe.eora) = (Some(3.5), None);
+    recipe.save_statistics = Some(statistics.clone());
+    let report = finish(&recipe);
+    assert!(report.recipe.overrides.is_empty(), "the report has what was asked");
+    let (undisturbed, saved) = (bytes_of(&recipe.out), fs::read(&statistics).unwrap());
+    let restart = || {
+        fs::remove_dir_all(&recipe.out).unwrap();
+        fs::remove_file(&statistics).unwrap();
+    };
+    let widths = partial(&recipe).join("bit-allocation.partial");
+    // What an earlier run found is used if this job could have found it, and whatever else lies there is not.
+    let spoil: [fn(&Path); 4] = [
+        |_| {},
+        |widths| fs::write(widths, "{\"bits\":{}}").unwrap(),
+        |widths| fs::write(widths, fs::read_to_string(widths).unwrap().replace(":3", ":7")).unwrap(),
+        |widths| {
+            fs::write(widths, fs::read_to_string(widths).unwrap().replace(":2", ":8").replace(":3", ":8")).unwrap()
+        },
+    ];
+    for (round, spoil) in spoil.into_iter().enumerate() {
+        restart();
+        // During the search nothing is kept, behind it the widths are.
+        let error =
+            interrupt_when(&recipe, |reading| reading.phase == "allocate bits" && reading.done >= 2).unwrap_err();
+        assert_eq!(error.code, ErrorCode::Cancelled);
+        assert!(!partial(&recipe).exists());
+        let blocks = if round == 0 { 0 } else { 2 };
+        let error =
+            interrupt_when(&recipe, |reading| reading.phase == "compress" && reading.done >= blocks).unwrap_err();
+        assert_eq!(error.code, ErrorCode::Cancelled);
+        spoil(&widths);
+        finish(&recipe);
+        assert!(bytes_of(&recipe.out) == undisturbed, "{round}");
+        assert!(fs::read(&statistics).unwrap() == saved, "{round}");
+    }
 }
 
 #[test]

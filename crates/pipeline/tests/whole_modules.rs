@@ -5,14 +5,19 @@ use std::path::{Path, PathBuf};
 
 use crate::merges::{recipe, refused, run, vectors};
 use kintsugi_checkpoint::{AdapterDescription, AdapterFolder, AdapterWriter, MergedModule, ModuleKind, WholeTensor};
-use kintsugi_pipeline::{MergeRecipe, RankPadding, WholeModuleRule, plan_merge};
-use kintsugi_runtime::ErrorCode;
+use kintsugi_pipeline::{MergeChange, MergeRecipe, RankPadding, WholeModuleRule, changed_recipe, plan_merge};
+use kintsugi_runtime::{CancelToken, ErrorCode};
 use kintsugi_testkit::Random;
 use kintsugi_weights::{ElementType, LowRank};
 use serde_json::Value;
 
 /// An adapter of one Linear, with `lm_head` whole (weight and bias) where it is given as numbers and their type.
 fn write(folder: &Path, head: Option<(&[f32], ElementType)>) -> PathBuf {
+    write_of("model.layers.0.mlp.up_proj", folder, head)
+}
+
+/// The same, of the Linear `module`.
+fn write_of(module: &str, folder: &Path, head: Option<(&[f32], ElementType)>) -> PathBuf {
     let size = 6;
     let whole: Vec<WholeTensor> = head
         .iter()
@@ -34,7 +39,7 @@ fn write(folder: &Path, head: Option<(&[f32], ElementType)>) -> PathBuf {
         element_type: ElementType::F32,
         modules_to_save: if head.is_some() { vec!["lm_head".into()] } else { Vec::new() },
     };
-    let (name, kind) = ("model.layers.0.mlp.up_proj".to_string(), ModuleKind::Linear);
+    let (name, kind) = (module.to_string(), ModuleKind::Linear);
     let module = MergedModule { name, kind, out_features: size, in_features: size, rank: 2 };
     let mut random = Random::new(1);
     let mut values = || (0..size * 2).map(|_| random.normal() as f32).collect::<Vec<_>>();
@@ -91,7 +96,10 @@ fn one_or_equal_modules_are_carried_over() {
             for method in ["svd", "cat"] {
                 let mut recipe = recipe(folders, weights, method, &of(&format!("out-{i}-{method}")));
                 recipe.options.report = i == 0;
-                assert_eq!(plan_merge(&recipe).unwrap().whole_tensors, ["lm_head.bias", "lm_head.weight"]);
+                assert_eq!(
+                    plan_merge(&recipe, &CancelToken::new()).unwrap().whole_tensors,
+                    ["lm_head.bias", "lm_head.weight"]
+                );
                 run(&recipe).unwrap();
                 for name in ["lm_head.bias", "lm_head.weight"] {
                     assert_eq!(tensor(&recipe.out, name), tensor(&with, name));
@@ -160,4 +168,67 @@ fn what_is_damaged_or_missing_is_refused() {
         refused(&recipe(std::slice::from_ref(&wide), &[1.0], "svd", &path("out")), ErrorCode::AdapterInvalid);
     }
     assert!(AdapterFolder::open(&vectors().join("first")).unwrap().whole_tensors().is_empty());
+}
+
+#[test]
+fn a_module_has_factors_or_is_saved_whole() {
+    let out = tempfile::tempdir().unwrap();
+    let path = |name: &str| out.path().join(name);
+    let whole = write(&path("whole"), Some((&HEAD, ElementType::F32)));
+    let plain = write(&path("plain"), None);
+    // PEFT replaces all of these as a whole, and those below; the last is another module.
+    for (i, module) in ["lm_head", "model.lm_head", "lm_head.dense", "model.lm_head.dense.0"].iter().enumerate() {
+        let factors = write_of(module, &path(&format!("factors-{i}")), None);
+        for method in ["svd", "cat"] {
+            let both = recipe(&[factors.clone(), whole.clone()], &[1.0; 2], method, &path("out"));
+            let error = refused(&both, ErrorCode::AdapterInvalid);
+            assert!(error.subject == *module && error.message.contains("'lm_head'"), "{error}");
+            assert_eq!(plan_merge(&both, &CancelToken::new()).unwrap_err().subject, *module);
+        }
+        let mut joined = recipe(&[plain.clone(), whole.clone()], &[1.0; 2], "svd", &path("out"));
+        joined.compensation = Some(factors);
+        assert_eq!(refused(&joined, ErrorCode::AdapterInvalid).subject, *module);
+    }
+    let other = write_of("my_lm_head", &path("other"), None);
+    run(&recipe(&[other, whole], &[1.0; 2], "svd", &path("out"))).unwrap();
+}
+
+#[test]
+fn a_whole_tensor_has_no_place_between_two_factors() {
+    let out = tempfile::tempdir().unwrap();
+    let name = "lm_head.lora_A.x";
+    let whole = WholeTensor { name: name.to_string(), element_type: ElementType::F32, shape: vec![2], bytes: 8 };
+    let module =
+        MergedModule { name: "lm_head".into(), kind: ModuleKind::Linear, out_features: 4, in_features: 4, rank: 1 };
+    let description = AdapterDescription {
+        base_model: None,
+        task_type: None,
+        fan_in_fan_out: false,
+        targets_by_suffix: true,
+        element_type: ElementType::F32,
+        modules_to_save: vec!["lm_head".into()],
+    };
+    let error = AdapterWriter::create(&out.path().join("out"), description, vec![module], &[whole]).unwrap_err();
+    assert_eq!((error.code, error.subject.as_str()), (ErrorCode::AdapterInvalid, name));
+    assert_eq!(fs::read_dir(out.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn a_source_whose_whole_module_has_changed_is_not_merged_again() {
+    let out = tempfile::tempdir().unwrap();
+    let path = |name: &str| out.path().join(name);
+    let (whole, plain) = (write(&path("whole"), Some((&HEAD, ElementType::F32))), write(&path("plain"), None));
+    run(&recipe(std::slice::from_ref(&whole), &[1.0], "svd", &path("merged"))).unwrap();
+    let change = MergeChange { merged: path("merged"), add: vec![(plain, 1.0)], remove: vec![], out: path("again") };
+    let again = changed_recipe(&change).unwrap();
+    // The factors stay what they were.
+    let mut head = HEAD;
+    head[7] += 1.0;
+    fs::remove_dir_all(&whole).unwrap();
+    write(&whole, Some((&head, ElementType::F32)));
+    let error = refused(&again, ErrorCode::AdapterInvalid);
+    assert!(error.subject == whole.display().to_string() && error.message.contains("changed"), "{error}");
+    fs::remove_dir_all(&whole).unwrap();
+    write(&whole, Some((&HEAD, ElementType::F32)));
+    run(&again).unwrap();
 }

@@ -74,7 +74,8 @@ impl IntegerLevel for Scalar {
 
     #[inline(always)]
     fn multiply_bytes(self, mut sums: [i32; ROWS], bytes: [u32; ROWS], x: u32) -> [i32; ROWS] {
-        let x = x.to_le_bytes().map(|x| i32::from(x as i8));
+        // Codes are little-endian; a word of x is read as its four columns lie in memory.
+        let x = x.to_ne_bytes().map(|x| i32::from(x as i8));
         for (sum, word) in sums.iter_mut().zip(bytes) {
             let codes = word.to_le_bytes().map(i32::from);
             *sum += codes[0] * x[0] + codes[1] * x[1] + codes[2] * x[2] + codes[3] * x[3];

@@ -1,5 +1,5 @@
 use std::collections::BTreeMap;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
@@ -45,9 +45,10 @@ struct RecordedAdapter {
 /// The recipe of the merge that has some sources more or less than an earlier one, from what its `report.json` recorded.
 ///
 /// Nothing is added to or taken out of the merged factors: no method but the sum could be undone in them, and not even
-/// that after rounding. The merge is made anew from its sources, so that the result is, byte for byte, that of a merge
-/// that never knew the removed ones. Sources that stay must still be what they were, which
-/// [`crate::merge_adapters`] checks by their fingerprints.
+/// that after rounding. The merge is made anew from its sources, so that weights and config are, byte for byte, those of
+/// a merge that never knew the removed ones. Adapters that stay must still be what they were, which
+/// [`crate::merge_adapters`] checks by their fingerprints (and [`crate::plan_merge`] does not). A compensation and a
+/// calibration are taken as they are.
 ///
 /// # Errors
 /// `ERR_ADAPTER_INVALID` when the folder was not written by a merge or sources that stay are gone,
@@ -60,7 +61,9 @@ pub fn changed_recipe(change: &MergeChange) -> Result<MergeRecipe> {
     let mut expected: BTreeMap<PathBuf, String> =
         summary.adapters.into_iter().map(|adapter| (adapter.path, adapter.fingerprint)).collect();
     for name in &change.remove {
-        let is = |path: &PathBuf| path == Path::new(name) || path.file_name().is_some_and(|last| last == name.as_str());
+        let named = canonical(Path::new(name));
+        let is =
+            |path: &PathBuf| canonical(path) == named || path.file_name().is_some_and(|last| last == name.as_str());
         let found: Vec<usize> = (0..recipe.adapters.len()).filter(|&i| is(&recipe.adapters[i])).collect();
         let &[place] = found.as_slice() else {
             let what = if found.is_empty() { "no source" } else { "more than one source" };
@@ -72,7 +75,7 @@ pub fn changed_recipe(change: &MergeChange) -> Result<MergeRecipe> {
         recipe.weights.remove(place);
     }
     for (path, weight) in &change.add {
-        if recipe.adapters.contains(path) {
+        if recipe.adapters.iter().any(|source| canonical(source) == canonical(path)) {
             let hint = "Merge anew to give it another weight, or remove it first".to_string();
             return invalid(format!("'{}' is a source of the merge already", path.display()), "add", hint);
         }
@@ -94,6 +97,11 @@ pub fn changed_recipe(change: &MergeChange) -> Result<MergeRecipe> {
     recipe.out.clone_from(&change.out);
     recipe.expected = expected;
     Ok(recipe)
+}
+
+/// One name for each folder, however it is spelt; one that is not there keeps the given name.
+fn canonical(path: &Path) -> PathBuf {
+    fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf())
 }
 
 fn recorded(folder: &Path) -> Result<Recorded> {

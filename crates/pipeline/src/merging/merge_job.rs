@@ -1,11 +1,11 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use kintsugi_checkpoint::{AdapterDescription, AdapterFolder, AdapterModule, AdapterWriter, MergedModule, ModuleKind};
+use kintsugi_checkpoint::{AdapterDescription, AdapterFolder, AdapterWriter, MergedModule, ModuleKind};
 use kintsugi_linalg::{LeadingDirections, UpperTriangle};
 use kintsugi_merge::{
     Coordinates, LinearMergeReport, LinearSources, MergeMethod, MergeOptions, MergeSource, RankRule, ScaleRule,
-    StoredSource, Svd, check_statistics, concatenate_stored, join, merge_linear, merge_method,
+    StoredSource, Svd, check_statistics, concatenate_stored, join, merge_linear, merge_method, sum_norms,
 };
 use kintsugi_runtime::{
     CancelToken, Error, ErrorCode, Progress, Result, StagedFolder, ThreadPool, peak_memory_bytes, replace_file,
@@ -16,10 +16,11 @@ use super::factor_spill::FactorSpill;
 use super::input_statistics::InputStatistics;
 use super::merge_picture::merge_picture;
 use super::source_print::SourcePrint;
+use super::united_module::{UnitedModule, union};
 use super::whole_modules::WholeModules;
 use super::{
-    AdapterShare, JoinReport, MergePlan, MergeRecipe, MergeReport, MergeSummary, ModuleMergeReport, PlannedMerge,
-    RankPadding, VLLM_RANKS, WholeModuleRule,
+    AdapterShare, JoinReport, JoinSummary, MergePlan, MergeRecipe, MergeReport, MergeSummary, ModuleMergeReport,
+    PlannedMerge, RankPadding, VLLM_RANKS, WholeModuleRule,
 };
 
 /// Working memory of the Linears that are merged at one time; one is always merged.
@@ -28,9 +29,9 @@ const MEMORY: u64 = 600 << 20;
 /// What `recipe` would do.
 ///
 /// # Errors
-/// Everything that [`merge_adapters`] refuses before it writes.
-pub fn plan_merge(recipe: &MergeRecipe) -> Result<MergePlan> {
-    Ok(MergeJob::open(recipe)?.plan)
+/// Everything that [`merge_adapters`] refuses before it reads factors.
+pub fn plan_merge(recipe: &MergeRecipe, cancel: &CancelToken) -> Result<MergePlan> {
+    Ok(MergeJob::open(recipe, cancel)?.plan)
 }
 
 /// Merges PEFT adapters into a new PEFT folder with scaling 1, module by module.
@@ -49,7 +50,7 @@ pub fn merge_adapters(
     progress: &Progress,
 ) -> Result<MergeReport> {
     let started = Instant::now();
-    let job = MergeJob::open(recipe)?;
+    let job = MergeJob::open(recipe, cancel)?;
     let plan = &job.plan;
     progress.begin("merge", plan.modules.len() as u64);
     let mut reports = Vec::with_capacity(plan.modules.len());
@@ -95,14 +96,18 @@ pub fn merge_adapters(
     reports.sort_by(|left, right| left.name.cmp(&right.name));
     let shares = job.shares(&prints)?;
     let mut summary = MergeSummary::new(&reports, shares, job.options.report);
+    summary.joined = recipe.total_rank.map(|_| JoinSummary::new(&reports));
     summary.rank = rank;
     summary.source_bytes = plan.source_bytes;
     summary.seconds = started.elapsed().as_secs_f64();
     summary.peak_memory_bytes = peak_memory_bytes();
     summary.bytes = writer.total_bytes();
     let report = MergeReport { recipe: recipe.clone(), summary, modules: reports };
-    let text = serde_json::to_string_pretty(&report)
-        .map_err(|error| Error::new(ErrorCode::Internal, format!("the report cannot be written: {error}")))?;
+    let text = serde_json::to_string_pretty(&report).map_err(|error| {
+        Error::new(ErrorCode::Internal, format!("the report cannot be written: {error}"))
+            .subject("report.json")
+            .hint("Report this as a bug, with the options of the merge")
+    })?;
     replace_file(&writer.folder().join("report.json"), text.as_bytes())?;
     if job.options.report {
         replace_file(&writer.folder().join("report.svg"), merge_picture(&report).as_bytes())?;
@@ -142,7 +147,7 @@ struct MergeJob<'a> {
 }
 
 impl<'a> MergeJob<'a> {
-    fn open(recipe: &'a MergeRecipe) -> Result<Self> {
+    fn open(recipe: &'a MergeRecipe, cancel: &CancelToken) -> Result<Self> {
         let method = merge_method(&recipe.method)?;
         recipe.validate()?;
         if recipe.calibration.is_some() && recipe.total_rank.is_none() {
@@ -159,13 +164,22 @@ impl<'a> MergeJob<'a> {
         let base_model = common_base(recipe, &folders, compensation.as_ref())?;
         let all = || folders.iter().chain(&compensation);
         let factor_type = recipe.factor_type.unwrap_or_else(|| common_type(all()));
-        let whole = WholeModules::plan(&folders, &recipe.weights, recipe.modules_to_save)?;
+        let whole = WholeModules::plan(&folders, &recipe.weights, recipe.modules_to_save, cancel)?;
         if recipe.padding == RankPadding::Vllm && !whole.tensors().is_empty() {
             return Err(Error::new(ErrorCode::OptionInvalid, "vLLM serves no adapters that hold whole modules")
                 .subject("padding")
                 .hint("Leave padding out, or merge adapters without modules_to_save"));
         }
         let modules = union(&folders, compensation.as_ref())?;
+        if let Some((module, name)) = modules.keys().find_map(|module| Some((*module, whole.replacing(module)?))) {
+            let message = format!(
+                "the module has factors and is also saved whole, as '{name}': PEFT would replace it and leave the factors \
+                 out"
+            );
+            return Err(Error::new(ErrorCode::AdapterInvalid, message)
+                .subject(module)
+                .hint("Leave one of these adapters out, or fold one into the base model first"));
+        }
         let statistics = match &recipe.calibration {
             Some(path) => {
                 let widths = modules.iter().filter(|(_, module)| module.kind == ModuleKind::Linear);
@@ -357,6 +371,9 @@ impl<'a> MergeJob<'a> {
             Some(statistics) => statistics.second_moment(&module.name, module.in_features)?,
             None => None,
         };
+        // What will be cut is rounded once, after the cut.
+        let factor_type = if self.recipe.total_rank.is_some() { ElementType::F32 } else { self.plan.factor_type };
+        let options = MergeOptions { factor_type, ..self.options.clone() };
         let mut merged = None;
         if !sources.is_empty() {
             let factors: Vec<LowRank> = sources.iter().map(StoredSource::to_low_rank).collect();
@@ -372,7 +389,7 @@ impl<'a> MergeJob<'a> {
             {
                 linear = linear.weighted_by(second_moment)?;
             }
-            let found = merge_linear(self.method, &linear, &self.options, pool)?;
+            let found = merge_linear(self.method, &linear, &options, pool)?;
             report.cluster_sizes = found.cluster_sizes;
             report.scales = found.scales;
             report.scale = found.scale;
@@ -416,7 +433,9 @@ impl<'a> MergeJob<'a> {
             compensation_rank: module.compensation_rank,
             merged_rank: merged.as_ref().map_or(0, LowRank::rank),
             error: 0.0,
+            sum_norm: 0.0,
             weighted_error: second_moment.map(|_| 0.0),
+            weighted_sum_norm: second_moment.map(|_| 0.0),
         };
         let parts: Vec<MergeSource<'_>> = compensation
             .iter()
@@ -424,15 +443,19 @@ impl<'a> MergeJob<'a> {
             .chain(merged.iter().map(|factors| (factors, 1.0)))
             .map(|(factors, scaling)| MergeSource { factors, scaling, weight: 1.0 })
             .collect();
-        let rank: usize = parts.iter().map(|part| part.factors.rank()).sum();
-        let cut = self.recipe.total_rank.filter(|&most| most < rank);
-        let Some(total) = cut.filter(|_| !parts.is_empty()) else {
-            return Ok((join(&module.name, &parts, self.plan.factor_type)?, report));
-        };
+        if parts.is_empty() {
+            return Ok((None, report));
+        }
         let mut linear = LinearSources::new(&module.name, &parts, parts.len())?;
         if let Some(second_moment) = second_moment {
             linear = linear.weighted_by(second_moment)?;
         }
+        let rank: usize = parts.iter().map(|part| part.factors.rank()).sum();
+        // The plan has room for no more than the smaller side, whatever was asked for.
+        let Some(total) = self.recipe.total_rank.map(|_| module.rank).filter(|&most| most < rank) else {
+            (report.sum_norm, report.weighted_sum_norm) = sum_norms(&linear, pool);
+            return Ok((join(&module.name, &parts, self.plan.factor_type)?, report));
+        };
         let options = MergeOptions {
             rank: Some(RankRule::Fixed(total)),
             factor_type: self.plan.factor_type,
@@ -441,8 +464,8 @@ impl<'a> MergeJob<'a> {
             ..MergeOptions::default()
         };
         let found = merge_linear(&Svd, &linear, &options, pool)?;
-        if let Some(LinearMergeReport { error, weighted_error, .. }) = found.report {
-            (report.error, report.weighted_error) = (error, weighted_error);
+        if let Some(LinearMergeReport { error, sum_norm, weighted_error, weighted_sum_norm, .. }) = found.report {
+            report = JoinReport { error, sum_norm, weighted_error, weighted_sum_norm, ..report };
         }
         Ok((found.factors, report))
     }
@@ -455,12 +478,18 @@ impl<'a> MergeJob<'a> {
                 all[adapter] = all[adapter].then(print);
             }
         }
+        for (folder, print) in self.folders.iter().zip(&mut all) {
+            for tensor in folder.whole_tensors() {
+                *print = print.then(SourcePrint::of_whole(folder, tensor)?);
+            }
+        }
         let adapters = self.folders.iter().zip(&self.recipe.adapters).zip(&self.recipe.weights).zip(all);
         adapters
             .map(|(((folder, path), &weight), print)| {
                 let fingerprint = print.to_string();
                 if self.recipe.expected.get(path).is_some_and(|expected| *expected != fingerprint) {
-                    let message = "the adapter is not the one that was merged before: its factors have changed";
+                    let message =
+                        "the adapter is not the one that was merged before: its factors or whole modules have changed";
                     return Err(Error::new(ErrorCode::AdapterInvalid, message)
                         .subject(path.display())
                         .hint("Put the earlier state back, or make a new merge"));
@@ -480,59 +509,6 @@ impl<'a> MergeJob<'a> {
 
 fn unexpected() -> Error {
     Error::new(ErrorCode::Internal, "factors of known rank where ranks were to be found").subject("merge")
-}
-
-/// What all adapters together have for one module.
-struct UnitedModule {
-    kind: ModuleKind,
-    out_features: usize,
-    in_features: usize,
-    adapters: Vec<usize>,
-    ranks: Vec<usize>,
-    compensation_rank: usize,
-    /// Of the factors as they are stored.
-    bytes: u64,
-}
-
-/// The modules of all adapters and of the compensation.
-fn union<'a>(
-    folders: &'a [AdapterFolder],
-    compensation: Option<&'a AdapterFolder>,
-) -> Result<BTreeMap<&'a str, UnitedModule>> {
-    let mut modules: BTreeMap<&str, UnitedModule> = BTreeMap::new();
-    let places = folders.iter().enumerate().map(|(index, folder)| (folder, Some(index)));
-    for (folder, index) in places.chain(compensation.map(|folder| (folder, None))) {
-        for module in folder.modules() {
-            let AdapterModule { kind, out_features, in_features, rank, .. } = *module;
-            let united = modules.entry(&module.name).or_insert_with(|| UnitedModule {
-                kind,
-                out_features,
-                in_features,
-                adapters: Vec::new(),
-                ranks: Vec::new(),
-                compensation_rank: 0,
-                bytes: 0,
-            });
-            if (united.kind, united.out_features, united.in_features) != (kind, out_features, in_features) {
-                let message = format!(
-                    "'{}' is {out_features}×{in_features} here and {}×{} in another adapter",
-                    module.name, united.out_features, united.in_features
-                );
-                return Err(Error::new(ErrorCode::ShapeMismatch, message)
-                    .subject(folder.path().display())
-                    .hint("Merge adapters that were trained on the same base model"));
-            }
-            match index {
-                Some(index) => {
-                    united.adapters.push(index);
-                    united.ranks.push(rank);
-                }
-                None => united.compensation_rank = rank,
-            }
-            united.bytes += (rank * (out_features + in_features) * module.element_type.bits() / 8) as u64;
-        }
-    }
-    Ok(modules)
 }
 
 /// The base model that the result is for: the compressed one of a compensation, else the one that all adapters name;

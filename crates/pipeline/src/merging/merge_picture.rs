@@ -1,14 +1,18 @@
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::path::Path;
 
 use super::{MergeReport, ModuleMergeReport};
 
+/// Least width of a page; many blocks or adapters make it wider.
 const WIDTH: usize = 960;
 const MARGIN: usize = 24;
 /// Side of a cell of a map with its gap.
 const CELL: usize = 16;
 const MATRIX_CELL: (usize, usize) = (46, 26);
+/// Least width of a cell of a matrix with its gap.
+const NARROW_CELL: usize = 14;
+const MATRIX_LABELS: usize = 150;
 const MAP_LABELS: usize = 92;
 /// Classes of a share from 0 to 1, and of what is more.
 const STEPS: usize = 10;
@@ -23,13 +27,15 @@ text{font:12px system-ui,-apple-system,'Segoe UI',sans-serif;fill:var(--ink)}
 .low{fill:var(--low)}.high{fill:var(--high)}.right{text-anchor:end}.middle{text-anchor:middle}";
 
 /// The report as a picture: how far each module is from the exact sum, how much of each adapter is left where, and which
-/// directions adapters have in common. An SVG that stands alone and follows the colour scheme of who looks at it; exact
+/// directions adapters have in common. An SVG that stands alone and follows the colour scheme of who looks at it;
 /// figures are in its tooltips.
 pub(crate) fn merge_picture(report: &MergeReport) -> String {
     let map = BlockMap::new(&report.modules);
     let summary = &report.summary;
-    let mut page = Page { body: String::new(), y: MARGIN + 16 };
     let count = summary.adapters.len();
+    let content = map.width().max(if count > 1 { MATRIX_LABELS + count * NARROW_CELL } else { 0 });
+    let width = WIDTH.max(content + 2 * MARGIN);
+    let mut page = Page { body: String::new(), width, y: MARGIN + 16 };
     let adapters = if count == 1 { "1 adapter".to_string() } else { format!("{count} adapters") };
     page.text(MARGIN, "title", &format!("{adapters}, merged by {} at rank {}", report.recipe.method, summary.rank));
     page.y += 20;
@@ -41,6 +47,19 @@ pub(crate) fn merge_picture(report: &MergeReport) -> String {
         let _ = write!(line, " · of the outputs {}", percent(error));
     }
     page.text(MARGIN, "quiet", &line);
+    // What is said about the sum and its adapters is about their merge, before both are cut.
+    let cut = report.recipe.total_rank.zip(summary.joined);
+    let mut stage = String::new();
+    if let Some((rank, joined)) = cut {
+        stage = format!(", before the cut to rank {rank}");
+        let mut line =
+            format!("cut with the compensation to rank {rank} · distance from both {}", percent(joined.error));
+        if let Some(error) = joined.weighted_error {
+            let _ = write!(line, " · of the outputs {}", percent(error));
+        }
+        page.y += 16;
+        page.text(MARGIN, "quiet", &line);
+    }
     page.y += 18;
     page.legend();
 
@@ -62,8 +81,18 @@ pub(crate) fn merge_picture(report: &MergeReport) -> String {
             cells: map.cells(&of_module(&|module| module.kept.as_ref()?.weighted_error)),
         });
     }
-    page.section("Distance from the exact weighted sum, by block and Linear");
+    page.section(&format!("Distance from the exact weighted sum, by block and Linear{stage}"));
     page.panels(&map, &panels);
+    if let Some((rank, joined)) = cut {
+        let of_join =
+            |module: &ModuleMergeReport| module.joined.as_ref().map(|join| (join.error, join.sum_norm.powi(2)));
+        let values: Vec<(usize, f64, f64)> = (report.modules.iter().enumerate())
+            .filter_map(|(index, module)| of_join(module).map(|(error, energy)| (index, error, energy)))
+            .collect();
+        page.section(&format!("What the cut with the compensation to rank {rank} costs, by block and Linear"));
+        let title = "distance from both".to_string();
+        page.panels(&map, &[Panel { title, note: percent(joined.error), cells: map.cells(&values) }]);
+    }
     let names = short_names(summary.adapters.iter().map(|adapter| adapter.path.as_path()));
     let panels: Vec<Panel> = (summary.adapters.iter().zip(&names).enumerate())
         .map(|(index, (adapter, name))| {
@@ -83,7 +112,7 @@ pub(crate) fn merge_picture(report: &MergeReport) -> String {
             }
         })
         .collect();
-    page.section("Share of each adapter that the result can express, by block and Linear");
+    page.section(&format!("Share of each adapter that the result can express, by block and Linear{stage}"));
     page.panels(&map, &panels);
     if count > 1 {
         page.section("Directions in common, mean over the modules of both: outputs above the diagonal, inputs below");
@@ -91,9 +120,9 @@ pub(crate) fn merge_picture(report: &MergeReport) -> String {
     }
     let height = page.y + MARGIN;
     format!(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{WIDTH}\" height=\"{height}\" viewBox=\"0 0 {WIDTH} {height}\" \
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{width}\" height=\"{height}\" viewBox=\"0 0 {width} {height}\" \
          role=\"img\" aria-label=\"What a merge of {adapters} kept\">\n<style>{STYLE}</style>\n\
-         <rect class=\"surface\" width=\"{WIDTH}\" height=\"{height}\"/>\n{}</svg>\n",
+         <rect class=\"surface\" width=\"{width}\" height=\"{height}\"/>\n{}</svg>\n",
         page.body
     )
 }
@@ -103,7 +132,9 @@ struct BlockMap {
     /// Numbers of the blocks; `None` for modules outside of blocks.
     blocks: Vec<Option<usize>>,
     kinds: Vec<String>,
+    /// Of each module.
     places: Vec<(usize, usize)>,
+    occupied: BTreeSet<(usize, usize)>,
 }
 
 impl BlockMap {
@@ -122,8 +153,9 @@ impl BlockMap {
             let across = blocks.iter().position(|other| other == block).unwrap_or(0);
             (across, kinds.iter().position(|other| other == kind).unwrap_or(0))
         };
-        let places = found.iter().map(position).collect();
-        BlockMap { blocks, kinds, places }
+        let places: Vec<(usize, usize)> = found.iter().map(position).collect();
+        let occupied = places.iter().copied().collect();
+        BlockMap { blocks, kinds, places, occupied }
     }
 
     /// The mean of the values in each cell, by energy, from (module, value, energy).
@@ -184,6 +216,7 @@ fn short_names<'a>(paths: impl Iterator<Item = &'a Path> + Clone) -> Vec<String>
 /// What is drawn, and how far down the page it has come.
 struct Page {
     body: String,
+    width: usize,
     y: usize,
 }
 
@@ -232,7 +265,7 @@ impl Page {
     fn panels(&mut self, map: &BlockMap, panels: &[Panel]) {
         let gap = 36;
         let width = map.width().max(300);
-        let across = ((WIDTH - 2 * MARGIN + gap) / (width + gap)).max(1);
+        let across = ((self.width - 2 * MARGIN + gap) / (width + gap)).max(1);
         let height = 38 + map.kinds.len() * CELL + 18;
         for row in panels.chunks(across) {
             for (place, panel) in row.iter().enumerate() {
@@ -252,7 +285,7 @@ impl Page {
             let y = top + 4 + down * CELL;
             self.text_at((left - 6, y + 11), "quiet small right", &shortened(kind, 15));
             for across in 0..map.blocks.len() {
-                if !map.places.contains(&(across, down)) {
+                if !map.occupied.contains(&(across, down)) {
                     continue;
                 }
                 let block = map.blocks[across].map_or(String::new(), |number| format!("block {number}, "));
@@ -274,8 +307,8 @@ impl Page {
 
     fn matrix(&mut self, names: &[String], shares: &BTreeMap<(usize, usize), f64>) {
         let (width, height) = MATRIX_CELL;
-        let left = MARGIN + 150;
-        let width = width.min((WIDTH - MARGIN - left) / names.len()).max(8);
+        let left = MARGIN + MATRIX_LABELS;
+        let width = width.min((self.width - MARGIN - left) / names.len());
         let top = self.y + 10;
         for (i, name) in names.iter().enumerate() {
             let y = top + i * height;
@@ -328,7 +361,106 @@ fn escaped(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use kintsugi_merge::{LinearMergeReport, MergeOptions, Overlap, SourceShare};
+
     use super::*;
+    use crate::merging::JoinSummary;
+    use crate::{AdapterShare, JoinReport, MergeRecipe, MergeSummary, RankPadding, WholeModuleRule};
+
+    /// Of `adapters` that all have q_proj and v_proj in each of `blocks`, cut to a total rank.
+    fn report(blocks: usize, adapters: usize) -> MergeReport {
+        let pairs = (0..adapters).flat_map(|i| (i + 1..adapters).map(move |j| (i, j)));
+        let kept = LinearMergeReport {
+            error: 0.5,
+            cosine: None,
+            norm_ratio: None,
+            sum_norm: 2.0,
+            weighted_error: None,
+            weighted_sum_norm: None,
+            sources: vec![SourceShare { retained: 0.5, multiple: 1.0, norm: 1.0 }; adapters],
+            overlaps: pairs.map(|(first, second)| Overlap { first, second, outputs: 0.2, inputs: 0.7 }).collect(),
+        };
+        let joined = JoinReport {
+            compensation_rank: 8,
+            merged_rank: 8,
+            error: 0.25,
+            sum_norm: 3.0,
+            weighted_error: None,
+            weighted_sum_norm: None,
+        };
+        let module = |block: usize, kind: &str| ModuleMergeReport {
+            name: format!("model.layers.{block}.self_attn.{kind}"),
+            out_features: 64,
+            in_features: 64,
+            adapters: (0..adapters).collect(),
+            rank: 12,
+            cluster_sizes: Vec::new(),
+            scales: Vec::new(),
+            scale: 1.0,
+            kept: Some(kept.clone()),
+            joined: Some(joined.clone()),
+        };
+        let paths: Vec<std::path::PathBuf> = (0..adapters).map(|i| format!("adapters/number-{i}").into()).collect();
+        let share = |path: &std::path::PathBuf| AdapterShare {
+            path: path.clone(),
+            weight: 1.0,
+            modules: 2 * blocks,
+            fingerprint: String::new(),
+            retained: Some(0.5),
+            multiple: Some(1.0),
+        };
+        MergeReport {
+            summary: MergeSummary {
+                modules: 2 * blocks,
+                rank: 12,
+                bytes: 0,
+                source_bytes: 0,
+                error: Some(0.5),
+                weighted_error: None,
+                joined: Some(JoinSummary { error: 0.25, weighted_error: None }),
+                adapters: paths.iter().map(share).collect(),
+                seconds: 0.0,
+                peak_memory_bytes: None,
+            },
+            recipe: MergeRecipe {
+                weights: vec![1.0; adapters],
+                adapters: paths,
+                out: "out".into(),
+                method: "svd".into(),
+                options: MergeOptions::default(),
+                factor_type: None,
+                padding: RankPadding::Uniform,
+                allow_different_bases: false,
+                calibration: None,
+                compensation: Some("eora".into()),
+                total_rank: Some(12),
+                modules_to_save: WholeModuleRule::Equal,
+                expected: BTreeMap::new(),
+            },
+            modules: (0..blocks).flat_map(|block| ["q_proj", "v_proj"].map(|kind| module(block, kind))).collect(),
+        }
+    }
+
+    #[test]
+    fn everything_is_inside_of_the_page_and_can_be_seen() {
+        let number = |element: &str, name: &str| -> usize {
+            let value = element.split_once(&format!(" {name}=\"")).map_or("0", |(_, rest)| rest);
+            value.split('"').next().unwrap().parse().unwrap()
+        };
+        for (blocks, adapters) in [(80, 2), (126, 3), (2, 1), (4, 90)] {
+            let picture = merge_picture(&report(blocks, adapters));
+            let [width, height] = ["width", "height"].map(|name| number(picture.lines().next().unwrap(), name));
+            assert!(picture.contains(&format!("viewBox=\"0 0 {width} {height}\"")));
+            let rects: Vec<&str> = picture.lines().filter(|line| line.starts_with("<rect")).collect();
+            // Distances, the cut, each adapter, each pair.
+            assert!(rects.len() >= (2 + adapters) * 2 * blocks + adapters * adapters);
+            for rect in rects {
+                let [x, y, w, h] = ["x", "y", "width", "height"].map(|name| number(rect, name));
+                assert!(w >= 10 && h >= 10 && x + w <= width && y + h <= height, "{width}×{height}: {rect}");
+            }
+            assert!(picture.contains("before the cut to rank 12") && picture.contains("25.0 %"));
+        }
+    }
 
     #[test]
     fn modules_stand_in_their_block_and_names_in_the_page() {

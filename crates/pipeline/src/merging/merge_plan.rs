@@ -3,7 +3,8 @@ use serde::Serialize;
 
 use crate::MergeRecipe;
 
-/// What will be merged, from configs and headers alone.
+/// What will be merged, from configs and headers; no factors are read. Modules that several adapters hold whole are
+/// compared by their bytes where they must be equal.
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct MergePlan {

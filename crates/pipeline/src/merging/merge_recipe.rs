@@ -1,7 +1,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use kintsugi_merge::MergeOptions;
+use kintsugi_merge::{MOST_RANK, MergeOptions};
 use kintsugi_runtime::{Error, ErrorCode, Result};
 use kintsugi_weights::ElementType;
 use serde::{Deserialize, Serialize};
@@ -122,7 +122,7 @@ pub struct MergeRecipe {
     /// The compensation of a compressed base (`eora/`), which the result holds beside the merged adapters.
     #[serde(default)]
     pub compensation: Option<PathBuf>,
-    /// With a compensation: the rank of both together; `null` keeps the compensation exactly and adds the ranks.
+    /// With a compensation: the rank of both together; `null` puts the compensation beside and adds the ranks.
     #[serde(default)]
     pub total_rank: Option<usize>,
     /// What becomes of modules that adapters hold whole.
@@ -158,6 +158,9 @@ impl MergeRecipe {
                 invalid("there is no compensation to join".into(), "totalRank", "Give rank, or a compensation")
             }
             (Some(0), _) => invalid("the total rank is 0".into(), "totalRank", "Give a rank of at least 1"),
+            (Some(rank), _) if rank > MOST_RANK => {
+                invalid(format!("the total rank is {rank}, above {MOST_RANK}"), "totalRank", "Give a smaller rank")
+            }
             _ => Ok(()),
         }
     }

@@ -29,11 +29,14 @@ pub struct MergeSummary {
     pub bytes: u64,
     /// Bytes of the adapters' factors.
     pub source_bytes: u64,
-    /// `‖M − T‖ / ‖T‖` over all modules together, T the exact weighted sum; `null` without report.
+    /// `‖M − T‖ / ‖T‖` over all modules together, T the exact weighted sum of the adapters and M their merge, before a
+    /// compensation is joined and both are cut to a total rank; `null` without report.
     pub error: Option<f64>,
     /// `‖(M − T) S^½‖ / ‖T S^½‖` over the modules of whose inputs there are statistics: the error of the outputs. `null`
     /// without report or calibration.
     pub weighted_error: Option<f64>,
+    /// What cutting the compensation and the merged adapters to the total rank costs; `null` without total rank.
+    pub joined: Option<JoinSummary>,
     /// What is left of each adapter.
     pub adapters: Vec<AdapterShare>,
     /// Wall time.
@@ -42,7 +45,17 @@ pub struct MergeSummary {
     pub peak_memory_bytes: Option<u64>,
 }
 
-/// What is left of one adapter, over all of its modules together.
+/// What the cut to a total rank costs, over all modules together.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct JoinSummary {
+    /// `‖J − (E + M)‖ / ‖E + M‖`, as in [`JoinReport`].
+    pub error: f64,
+    /// The same for the outputs, over the modules of whose inputs there are statistics; `null` without calibration.
+    pub weighted_error: Option<f64>,
+}
+
+/// What is left of one adapter, over all of its modules together, before a cut to a total rank.
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct AdapterShare {
@@ -52,7 +65,8 @@ pub struct AdapterShare {
     pub weight: f64,
     /// Modules that it has factors for.
     pub modules: usize,
-    /// Of scalings, shapes and a sample of its factors: what a later merge of the same sources is held against.
+    /// Of scalings, shapes, a sample of its factors and of its whole modules: what a later merge of the same sources is
+    /// held against.
     pub fingerprint: String,
     /// Share of its energy in the row and column spaces of the result; `null` without report.
     pub retained: Option<f64>,
@@ -98,37 +112,70 @@ pub struct JoinReport {
     /// `‖J − (E + M)‖ / ‖E + M‖`: what cutting the compensation E and the merged adapters M to the total rank costs; 0
     /// where both are kept.
     pub error: f64,
+    /// `‖E + M‖`.
+    pub sum_norm: f64,
     /// The same for the outputs; `null` without calibration.
     pub weighted_error: Option<f64>,
+    /// `‖(E + M) S^½‖`; `null` without calibration.
+    pub weighted_sum_norm: Option<f64>,
+}
+
+/// A relative distance of several parts together: `√(Σ ‖difference‖² / Σ ‖whole‖²)`.
+#[derive(Clone, Copy, Debug, Default)]
+struct Distance {
+    difference: f64,
+    whole: f64,
+}
+
+impl Distance {
+    /// Adds a part by its relative distance, which is absolute where the norm of the whole is 0.
+    fn add(&mut self, error: f64, norm: f64) {
+        self.difference += (error * if norm > 0.0 { norm } else { 1.0 }).powi(2);
+        self.whole += norm * norm;
+    }
+
+    fn relative(self) -> f64 {
+        if self.whole > 0.0 { (self.difference / self.whole).sqrt() } else { self.difference.sqrt() }
+    }
+}
+
+impl JoinSummary {
+    /// The sums over the modules that something was joined in.
+    pub(crate) fn new(modules: &[ModuleMergeReport]) -> Self {
+        let (mut all, mut outputs) = (Distance::default(), None::<Distance>);
+        for joined in modules.iter().filter_map(|module| module.joined.as_ref()) {
+            all.add(joined.error, joined.sum_norm);
+            if let (Some(error), Some(norm)) = (joined.weighted_error, joined.weighted_sum_norm) {
+                outputs.get_or_insert_default().add(error, norm);
+            }
+        }
+        JoinSummary { error: all.relative(), weighted_error: outputs.map(Distance::relative) }
+    }
 }
 
 impl MergeSummary {
     /// The sums over `modules`; `shares` are the adapters without what the modules say about them.
     pub(crate) fn new(modules: &[ModuleMergeReport], shares: Vec<AdapterShare>, reported: bool) -> Self {
-        let (mut wrong, mut total) = (0.0, 0.0);
-        let mut outputs: Option<(f64, f64)> = None;
+        let (mut all, mut outputs) = (Distance::default(), None::<Distance>);
         // By adapter: energy, what of it is retained, its product with the result.
         let mut sums = vec![(0.0, 0.0, 0.0); shares.len()];
         for module in modules {
             let Some(kept) = &module.kept else { continue };
-            let norm = kept.sum_norm;
-            wrong += (kept.error * if norm > 0.0 { norm } else { 1.0 }).powi(2);
-            total += norm * norm;
+            all.add(kept.error, kept.sum_norm);
             if let (Some(error), Some(norm)) = (kept.weighted_error, kept.weighted_sum_norm) {
-                let (wrong, total) = outputs.unwrap_or_default();
-                outputs = Some((wrong + (error * norm).powi(2), total + norm * norm));
+                outputs.get_or_insert_default().add(error, norm);
             }
             for (&adapter, share) in module.adapters.iter().zip(&kept.sources) {
                 let energy = share.norm * share.norm;
-                let (all, retained, product) = &mut sums[adapter];
-                *all += energy;
+                let (own, retained, product) = &mut sums[adapter];
+                *own += energy;
                 *retained += energy * share.retained;
                 *product += energy * share.multiple;
             }
         }
-        let adapters = shares.into_iter().zip(&sums).map(|(share, &(all, retained, product))| AdapterShare {
-            retained: (reported && all > 0.0).then(|| retained / all),
-            multiple: (reported && all > 0.0).then(|| product / all),
+        let adapters = shares.into_iter().zip(&sums).map(|(share, &(own, retained, product))| AdapterShare {
+            retained: (reported && own > 0.0).then(|| retained / own),
+            multiple: (reported && own > 0.0).then(|| product / own),
             ..share
         });
         MergeSummary {
@@ -136,8 +183,9 @@ impl MergeSummary {
             rank: 0,
             bytes: 0,
             source_bytes: 0,
-            error: reported.then(|| if total > 0.0 { (wrong / total).sqrt() } else { wrong.sqrt() }),
-            weighted_error: outputs.map(|(wrong, total)| (wrong / total).sqrt()),
+            error: reported.then(|| all.relative()),
+            weighted_error: outputs.map(Distance::relative),
+            joined: None,
             adapters: adapters.collect(),
             seconds: 0.0,
             peak_memory_bytes: None,

@@ -9,10 +9,11 @@ mod merge_plan;
 mod merge_recipe;
 mod merge_report;
 mod source_print;
+mod united_module;
 mod whole_modules;
 
 pub use merge_change::{MergeChange, changed_recipe};
 pub use merge_job::{merge_adapters, plan_merge};
 pub use merge_plan::{MergePlan, PlannedMerge};
 pub use merge_recipe::{MergeRecipe, RankPadding, VLLM_RANKS, WholeModuleRule};
-pub use merge_report::{AdapterShare, JoinReport, MergeReport, MergeSummary, ModuleMergeReport};
+pub use merge_report::{AdapterShare, JoinReport, JoinSummary, MergeReport, MergeSummary, ModuleMergeReport};

@@ -1,12 +1,17 @@
+use kintsugi_checkpoint::{AdapterFolder, WholeTensor};
+use kintsugi_runtime::Result;
 use kintsugi_weights::DenseMatrix;
 
 /// Rows of a factor that a fingerprint looks at.
 const ROWS: usize = 8;
+/// Bytes of a tensor that is saved whole that a fingerprint looks at, in each of [`ROWS`] places.
+const PIECE: u64 = 4096;
 
 /// A hash (FNV-1a over 32-bit words) of what an adapter brings into a merge, module by module.
 ///
-/// It looks at name, scaling, shapes and some rows of both factors of each module: training changes all of them, so that
-/// another state of the same adapter is told from it without a second pass over its file.
+/// It looks at name, scaling, shapes and some rows of both factors of each module, and at pieces of the tensors that are
+/// saved whole: training changes all of them, so that another state of the same adapter is told from it without a second
+/// pass over its file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct SourcePrint(u64);
 
@@ -31,6 +36,24 @@ impl SourcePrint {
             }
         }
         print
+    }
+
+    /// Of a tensor that is saved whole: name, type, shape, and bytes from its start to its end.
+    ///
+    /// # Errors
+    /// What reading reports.
+    pub(crate) fn of_whole(folder: &AdapterFolder, tensor: &WholeTensor) -> Result<Self> {
+        let mut print = Self::new();
+        tensor.name.bytes().chain(tensor.element_type.name().bytes()).for_each(|byte| print.add(u32::from(byte)));
+        tensor.shape.iter().for_each(|&size| print.add_wide(size as u64));
+        let length = tensor.bytes.min(PIECE);
+        let mut piece = vec![0; length as usize];
+        let places = if tensor.bytes > PIECE { ROWS as u64 } else { length.min(1) };
+        for i in 0..places {
+            folder.read_whole(&tensor.name, (tensor.bytes - length) * i / (places - 1).max(1), &mut piece)?;
+            piece.iter().for_each(|&byte| print.add(u32::from(byte)));
+        }
+        Ok(print)
     }
 
     /// With another module behind it.

@@ -24,8 +24,13 @@ impl WholeModules {
     ///
     /// # Errors
     /// `ERR_ADAPTER_INVALID` when the rule does not allow what is there, `ERR_SHAPE_MISMATCH`, `ERR_OPTION_INVALID` for
-    /// weights that give no mean.
-    pub(crate) fn plan(folders: &[AdapterFolder], weights: &[f64], rule: WholeModuleRule) -> Result<Self> {
+    /// weights that give no mean, `ERR_CANCELLED`.
+    pub(crate) fn plan(
+        folders: &[AdapterFolder],
+        weights: &[f64],
+        rule: WholeModuleRule,
+        cancel: &CancelToken,
+    ) -> Result<Self> {
         let mut names = BTreeSet::new();
         let mut found: BTreeMap<String, (WholeTensor, Vec<(usize, f64)>)> = BTreeMap::new();
         for (index, folder) in folders.iter().enumerate() {
@@ -53,7 +58,7 @@ impl WholeModules {
             match rule {
                 // Who refuses them opens no adapters that have some.
                 WholeModuleRule::Equal | WholeModuleRule::Refuse => {
-                    if !equal(folders, &tensor, &sources)? {
+                    if !equal(folders, &tensor, &sources, cancel)? {
                         return refused(&name, "by several adapters, and differs");
                     }
                     sources.truncate(1);
@@ -88,6 +93,13 @@ impl WholeModules {
     /// `modules_to_save` of all adapters.
     pub(crate) fn names(&self) -> &[String] {
         &self.names
+    }
+
+    /// The name under `modules_to_save` that covers a module: PEFT replaces what matches `(^|.*\.)name($|\..*)` as a
+    /// whole, and whatever factors are there have no effect.
+    pub(crate) fn replacing(&self, module: &str) -> Option<&str> {
+        let path = format!(".{module}.");
+        self.names.iter().map(String::as_str).find(|name| path.contains(&format!(".{name}.")))
     }
 
     /// Hands the bytes of a tensor on.
@@ -134,12 +146,18 @@ fn describe(tensor: &WholeTensor) -> String {
 }
 
 /// Whether all adapters hold the same bytes.
-fn equal(folders: &[AdapterFolder], tensor: &WholeTensor, sources: &[(usize, f64)]) -> Result<bool> {
+fn equal(
+    folders: &[AdapterFolder],
+    tensor: &WholeTensor,
+    sources: &[(usize, f64)],
+    cancel: &CancelToken,
+) -> Result<bool> {
     let (mut first, mut other) = (vec![0; PIECE], vec![0; PIECE]);
     for start in (0..tensor.bytes).step_by(PIECE) {
         if sources.len() == 1 {
             break;
         }
+        cancel.check()?;
         let length = (tensor.bytes - start).min(PIECE as u64) as usize;
         folders[sources[0].0].read_whole(&tensor.name, start, &mut first[..length])?;
         for &(adapter, _) in &sources[1..] {

@@ -1,13 +1,3 @@
-//! Products beside those of ggml, in one process and in turn.
-//!
-//! `cargo bench -p kintsugi-kernels --bench ggml -- FOLDER LIBRARY [ROWS]...`, where FOLDER holds `libggml-base.so` and
-//! `libggml.v*.so` as the npm package `@node-llama-cpp/linux-x64` ships them (`bench/kernels` installs it), LIBRARY is
-//! one of the `libggml-cpu-*.so` in it, and `KINTSUGI_THREADS` is the number of threads of both. Without arguments it
-//! does nothing.
-#![allow(clippy::print_stdout, reason = "a bench is there to print")]
-#![allow(unsafe_code, reason = "ggml is a C library")]
-#![cfg(unix)]
-
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::hint::black_box;
 use std::path::Path;
@@ -179,7 +169,8 @@ impl GgmlProducts<'_> {
     }
 }
 
-fn main() {
+/// Prints how long both take.
+pub(crate) fn run() {
     let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| !argument.starts_with("--")).collect();
     let [folder, library, rows @ ..] = &arguments[..] else { return };
     let rows: Vec<usize> = match rows {
