@@ -222,7 +222,8 @@ impl AdapterFolder {
         }
         if let Some(name) = config.modules_to_save.iter().find(|name| !whole.iter().any(|found| saves(name, found))) {
             let message = format!("'modules_to_save' names '{name}', of which the weights hold nothing");
-            return Err(invalid(message, folder.display()).hint("Config and weights may belong to different adapters"));
+            return Err(invalid(message, folder.join(PeftConfig::FILE_NAME).display())
+                .hint("Config and weights may belong to different adapters"));
         }
         whole.sort_by(|left: &WholeTensor, right| left.name.cmp(&right.name));
         Ok(AdapterFolder { path: folder.to_path_buf(), config, weights, modules, keys, whole })

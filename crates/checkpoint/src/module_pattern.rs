@@ -53,8 +53,11 @@ impl ModulePattern {
 #[derive(Debug)]
 pub(crate) struct PatternTable<T> {
     /// Patterns of one shape differ in their characters alone; the number is their place in the file.
-    shapes: Vec<(Shape, HashMap<String, (usize, T)>)>,
+    shapes: Vec<(Shape, Numbered<T>)>,
 }
+
+/// Values by the text of their pattern, with its place in the file.
+type Numbered<T> = HashMap<String, (usize, T)>;
 
 /// Where a pattern has characters and where any.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -84,7 +87,7 @@ impl<T: Copy> PatternTable<T> {
     /// In the order of the file.
     pub(crate) fn new(patterns: impl IntoIterator<Item = (ModulePattern, T)>) -> Self {
         let mut places: HashMap<Shape, usize> = HashMap::new();
-        let mut shapes: Vec<(Shape, HashMap<String, (usize, T)>)> = Vec::new();
+        let mut shapes: Vec<(Shape, Numbered<T>)> = Vec::new();
         for (number, (pattern, value)) in patterns.into_iter().enumerate() {
             let shape = pattern.shape();
             let place = *places.entry(shape.clone()).or_insert_with(|| {
