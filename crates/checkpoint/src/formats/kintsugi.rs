@@ -1,9 +1,10 @@
 use kintsugi_runtime::Result;
-use kintsugi_weights::{GroupAxis, QuantizedMatrix, QuantizedParts, packed_words};
+use kintsugi_weights::{GroupAxis, QuantizedMatrix, QuantizedParts};
 use safetensors::Dtype;
 use serde_json::{Map, Value, json};
 
-use super::assemble;
+use super::compressed_tensors::{GROUP_INDEX, SCALE, ZERO_POINT};
+use super::{assemble, packed_codes};
 use crate::config_fields::{bool_or, integer, invalid, object, string_or, strings, unsupported};
 use crate::linear_format::{CodeGrid, EncodedTensor, LinearFormat, MatrixForm};
 use crate::packed_rows::{pack_rows, unpack_rows};
@@ -13,12 +14,6 @@ use crate::{LinearTarget, LinearTensors, QuantizationConfig, Scheme, SchemeExcep
 
 /// The version of the layout that is written and read.
 const VERSION: i64 = 1;
-
-const PACKED: &str = "weight_packed";
-const SHAPE: &str = "weight_shape";
-const SCALE: &str = "weight_scale";
-const ZERO_POINT: &str = "weight_zero_point";
-const GROUP_INDEX: &str = "weight_g_idx";
 
 /// This project's own layout, for what no common one holds: groups along the outputs (AdaDim, arXiv 2309.15531), and
 /// Linears that differ in it. `docs/formats.md` describes it for other readers. For a Linear `NAME` with N outputs,
@@ -56,7 +51,7 @@ impl LinearFormat for Kintsugi {
     }
 
     fn marker(&self) -> &'static str {
-        PACKED
+        packed_codes::PACKED
     }
 
     fn read_config(&self, config: &Map<String, Value>) -> Result<QuantizationConfig> {
@@ -106,28 +101,20 @@ impl LinearFormat for Kintsugi {
     }
 
     fn shape(&self, _config: &QuantizationConfig, linear: &LinearTensors<'_>) -> Result<(usize, usize)> {
-        let shape: Vec<i64> = linear.integers(SHAPE, Dtype::I64, &[2])?;
-        match (usize::try_from(shape[0]), usize::try_from(shape[1])) {
-            (Ok(rows), Ok(columns)) if rows > 0 && columns > 0 => Ok((rows, columns)),
-            _ => Err(impossible(linear)),
-        }
+        packed_codes::shape(linear)
     }
 
     fn decode(&self, config: &QuantizationConfig, linear: &LinearTensors<'_>) -> Result<QuantizedMatrix> {
         let Scheme { bits, group_size, group_axis, symmetric, group_index } = config.scheme();
         let (rows, columns) = self.shape(config, linear)?;
-        let width = words(columns, bits).ok_or_else(|| impossible(linear))?;
-        // The file holds that many codes, so their number is no surprise to the memory.
-        let packed: Vec<u32> = linear.integers(PACKED, Dtype::I32, &[rows, width])?;
-        let codes = unpack_rows(&packed, columns, bits);
-        drop(packed);
+        let codes = packed_codes::read(linear, rows, columns, bits)?;
         let [height, width] = grid_shape(rows, columns, config.scheme());
         let (scales, scale_type) = linear.scales(SCALE, [height, width])?;
         let zero_points = if symmetric {
             linear.refuse_unannounced(ZERO_POINT, "the grid is asymmetric")?;
             None
         } else {
-            let count = words(scales.len(), bits).ok_or_else(|| impossible(linear))?;
+            let count = packed_codes::words(linear, scales.len(), bits)?;
             let packed: Vec<u32> = linear.integers(ZERO_POINT, Dtype::I32, &[count])?;
             Some(unpack_rows(&packed, scales.len(), bits))
         };
@@ -155,9 +142,7 @@ impl LinearFormat for Kintsugi {
 
     fn encode(&self, matrix: &QuantizedMatrix, emit: &mut dyn FnMut(EncodedTensor<'_>) -> Result<()>) -> Result<()> {
         let (rows, columns, bits) = (matrix.rows(), matrix.columns(), matrix.bits());
-        let packed = pack_rows(matrix.codes(), columns, bits);
-        let shape = vec![rows, packed_words(columns, bits)];
-        emit(EncodedTensor { suffix: PACKED, dtype: Dtype::I32, shape, bytes: bytemuck::cast_slice(&packed) })?;
+        packed_codes::write(matrix, emit)?;
 
         if let Some(zero_points) = matrix.zero_points() {
             let packed = pack_rows(zero_points, zero_points.len(), bits);
@@ -168,20 +153,7 @@ impl LinearFormat for Kintsugi {
         let [height, width] = grid_shape(rows, columns, Scheme::of(matrix));
         let scales = float_bytes(matrix.scales(), matrix.scale_type());
         let dtype = float_dtype(matrix.scale_type());
-        emit(EncodedTensor { suffix: SCALE, dtype, shape: vec![height, width], bytes: &scales })?;
-
-        let size = [rows as i64, columns as i64];
-        emit(EncodedTensor { suffix: SHAPE, dtype: Dtype::I64, shape: vec![2], bytes: bytemuck::cast_slice(&size) })?;
-
-        match matrix.group_index() {
-            Some(index) => emit(EncodedTensor {
-                suffix: GROUP_INDEX,
-                dtype: Dtype::I32,
-                shape: vec![columns],
-                bytes: bytemuck::cast_slice(index),
-            }),
-            None => Ok(()),
-        }
+        emit(EncodedTensor { suffix: SCALE, dtype, shape: vec![height, width], bytes: &scales })
     }
 }
 
@@ -191,15 +163,6 @@ fn grid_shape(rows: usize, columns: usize, scheme: Scheme) -> [usize; 2] {
         GroupAxis::Input => [rows, scheme.group_size.groups(columns)],
         GroupAxis::Output => [scheme.group_size.groups(rows), columns],
     }
-}
-
-/// Words that hold so many codes.
-fn words(count: usize, bits: u8) -> Option<usize> {
-    count.checked_mul(usize::from(bits)).map(|total| total.div_ceil(32))
-}
-
-fn impossible(linear: &LinearTensors<'_>) -> kintsugi_runtime::Error {
-    linear.impossible(SHAPE, "the tensor holds an impossible size")
 }
 
 /// The scheme in `fields`; what is missing is as usual.

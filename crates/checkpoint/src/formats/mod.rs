@@ -8,6 +8,7 @@ mod gptq;
 mod int_quantized;
 mod kintsugi;
 mod pack_quantized;
+mod packed_codes;
 
 pub use awq::Awq;
 pub use bits_and_bytes::BitsAndBytes;

@@ -3,14 +3,12 @@ use kintsugi_weights::{QuantizedMatrix, packed_words};
 use safetensors::Dtype;
 use serde_json::{Map, Value};
 
-use super::compressed_tensors::{self, GROUP_INDEX, SCALE, ZERO_POINT};
+use super::compressed_tensors::{self, SCALE, ZERO_POINT};
+use super::packed_codes;
 use crate::linear_format::{EncodedTensor, LinearFormat, MatrixForm};
 use crate::packed_rows::{pack_rows, transposed, unpack_rows};
 use crate::safetensors_writer::{float_bytes, float_dtype};
 use crate::{LinearTensors, QuantizationConfig};
-
-const PACKED: &str = "weight_packed";
-const SHAPE: &str = "weight_shape";
 
 /// compressed-tensors `pack-quantized`, the format that is written by default.
 ///
@@ -49,7 +47,7 @@ impl LinearFormat for PackQuantized {
     }
 
     fn marker(&self) -> &'static str {
-        PACKED
+        packed_codes::PACKED
     }
 
     fn read_config(&self, config: &Map<String, Value>) -> Result<QuantizationConfig> {
@@ -65,23 +63,15 @@ impl LinearFormat for PackQuantized {
     }
 
     fn shape(&self, _config: &QuantizationConfig, linear: &LinearTensors<'_>) -> Result<(usize, usize)> {
-        let shape: Vec<i64> = linear.integers(SHAPE, Dtype::I64, &[2])?;
-        match (usize::try_from(shape[0]), usize::try_from(shape[1])) {
-            (Ok(rows), Ok(columns)) if rows > 0 && columns > 0 => Ok((rows, columns)),
-            _ => Err(impossible(linear)),
-        }
+        packed_codes::shape(linear)
     }
 
     fn decode(&self, config: &QuantizationConfig, linear: &LinearTensors<'_>) -> Result<QuantizedMatrix> {
         let bits = config.bits;
         let (rows, columns) = self.shape(config, linear)?;
-        let width = checked_words(columns, bits).ok_or_else(|| impossible(linear))?;
-        let packed: Vec<u32> = linear.integers(PACKED, Dtype::I32, &[rows, width])?;
-        // The file holds that many codes, so their number is no surprise to the memory.
-        let codes = unpack_rows(&packed, columns, bits);
-        drop(packed);
+        let codes = packed_codes::read(linear, rows, columns, bits)?;
         compressed_tensors::join(config, linear, [rows, columns], codes, |groups| {
-            let height = checked_words(rows, bits).ok_or_else(|| impossible(linear))?;
+            let height = packed_codes::words(linear, rows, bits)?;
             let packed: Vec<u32> = linear.integers(ZERO_POINT, Dtype::I32, &[height, groups])?;
             let by_group = unpack_rows(&transposed(&packed, height, groups), rows, bits);
             Ok(transposed(&by_group, groups, rows))
@@ -89,43 +79,18 @@ impl LinearFormat for PackQuantized {
     }
 
     fn encode(&self, matrix: &QuantizedMatrix, emit: &mut dyn FnMut(EncodedTensor<'_>) -> Result<()>) -> Result<()> {
-        let (rows, columns, groups, bits) = (matrix.rows(), matrix.columns(), matrix.groups(), matrix.bits());
-
-        let packed = pack_rows(matrix.codes(), columns, bits);
-        let shape = vec![rows, packed_words(columns, bits)];
-        emit(EncodedTensor { suffix: PACKED, dtype: Dtype::I32, shape, bytes: bytemuck::cast_slice(&packed) })?;
+        let (rows, groups, bits) = (matrix.rows(), matrix.groups(), matrix.bits());
+        packed_codes::write(matrix, emit)?;
 
         let scales = float_bytes(matrix.scales(), matrix.scale_type());
         let dtype = float_dtype(matrix.scale_type());
         emit(EncodedTensor { suffix: SCALE, dtype, shape: vec![rows, groups], bytes: &scales })?;
 
-        if let Some(zero_points) = matrix.zero_points() {
-            let height = packed_words(rows, bits);
-            let by_group = pack_rows(&transposed(zero_points, rows, groups), rows, bits);
-            let packed = transposed(&by_group, groups, height);
-            let (shape, bytes) = (vec![height, groups], bytemuck::cast_slice(&packed));
-            emit(EncodedTensor { suffix: ZERO_POINT, dtype: Dtype::I32, shape, bytes })?;
-        }
-
-        let size = [rows as i64, columns as i64];
-        emit(EncodedTensor { suffix: SHAPE, dtype: Dtype::I64, shape: vec![2], bytes: bytemuck::cast_slice(&size) })?;
-
-        match matrix.group_index() {
-            Some(index) => emit(EncodedTensor {
-                suffix: GROUP_INDEX,
-                dtype: Dtype::I32,
-                shape: vec![columns],
-                bytes: bytemuck::cast_slice(index),
-            }),
-            None => Ok(()),
-        }
+        let Some(zero_points) = matrix.zero_points() else { return Ok(()) };
+        let height = packed_words(rows, bits);
+        let by_group = pack_rows(&transposed(zero_points, rows, groups), rows, bits);
+        let packed = transposed(&by_group, groups, height);
+        let (shape, bytes) = (vec![height, groups], bytemuck::cast_slice(&packed));
+        emit(EncodedTensor { suffix: ZERO_POINT, dtype: Dtype::I32, shape, bytes })
     }
-}
-
-fn checked_words(count: usize, bits: u8) -> Option<usize> {
-    count.checked_mul(usize::from(bits)).map(|total| total.div_ceil(32))
-}
-
-fn impossible(linear: &LinearTensors<'_>) -> kintsugi_runtime::Error {
-    linear.impossible(SHAPE, "the tensor holds an impossible size")
 }
