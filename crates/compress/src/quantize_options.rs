@@ -1,5 +1,5 @@
 use kintsugi_runtime::{Error, ErrorCode, Result};
-use kintsugi_weights::{CODE_BITS, ElementType, GroupAxis, GroupSize};
+use kintsugi_weights::{CODE_BITS, ElementType, GroupSize};
 use serde::{Deserialize, Serialize};
 
 /// What to quantize to, and how. Methods ignore what does not concern them.
@@ -51,15 +51,6 @@ impl AxisRule {
             .zip(Self::NAMES)
             .find(|(_, n)| **n == name)
             .map(|(rule, _)| rule)
-    }
-}
-
-impl From<GroupAxis> for AxisRule {
-    fn from(axis: GroupAxis) -> Self {
-        match axis {
-            GroupAxis::Input => AxisRule::Input,
-            GroupAxis::Output => AxisRule::Output,
-        }
     }
 }
 

@@ -27,8 +27,7 @@ const FILE_LIMIT: u64 = 64 << 20;
 /// Linears that servers fuse have one width: query, key and value; gate and up; all experts of a block. Each such group
 /// is rounded to nearest at every width that the format holds, alone, and the damage is what that does to the output of
 /// its block: the mean of `‖Δy‖² / ‖y‖²` over the first calibration tokens, of each token alone because the norm of the
-/// next block makes them equal. The widths that are taken have the least sum of damages
-/// that the budget allows.
+/// next block makes them equal. The widths that are taken have the least sum of damages that the budget allows.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct BitAllocation {
     /// The width of each Linear.
@@ -55,7 +54,7 @@ impl BitAllocation {
     /// What an interrupted job had found, or what is found now and left in `folder` for a later run.
     ///
     /// # Errors
-    /// Those of [`BitAllocation::find`]; `ERR_OUTPUT_UNWRITABLE`.
+    /// Those of [`Search::find`]; `ERR_OUTPUT_UNWRITABLE`.
     pub(crate) fn resume_or_find<B: Backend>(
         search: &Search<'_, B>,
         folder: &Path,
@@ -119,13 +118,11 @@ impl<B: Backend> Search<'_, B> {
             for places in fused_places(spec) {
                 let widths = candidate_widths(recipe, spec, self.format, self.stored, block, &places)?;
                 for &place in &places {
-                    let linear = &spec.linears[place];
-                    let name = spec.linear_name(block, linear);
+                    let name = spec.linear_name(block, &spec.linears[place]);
                     let Some(&width) = found.bits.get(&name).filter(|width| widths.contains(width)) else {
                         return Ok(false);
                     };
-                    let options = QuantizeOptions { bits: width, ..recipe.quantize_options(&name, self.stored) };
-                    bits += grid_bits(&options, (linear.rows, linear.columns), recipe.has_group_index());
+                    bits += bits_at(recipe, spec, self.stored, block, place, width);
                     names += 1;
                 }
             }
@@ -152,12 +149,12 @@ impl<B: Backend> Search<'_, B> {
                     places.iter().map(|&place| spec.linear_name(block, &spec.linears[place])).collect();
                 let mut choices = Vec::new();
                 for width in candidate_widths(recipe, spec, self.format, self.stored, block, &places)? {
-                    let mut bits = 0;
                     for (&place, name) in places.iter().zip(&names) {
-                        let (weight, taken) = self.rounded(&weights.linears[place], name, width)?;
+                        let weight = self.rounded(&weights.linears[place], name, width)?;
                         runnable.replace(place, self.backend.prepare(&weight)?);
-                        bits += taken;
                     }
+                    let bits =
+                        places.iter().map(|&place| bits_at(recipe, spec, self.stored, block, place, width)).sum();
                     let output = stream.forward(self.backend, &runnable, BlockPart::Whole, &rows, self.cancel)?;
                     choices.push(Choice { width, bits, damage: relative_damage(&whole, &output, spec.hidden_size) });
                 }
@@ -176,19 +173,16 @@ impl<B: Backend> Search<'_, B> {
         Ok(BitAllocation { bits: bits.map(|(name, bits)| (name.clone(), bits)).collect() })
     }
 
-    /// A Linear rounded to nearest at a width, and the bits that it takes.
-    fn rounded(&self, original: &LinearWeight, name: &str, width: u8) -> Result<(LinearWeight, u64)> {
+    /// A Linear rounded to nearest at a width.
+    fn rounded(&self, original: &LinearWeight, name: &str, width: u8) -> Result<LinearWeight> {
         let WeightMatrix::Dense(dense) = &original.matrix else {
             return Err(Error::new(ErrorCode::QuantizationUnsupported, "the Linear is compressed already")
                 .subject(name)
                 .hint("Compress the original checkpoint"));
         };
-        let options = self.recipe.quantize_options(name, self.stored);
-        let options = QuantizeOptions { bits: width, ..options };
-        let matrix = rtn(dense, None, &options, ThreadPool::global())?;
-        let bits = grid_bits(&options, (dense.rows(), dense.columns()), self.recipe.has_group_index());
-        let matrix = WeightMatrix::Quantized(matrix);
-        Ok((LinearWeight { matrix, bias: original.bias.clone(), low_rank: None }, bits))
+        let options = QuantizeOptions { bits: width, ..self.recipe.quantize_options(name, self.stored) };
+        let matrix = WeightMatrix::Quantized(rtn(dense, None, &options, ThreadPool::global())?);
+        Ok(LinearWeight { matrix, bias: original.bias.clone(), low_rank: None })
     }
 }
 
@@ -214,17 +208,10 @@ pub(crate) fn check_budget(
     let mut least = 0;
     for block in 0..spec.layers {
         for places in fused_places(spec) {
-            let bits_at = |width: u8| -> u64 {
-                let of_linear = |&place: &usize| {
-                    let linear = &spec.linears[place];
-                    let options = recipe.quantize_options(&spec.linear_name(block, linear), stored);
-                    let options = QuantizeOptions { bits: width, ..options };
-                    grid_bits(&options, (linear.rows, linear.columns), recipe.has_group_index())
-                };
-                places.iter().map(of_linear).sum()
-            };
+            let of_all =
+                |width| -> u64 { places.iter().map(|&place| bits_at(recipe, spec, stored, block, place, width)).sum() };
             let widths = candidate_widths(recipe, spec, format, stored, block, &places)?;
-            least += widths.into_iter().map(bits_at).min().unwrap_or(0);
+            least += widths.into_iter().map(of_all).min().unwrap_or(0);
         }
     }
     if least <= budget_bits(recipe, spec) { Ok(()) } else { Err(too_small(recipe, spec, least)) }
@@ -269,6 +256,14 @@ fn candidate_widths(
             .hint("Choose another format, or other groups"));
     }
     Ok(widths)
+}
+
+/// Bits that a Linear takes at a width.
+fn bits_at(recipe: &Recipe, spec: &DecoderSpec, stored: ElementType, block: usize, place: usize, width: u8) -> u64 {
+    let linear = &spec.linears[place];
+    let usual = recipe.quantize_options(&spec.linear_name(block, linear), stored);
+    let options = QuantizeOptions { bits: width, ..usual };
+    grid_bits(&options, (linear.rows, linear.columns), recipe.has_group_index())
 }
 
 /// Bits that codes, scales and zero points of all Linears may take.
