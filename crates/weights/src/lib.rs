@@ -19,6 +19,6 @@ pub use code_table::CodeTable;
 pub use dense_matrix::{DenseMatrix, DenseValues};
 pub use element_type::ElementType;
 pub use linear_weight::{LinearWeight, WeightMatrix};
-pub use low_rank::LowRank;
+pub use low_rank::{FactorCodes, LowRank};
 pub use quantized_matrix::{CODE_BITS, GroupAxis, GroupSize, QuantizedMatrix, QuantizedParts};
 pub use reference_product::reference_product;

@@ -1,4 +1,4 @@
-use crate::ElementType;
+use crate::{ElementType, GroupAxis, QuantizedMatrix};
 
 /// A low-rank update `ΔW ≈ B · A` with `B [out, rank]` and `A [rank, in]`, both row-major.
 ///
@@ -12,6 +12,17 @@ pub struct LowRank {
     b: Vec<f32>,
     a: Vec<f32>,
     factor_type: ElementType,
+    codes: Option<FactorCodes>,
+}
+
+/// The codes of a [`LowRank`] whose factors are quantized. Groups lie along the columns of each: along the ranks in B,
+/// along the inputs in A, so that a prefix of the ranks is a prefix of the codes.
+#[derive(Clone, Debug, PartialEq)]
+pub struct FactorCodes {
+    /// `[out, rank]`
+    pub b: QuantizedMatrix,
+    /// `[rank, in]`
+    pub a: QuantizedMatrix,
 }
 
 impl LowRank {
@@ -32,7 +43,30 @@ impl LowRank {
         for value in b.iter_mut().chain(a.iter_mut()) {
             *value = factor_type.round(*value);
         }
-        LowRank { out_features, in_features, rank, b, a, factor_type }
+        LowRank { out_features, in_features, rank, b, a, factor_type, codes: None }
+    }
+
+    /// Factors that are made of codes. Their type is that of the scales where it holds every value, else f32.
+    ///
+    /// # Panics
+    /// When the factors do not belong together, or have groups that are not runs of columns.
+    pub fn of_codes(codes: FactorCodes) -> Self {
+        let FactorCodes { b, a } = &codes;
+        assert_eq!(b.columns(), a.rows(), "B is [out, rank], A is [rank, in]");
+        for factor in [b, a] {
+            assert!(factor.group_axis() == GroupAxis::Input && factor.group_index().is_none(), "runs of columns");
+        }
+        let (b_values, a_values) = (b.to_f32(), a.to_f32());
+        let declared = a.scale_type();
+        let exact = b_values.iter().chain(&a_values).all(|&value| declared.round(value) == value);
+        let factor_type = if exact { declared } else { ElementType::F32 };
+        let (out_features, in_features, rank) = (b.rows(), a.columns(), a.rows());
+        LowRank { out_features, in_features, rank, b: b_values, a: a_values, factor_type, codes: Some(codes) }
+    }
+
+    /// The codes behind the values, where the factors are quantized.
+    pub fn codes(&self) -> Option<&FactorCodes> {
+        self.codes.as_ref()
     }
 
     /// Rows of the update.
@@ -71,11 +105,15 @@ impl LowRank {
         let rank = rank.min(self.rank);
         let b = self.b.chunks_exact(self.rank.max(1)).flat_map(|row| &row[..rank]).copied().collect();
         let a = self.a[..rank * self.in_features].to_vec();
-        LowRank { rank, b, a, ..self.clone_shape() }
+        let codes = self.codes.as_ref().map(|codes| codes.prefix(rank));
+        LowRank { rank, b, a, codes, ..self.clone_shape() }
     }
 
-    /// Bits that the factors take when stored.
+    /// Bits that the factors take in memory: those of their codes where they are quantized.
     pub fn stored_bits(&self) -> u64 {
+        if let Some(FactorCodes { b, a }) = &self.codes {
+            return b.stored_bits() + a.stored_bits();
+        }
         ((self.b.len() + self.a.len()) * self.factor_type.bits()) as u64
     }
 
@@ -87,13 +125,23 @@ impl LowRank {
             b: Vec::new(),
             a: Vec::new(),
             factor_type: self.factor_type,
+            codes: None,
         }
+    }
+}
+
+impl FactorCodes {
+    /// Those of the first `rank` directions.
+    fn prefix(&self, rank: usize) -> FactorCodes {
+        let (b, a) = (self.b.leading_columns(rank), self.a.leading_rows(rank));
+        FactorCodes { b, a }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{GroupSize, QuantizedParts};
 
     #[test]
     fn factors_are_rounded_and_prefixes_are_nested() {
@@ -107,5 +155,30 @@ mod tests {
         assert_eq!(first.a(), [1.0, 2.0, 3.0, 4.0]);
         assert_eq!(factors.prefix(9), factors);
         assert_eq!(factors.stored_bits(), (6 + 8) * 16);
+    }
+
+    fn coded(rows: usize, columns: usize, scale: f32) -> QuantizedMatrix {
+        let codes = (0..rows * columns).map(|i| (i * 5 % 16) as u8).collect();
+        let group_size = GroupSize::Columns(2);
+        let scales = (0..rows * group_size.groups(columns)).map(|i| scale * (1 + i % 4) as f32).collect();
+        let scale_type = ElementType::Bf16;
+        let parts =
+            QuantizedParts { rows, columns, bits: 4, group_size, codes, scales, scale_type, ..Default::default() };
+        QuantizedMatrix::new(parts).unwrap()
+    }
+
+    #[test]
+    fn prefixes_of_quantized_factors_are_prefixes_of_their_codes() {
+        let factors = LowRank::of_codes(FactorCodes { b: coded(3, 5, 0.5), a: coded(5, 4, 0.125) });
+        assert_eq!((factors.out_features(), factors.in_features(), factors.rank()), (3, 4, 5));
+        assert_eq!((factors.factor_type(), factors.stored_bits()), (ElementType::Bf16, (15 + 20) * 4 + (9 + 10) * 16));
+        for rank in 0..=5 {
+            let prefix = factors.prefix(rank);
+            let codes = prefix.codes().unwrap();
+            assert_eq!((codes.b.to_f32().as_slice(), codes.a.to_f32().as_slice()), (prefix.b(), prefix.a()));
+            assert_eq!(prefix.a(), &factors.a()[..rank * 4]);
+        }
+        let inexact = LowRank::of_codes(FactorCodes { b: coded(2, 1, 0.1), a: coded(1, 2, 0.1) });
+        assert_eq!(inexact.factor_type(), ElementType::F32, "bf16 does not hold 7 · 0.1");
     }
 }

@@ -297,6 +297,47 @@ impl QuantizedMatrix {
         out
     }
 
+    /// The first `rows` rows; groups must lie along the inputs.
+    #[must_use]
+    pub fn leading_rows(&self, rows: usize) -> QuantizedMatrix {
+        let rows = rows.min(self.rows());
+        self.leading(rows, self.columns())
+    }
+
+    /// The first `columns` columns; groups must be runs of columns.
+    #[must_use]
+    pub fn leading_columns(&self, columns: usize) -> QuantizedMatrix {
+        assert!(self.parts.group_index.is_none(), "groups are runs of columns");
+        self.leading(self.rows(), columns.min(self.columns()))
+    }
+
+    fn leading(&self, rows: usize, columns: usize) -> QuantizedMatrix {
+        let parts = &self.parts;
+        assert_eq!(parts.group_axis, GroupAxis::Input, "groups lie along the inputs");
+        // A whole row stays a group of the length that it had.
+        let size = parts.group_size.columns(parts.columns);
+        let (before, after) = (parts.groups(), columns.div_ceil(size));
+        fn take<T: Copy>(values: &[T], width: usize, rows: usize, columns: usize) -> Vec<T> {
+            values.chunks_exact(width.max(1)).take(rows).flat_map(|row| &row[..columns]).copied().collect()
+        }
+        QuantizedMatrix {
+            parts: QuantizedParts {
+                rows,
+                columns,
+                bits: parts.bits,
+                group_size: GroupSize::Columns(size),
+                group_axis: parts.group_axis,
+                codes: take(&parts.codes, parts.columns, rows, columns),
+                scales: take(&parts.scales, before, rows, after),
+                scale_type: parts.scale_type,
+                zero_points: parts.zero_points.as_ref().map(|zeros| take(zeros, before, rows, after)),
+                offsets: parts.offsets.as_ref().map(|offsets| take(offsets, before, rows, after)),
+                code_table: parts.code_table,
+                group_index: parts.group_index.clone(),
+            },
+        }
+    }
+
     /// Bits that this matrix takes when stored: codes, scales, zero points, offsets (in the type of the scales) and
     /// group index.
     pub fn stored_bits(&self) -> u64 {
@@ -353,6 +394,20 @@ mod tests {
         let matrix = QuantizedMatrix::new(parts).unwrap();
         assert_eq!((matrix.groups(), matrix.scales().len()), (2, 4));
         assert_eq!(matrix.to_f32(), [3.0, 0.0, 0.0, 2.0, -4.0, 0.0]);
+    }
+
+    #[test]
+    fn leading_rows_and_columns_keep_their_groups() {
+        let matrix = QuantizedMatrix::new(parts()).unwrap();
+        let values = matrix.to_f32();
+        assert_eq!(matrix.leading_rows(1).to_f32(), values[..5]);
+        assert_eq!(matrix.leading_rows(9).to_f32(), values);
+        for columns in 0..=5 {
+            let expected: Vec<f32> = values.chunks(5).flat_map(|row| &row[..columns]).copied().collect();
+            let leading = matrix.leading_columns(columns);
+            assert_eq!(leading.to_f32(), expected);
+            assert!(QuantizedMatrix::new(leading.into_parts()).is_ok());
+        }
     }
 
     #[test]
