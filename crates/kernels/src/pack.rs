@@ -1,7 +1,8 @@
 use half::{bf16, f16};
 use kintsugi_runtime::{Error, ErrorCode, Result, ThreadPool};
 use kintsugi_weights::{
-    CodeTable, DenseMatrix, DenseValues, ElementType, GroupAxis, LinearWeight, LowRank, QuantizedMatrix, WeightMatrix,
+    CodeTable, DenseMatrix, DenseValues, ElementType, FactorCodes, GroupAxis, LinearWeight, LowRank, QuantizedMatrix,
+    WeightMatrix,
 };
 
 use crate::Precision;
@@ -25,7 +26,7 @@ pub(crate) fn pack_linear(weight: &LinearWeight, precision: Precision, pool: &Th
         _ => None,
     };
     let (a, b) = match low_rank {
-        Some((a, b)) => (Some(pack_dense(a, Precision::F32, pool)?), Some(b)),
+        Some((a, b)) => (Some(pack_factor(&a, pool)?), Some(b)),
         None => (None, None),
     };
     pack_panels(&weight.matrix, b.as_ref(), a, weight.bias.clone(), precision, pool)
@@ -34,22 +35,26 @@ pub(crate) fn pack_linear(weight: &LinearWeight, precision: Precision, pool: &Th
 /// Packs both factors of an update as matrices of their own: A and B.
 pub(crate) fn pack_factors(factors: &LowRank, pool: &ThreadPool) -> Result<(PackedMatrix, PackedMatrix)> {
     let (a, b) = factor_matrices(factors);
-    Ok((pack_dense(a, Precision::F32, pool)?, pack_dense(b, Precision::F32, pool)?))
+    Ok((pack_factor(&a, pool)?, pack_factor(&b, pool)?))
 }
 
-fn pack_dense(matrix: DenseMatrix, precision: Precision, pool: &ThreadPool) -> Result<PackedMatrix> {
-    pack_panels(&WeightMatrix::Dense(matrix), None, None, None, precision, pool)
+/// Products with factors are in f32 in every precision.
+fn pack_factor(factor: &WeightMatrix, pool: &ThreadPool) -> Result<PackedMatrix> {
+    pack_panels(factor, None, None, None, Precision::F32, pool)
 }
 
-/// A `[rank, in]` and B `[out, rank]` in the type that they are rounded to.
-fn factor_matrices(factors: &LowRank) -> (DenseMatrix, DenseMatrix) {
+/// A `[rank, in]` and B `[out, rank]` as they are stored: in codes, or in the type that they are rounded to.
+fn factor_matrices(factors: &LowRank) -> (WeightMatrix, WeightMatrix) {
+    if let Some(FactorCodes { b, a }) = factors.codes() {
+        return (WeightMatrix::Quantized(a.clone()), WeightMatrix::Quantized(b.clone()));
+    }
     let matrix = |rows, columns, values: &[f32]| {
         let values = match factors.factor_type() {
             ElementType::F32 => DenseValues::F32(values.to_vec()),
             ElementType::F16 => DenseValues::F16(values.iter().map(|&value| f16::from_f32(value)).collect()),
             ElementType::Bf16 => DenseValues::Bf16(values.iter().map(|&value| bf16::from_f32(value)).collect()),
         };
-        DenseMatrix::new(rows, columns, values)
+        WeightMatrix::Dense(DenseMatrix::new(rows, columns, values))
     };
     (
         matrix(factors.rank(), factors.in_features(), factors.a()),
@@ -59,7 +64,7 @@ fn factor_matrices(factors: &LowRank) -> (DenseMatrix, DenseMatrix) {
 
 fn pack_panels(
     matrix: &WeightMatrix,
-    b: Option<&DenseMatrix>,
+    b: Option<&WeightMatrix>,
     a: Option<PackedMatrix>,
     bias: Option<Vec<f32>>,
     precision: Precision,
@@ -78,11 +83,8 @@ fn pack_panels(
         }
         matrix => matrix,
     };
-    let main = match matrix {
-        WeightMatrix::Dense(matrix) => dense_section(matrix, 0),
-        WeightMatrix::Quantized(matrix) => quantized_section(matrix, precision),
-    };
-    let b_section = b.map(|b| dense_section(b, main.bytes()));
+    let main = section(matrix, precision, 0);
+    let b_section = b.map(|b| section(b, Precision::F32, main.bytes()));
     let panel_bytes = main.bytes() + b_section.as_ref().map_or(0, Section::bytes);
     let bytes = panel_bytes
         .checked_mul(rows.div_ceil(LANES))
@@ -90,16 +92,21 @@ fn pack_panels(
         .ok_or_else(|| mismatch(format!("a {rows}×{columns} matrix does not fit into memory")))?;
     let mut panels = AlignedBytes::zeroed(bytes);
     pool.for_each_chunk(panels.as_mut_slice(), panel_bytes, |panel, bytes| {
-        match matrix {
-            WeightMatrix::Dense(matrix) => write_dense(matrix, &main, panel, bytes),
-            WeightMatrix::Quantized(matrix) => write_quantized(matrix, &main, panel, bytes),
-        }
+        write(matrix, &main, panel, bytes);
         if let (Some(b), Some(section)) = (b, &b_section) {
-            write_dense(b, section, panel, bytes);
+            write(b, section, panel, bytes);
         }
     });
     let compensation = a.zip(b_section).map(|(a, b)| Compensation { a: Box::new(a), b });
     Ok(PackedMatrix { rows, columns, precision, main, compensation, bias, panel_bytes, panels })
+}
+
+/// How a matrix lies in its panels, from that byte of each on.
+fn section(matrix: &WeightMatrix, precision: Precision, offset: usize) -> Section {
+    match matrix {
+        WeightMatrix::Dense(matrix) => dense_section(matrix, offset),
+        WeightMatrix::Quantized(matrix) => quantized_section(matrix, precision, offset),
+    }
 }
 
 fn dense_section(matrix: &DenseMatrix, offset: usize) -> Section {
@@ -108,7 +115,7 @@ fn dense_section(matrix: &DenseMatrix, offset: usize) -> Section {
     Section { encoding, layout, grid: None, table: CodeTable::FP4, integers: None, offset }
 }
 
-fn quantized_section(matrix: &QuantizedMatrix, precision: Precision) -> Section {
+fn quantized_section(matrix: &QuantizedMatrix, precision: Precision, offset: usize) -> Section {
     let encoding = match matrix.code_table() {
         Some(_) => PanelEncoding::Table4,
         None => PanelEncoding::of_bits(matrix.bits()),
@@ -132,7 +139,15 @@ fn quantized_section(matrix: &QuantizedMatrix, precision: Precision) -> Section 
         (None, None) => GridOrigin::Centre,
     };
     let table = matrix.code_table().copied().unwrap_or(CodeTable::FP4);
-    Section { encoding, layout, grid: Some(GridParameters { scale_type, origin }), table, integers, offset: 0 }
+    Section { encoding, layout, grid: Some(GridParameters { scale_type, origin }), table, integers, offset }
+}
+
+/// Writes the rows of a panel.
+fn write(matrix: &WeightMatrix, section: &Section, panel: usize, bytes: &mut [u8]) {
+    match matrix {
+        WeightMatrix::Dense(matrix) => write_dense(matrix, section, panel, bytes),
+        WeightMatrix::Quantized(matrix) => write_quantized(matrix, section, panel, bytes),
+    }
 }
 
 /// Writes the rows of a panel. Rows past the end stay zero.

@@ -1,3 +1,5 @@
+use std::ops::Range;
+
 use kintsugi_weights::{CodeTable, ElementType};
 
 use crate::Precision;
@@ -8,9 +10,9 @@ use crate::vector::LANES;
 /// A [`LinearWeight`](kintsugi_weights::LinearWeight) in the layout that products read.
 ///
 /// Rows are packed in panels of 32, each contiguous: for each block of columns the codes, then 32 scales in their
-/// stored type, then 32 zero points or offsets; after the last block the rows of B of the low-rank compensation. So a product
-/// streams one sequence of bytes per panel, compensation included. A of the compensation is a `PackedMatrix` of its
-/// own.
+/// stored type, then 32 zero points or offsets; after the last block the rows of B of the low-rank compensation, in the
+/// same way. So a product streams one sequence of bytes per panel, compensation included. A of the compensation is a
+/// `PackedMatrix` of its own.
 #[derive(Clone)]
 pub struct PackedMatrix {
     pub(crate) rows: usize,
@@ -218,6 +220,24 @@ impl ColumnLayout {
         }
     }
 
+    /// Runs of blocks of up to [`BLOCK_COLUMNS`](Self::BLOCK_COLUMNS) columns together. They follow from the layout
+    /// alone: sums that are kept apart for each run come out the same whoever computes them.
+    pub(crate) fn runs(&self) -> Vec<Range<usize>> {
+        let mut runs: Vec<Range<usize>> = Vec::new();
+        let mut columns = 0;
+        for (index, block) in self.blocks.iter().enumerate() {
+            columns += block.columns;
+            match runs.last_mut() {
+                Some(run) if columns <= Self::BLOCK_COLUMNS => run.end = index + 1,
+                _ => {
+                    runs.push(index..index + 1);
+                    columns = block.columns;
+                }
+            }
+        }
+        runs
+    }
+
     /// Columns with the padding of each block.
     pub(crate) fn padded_columns(&self) -> usize {
         self.steps.iter().map(|&steps| steps as usize * self.step_columns).sum()
@@ -352,5 +372,13 @@ mod tests {
         let blocks: Vec<_> = layout.blocks.iter().map(|block| (block.start, block.columns)).collect();
         assert_eq!(blocks, [(0, 512), (512, 512), (1024, 6)]);
         assert_eq!(layout.steps, [64, 64, 1]);
+        assert_eq!(layout.runs(), [0..1, 1..2, 2..3]);
+    }
+
+    #[test]
+    fn short_groups_share_runs() {
+        let layout = ColumnLayout::grouped(1030, 6, 8, 512, |column| column / 200, false);
+        assert_eq!(layout.runs(), [0..2, 2..4, 4..6]);
+        assert!(ColumnLayout::default().runs().is_empty());
     }
 }

@@ -1,6 +1,9 @@
+use std::ops::Range;
+
 use kintsugi_runtime::ThreadPool;
 
 use crate::accumulate::PanelJob;
+use crate::grid_parameters::GridParameters;
 use crate::integer_product::IntegerJob;
 use crate::packed_input::PackedInput;
 use crate::packed_matrix::{Arithmetic, PackedMatrix, Section};
@@ -67,7 +70,7 @@ pub(crate) fn accumulate_updates(
             products.push((b, update.scaling, rows));
         }
     }
-    let projected = multiply_by_blocks(kernels, &projections, pool);
+    let projected = multiply_by_runs(kernels, &projections, pool);
     let operands: Vec<Operands<'_>> = products
         .into_iter()
         .zip(projected)
@@ -94,38 +97,38 @@ fn multiply_all(kernels: &Kernels, operands: &[Operands<'_>], y: &SharedRows<'_>
     });
 }
 
-/// Products with matrices of plain floats that have few rows, `[count, rows]` each, in one call of the pool.
+/// Products in f32 with matrices that have few rows, `[count, rows]` each, in one call of the pool.
 ///
-/// Such a matrix has too few panels to share out. So blocks of columns are shared out too. Each has sums of its own,
-/// which are added in the order of the blocks: the same additions as everywhere.
-fn multiply_by_blocks(kernels: &Kernels, operands: &[Operands<'_>], pool: &ThreadPool) -> Vec<Vec<f32>> {
+/// Such a matrix has too few panels to share out. So runs of columns are shared out too. Each has sums of its own,
+/// which are added in the order of the runs.
+fn multiply_by_runs(kernels: &Kernels, operands: &[Operands<'_>], pool: &ThreadPool) -> Vec<Vec<f32>> {
+    let runs: Vec<Vec<Range<usize>>> = operands.iter().map(|operands| operands.weight.main.layout.runs()).collect();
     let mut tasks = Vec::new();
-    for operands in operands {
-        let blocks = operands.weight.panel_count() * operands.weight.main.layout.steps.len();
-        let count = operands.tasks(blocks);
-        tasks.extend((0..count).map(|task| (operands, task * blocks / count..(task + 1) * blocks / count)));
+    for (operands, runs) in operands.iter().zip(&runs) {
+        let all = operands.weight.panel_count() * runs.len();
+        let count = operands.tasks(all);
+        tasks.extend((0..count).map(|task| (operands, runs, task * all / count..(task + 1) * all / count)));
     }
     let sums = pool.map(tasks.len(), |task| {
-        let (operands, blocks) = &tasks[task];
-        let panel_blocks = operands.weight.main.layout.steps.len();
-        let mut sums = vec![[0.0f32; LANES]; blocks.len() * operands.count];
-        for (block, sums) in blocks.clone().zip(sums.chunks_exact_mut(operands.count)) {
-            operands.add_block(kernels, block / panel_blocks, block % panel_blocks, sums);
+        let (operands, runs, range) = &tasks[task];
+        let mut sums = vec![[0.0f32; LANES]; range.len() * operands.count];
+        for (index, sums) in range.clone().zip(sums.chunks_exact_mut(operands.count)) {
+            operands.add_run(kernels, index / runs.len(), runs[index % runs.len()].clone(), sums);
         }
         sums
     });
     let sums = sums.concat();
     let mut sums = &sums[..];
     let mut outputs = Vec::with_capacity(operands.len());
-    for operands in operands {
+    for (operands, runs) in operands.iter().zip(&runs) {
         let mut y = vec![0.0; operands.count * operands.weight.rows];
         let shared = SharedRows::new(&mut y, operands.weight.rows);
         for panel in 0..operands.weight.panel_count() {
             let mut totals = vec![[0.0; LANES]; operands.count];
-            let (blocks, after) = sums.split_at(operands.weight.main.layout.steps.len() * operands.count);
+            let (of_panel, after) = sums.split_at(runs.len() * operands.count);
             sums = after;
-            for block in blocks.chunks_exact(operands.count) {
-                for (total, sum) in totals.as_flattened_mut().iter_mut().zip(block.as_flattened()) {
+            for run in of_panel.chunks_exact(operands.count) {
+                for (total, sum) in totals.as_flattened_mut().iter_mut().zip(run.as_flattened()) {
                     *total += sum;
                 }
             }
@@ -161,7 +164,7 @@ impl<'a> Operands<'a> {
         let input = PackedInput::new(kernels.table(), &weight.main, arithmetic, x, weight.columns, pool);
         let projected = weight.compensation.as_ref().map(|part| {
             let a = Operands::new(kernels, &part.a, x, None, pool);
-            let projected = multiply_by_blocks(kernels, &[a], pool).pop().unwrap_or_default();
+            let projected = multiply_by_runs(kernels, &[a], pool).pop().unwrap_or_default();
             PackedInput::new(kernels.table(), &part.b, Arithmetic::F32, &projected, part.a.rows, pool)
         });
         Operands { weight, count, places, arithmetic, input, projected }
@@ -207,25 +210,32 @@ impl<'a> Operands<'a> {
         }
     }
 
-    /// The products of one panel with one block of plain floats, `[count]`.
-    fn add_block(&self, kernels: &Kernels, panel: usize, block: usize, sums: &mut [[f32; LANES]]) {
+    /// The products of one panel in f32 over a run of blocks, `[count]`.
+    fn add_run(&self, kernels: &Kernels, panel: usize, blocks: Range<usize>, sums: &mut [[f32; LANES]]) {
         let main = &self.weight.main;
-        assert!(main.grid.is_none() && panel < self.weight.panel_count() && sums.len() == self.count);
-        let before: usize = main.layout.steps[..block].iter().map(|&steps| steps as usize).sum();
-        let x_words = match self.arithmetic {
-            Arithmetic::Bf16 => main.layout.step_columns / 2,
-            Arithmetic::F32 | Arithmetic::Int8 => main.layout.step_columns,
+        assert!(self.arithmetic == Arithmetic::F32 && panel < self.weight.panel_count() && sums.len() == self.count);
+        let (table, layout) = (kernels.table(), &main.layout);
+        let steps: usize = layout.steps[..blocks.start].iter().map(|&steps| steps as usize).sum();
+        let bytes = steps * main.encoding.step_bytes() + blocks.start * main.grid.map_or(0, GridParameters::bytes);
+        let from = |start: usize, sums: &mut [[f32; LANES]]| {
+            let whole = self.panel_job(main, &self.input, panel, start, sums);
+            // SAFETY: the run lies in the panel and in the rows of x, behind the blocks before it.
+            let (panels, x) = unsafe { (whole.panels.add(bytes), whole.x.add(steps * layout.step_columns)) };
+            // There are no block sums where none are read.
+            let block_sums = whole.block_sums.wrapping_add(blocks.start);
+            PanelJob { panels, x, block_sums, steps: &layout.steps[blocks.clone()], ..whole }
         };
-        let most = kernels.table().tile_rows;
-        for start in (0..self.count).step_by(most) {
-            let rows = most.min(self.count - start);
-            let whole = self.panel_job(main, &self.input, panel, start, &mut sums[start..]);
-            // SAFETY: the block lies in the panel and in the rows of x, behind those before it.
-            let (panels, x) =
-                unsafe { (whole.panels.add(before * main.encoding.step_bytes()), whole.x.add(before * x_words)) };
-            let job = PanelJob { panels, x, steps: &main.layout.steps[block..=block], ..whole };
+        if self.count >= table.strip.least_rows {
+            let job = StripJob { panel: from(0, sums), rows: self.count };
             // SAFETY: as in `add_section`.
-            unsafe { (kernels.table().accumulate)(main.encoding, self.arithmetic, rows, 1)(&job) };
+            unsafe { (table.strip.accumulate)(main.encoding)(&job) };
+            return;
+        }
+        for start in (0..self.count).step_by(table.tile_rows) {
+            let rows = table.tile_rows.min(self.count - start);
+            let job = from(start, &mut sums[start..]);
+            // SAFETY: as in `add_section`.
+            unsafe { (table.accumulate)(main.encoding, self.arithmetic, rows, 1)(&job) };
         }
     }
 

@@ -2,7 +2,7 @@
 
 use kintsugi_kernels::{Arithmetic, Kernels, PackedMatrix, Precision};
 use kintsugi_runtime::{CpuLevel, ErrorCode, ThreadPool};
-use kintsugi_testkit::kernel_cases::{Format, KernelCase, ROW_COUNTS, kernel_cases};
+use kintsugi_testkit::kernel_cases::{Factors, Format, KernelCase, ROW_COUNTS, coded_factor_cases, kernel_cases};
 use kintsugi_testkit::{Int8Activations, matrices};
 use kintsugi_weights::{
     DenseMatrix, ElementType, GroupAxis, GroupSize, LinearWeight, LowRank, QuantizedMatrix, QuantizedParts,
@@ -10,6 +10,17 @@ use kintsugi_weights::{
 };
 
 const PRECISIONS: [Precision; 3] = [Precision::F32, Precision::Exact, Precision::Fast];
+
+/// What factors may be made of.
+const FACTORS: [Factors; 7] = [
+    Factors::Dense(ElementType::F32),
+    Factors::Dense(ElementType::F16),
+    Factors::Dense(ElementType::Bf16),
+    Factors::Codes { bits: 4, group_size: 32 },
+    Factors::Codes { bits: 4, group_size: 64 },
+    Factors::Codes { bits: 8, group_size: 32 },
+    Factors::Codes { bits: 8, group_size: 64 },
+];
 
 fn product(kernels: &Kernels, weight: &PackedMatrix, x: &[f32], pool: &ThreadPool) -> Vec<f32> {
     let mut y = vec![f32::NAN; x.len() / weight.columns() * weight.rows()];
@@ -194,20 +205,72 @@ fn what_is_not_finite_stays_in_its_row_and_does_not_vanish() {
 #[test]
 fn a_batch_longer_than_what_is_packed_at_once_is_the_same_row_by_row() {
     let pool = ThreadPool::with_threads(2);
-    let case = kernel_cases().into_iter().find(|case| case.rank > 0 && case.rows == 100 && case.columns > 100).unwrap();
-    let weight = case.weight();
-    let x = case.input(300);
-    for level in CpuLevel::available() {
-        let kernels = Kernels::new(level).unwrap();
-        for precision in PRECISIONS {
-            let packed = kernels.pack(&weight, precision, &pool).unwrap();
-            let whole = product(&kernels, &packed, &x, &pool);
-            for (x, y) in x.chunks(case.columns).zip(whole.chunks(case.rows)) {
-                assert_eq!(bits(&product(&kernels, &packed, x, &pool)), bits(y));
+    let dense = kernel_cases().into_iter().find(|case| case.rank > 0 && case.rows == 100 && case.columns > 100);
+    // A rank of several panels with each kind of main matrix, and each kind of codes.
+    let coded = coded_factor_cases().into_iter().filter(|case| case.rank == 130);
+    for case in dense.into_iter().chain(coded) {
+        let weight = case.weight();
+        let x = case.input(300);
+        for level in CpuLevel::available() {
+            let kernels = Kernels::new(level).unwrap();
+            for precision in PRECISIONS {
+                let packed = kernels.pack(&weight, precision, &pool).unwrap();
+                let whole = product(&kernels, &packed, &x, &pool);
+                for (x, y) in x.chunks(case.columns).zip(whole.chunks(case.rows)) {
+                    assert_eq!(bits(&product(&kernels, &packed, x, &pool)), bits(y), "{}", case.name());
+                }
+                // 130 rows: a whole pack and two more.
+                let part = product(&kernels, &packed, &x[..130 * case.columns], &pool);
+                assert_eq!(bits(&part), bits(&whole[..130 * case.rows]), "{}", case.name());
             }
-            // 130 rows: a whole pack and two more.
-            let part = product(&kernels, &packed, &x[..130 * case.columns], &pool);
-            assert_eq!(bits(&part), bits(&whole[..130 * case.rows]));
+        }
+    }
+}
+
+/// A prefix cuts the codes within a group, and drops whole groups.
+#[test]
+fn prefixes_of_factors_are_within_the_budget_at_every_rank() {
+    let pool = ThreadPool::with_threads(2);
+    for case in coded_factor_cases().into_iter().filter(|case| case.rank == 130 && case.columns > 100) {
+        let whole = case.weight();
+        let x = case.input(9);
+        for rank in [0, 1, 7, 31, 32, 33, 64, 100, 130] {
+            let low_rank = whole.low_rank.as_ref().map(|factors| factors.prefix(rank));
+            let weight = LinearWeight { low_rank, ..whole.clone() };
+            let truth = KernelCase::expected(&weight, &x, ElementType::F32);
+            let allowed: Vec<f64> = KernelCase::magnitudes(&weight, &x)
+                .iter()
+                .map(|magnitude| case.budget.relative * magnitude + case.budget.absolute * case.columns as f64)
+                .collect();
+            for level in CpuLevel::available() {
+                let kernels = Kernels::new(level).unwrap();
+                let packed = kernels.pack(&weight, Precision::F32, &pool).unwrap();
+                let share = worst(&product(&kernels, &packed, &x, &pool), &truth, &allowed);
+                assert!(share <= 1.0, "{} prefix {rank}, {}: {share:.2} of the budget", case.name(), level.name());
+            }
+        }
+    }
+}
+
+/// Whole panels and groups, so that nothing is padded: the codes and their scales, and little else.
+#[test]
+fn factors_of_codes_take_the_bytes_of_their_codes() {
+    let pool = ThreadPool::with_threads(2);
+    let kernels = Kernels::selected().unwrap();
+    let (rows, columns, rank) = (320, 1024, 64);
+    let matrix = matrices::quantized(1, rows, columns, 4, GroupSize::Columns(128), true, ElementType::F16, false);
+    let plain = LinearWeight::plain(WeightMatrix::Quantized(matrix));
+    for precision in PRECISIONS {
+        let base = kernels.pack(&plain, precision, &pool).unwrap().memory_bytes();
+        for factors in FACTORS {
+            let factors = factors.matrices(2, rows, columns, rank);
+            let stored = factors.stored_bits() as usize / 8;
+            let adapter = kernels.pack_low_rank(&factors, 1.0, &pool).unwrap().memory_bytes();
+            let weight = LinearWeight { low_rank: Some(factors), ..plain.clone() };
+            let inside = kernels.pack(&weight, precision, &pool).unwrap().memory_bytes() - base;
+            for taken in [inside, adapter] {
+                assert!((stored..stored + 2048).contains(&taken), "{taken} bytes where {stored} are stored");
+            }
         }
     }
 }
@@ -324,18 +387,10 @@ fn what_has_no_int8_products_runs_as_exact() {
 #[test]
 fn adapters_add_their_product() {
     let pool = ThreadPool::with_threads(3);
-    for (rank, scaling) in [(0, 1.0), (1, -0.5), (5, 2.0), (16, 0.25), (40, 1.0)] {
-        for factor_type in ElementType::ALL {
-            let format = Format::Dense(ElementType::F32);
-            let base = KernelCase { rank, factor_type, ..kernel_cases()[0].clone() };
-            let case = KernelCase { format, ..base };
-            let Some(factors) = case
-                .weight()
-                .low_rank
-                .or_else(|| (rank == 0).then(|| LowRank::new(case.rows, case.columns, 0, vec![], vec![], factor_type)))
-            else {
-                panic!("rank {rank} has factors");
-            };
+    for (rank, scaling) in [(0, 1.0), (1, -0.5), (5, 2.0), (16, 0.25), (40, 1.0), (130, 1.0)] {
+        for kind in FACTORS {
+            let case = KernelCase { format: Format::Dense(ElementType::F32), ..kernel_cases()[0].clone() };
+            let factors = kind.matrices(2, case.rows, case.columns, rank);
             let zeros = DenseMatrix::from_f32(case.rows, case.columns, vec![0.0; case.rows * case.columns]);
             let weight =
                 LinearWeight { low_rank: Some(factors.clone()), ..LinearWeight::plain(WeightMatrix::Dense(zeros)) };
@@ -351,7 +406,8 @@ fn adapters_add_their_product() {
                 for ((&y, expected), magnitude) in y.iter().zip(&expected).zip(&magnitudes) {
                     let expected = 1.0 + f64::from(scaling) * expected;
                     let budget = case.budget.relative * (1.0 + f64::from(scaling.abs()) * magnitude);
-                    assert!((f64::from(y) - expected).abs() <= budget, "{} {y} {expected}", level.name());
+                    let place = format!("rank {rank} {kind:?}, {}", level.name());
+                    assert!((f64::from(y) - expected).abs() <= budget, "{place} {y} {expected}");
                 }
             }
         }
@@ -362,18 +418,19 @@ fn adapters_add_their_product() {
 fn rows_with_adapters_of_their_own_are_the_same_bit_for_bit_as_alone() {
     let pools: Vec<ThreadPool> = [1, 3].map(ThreadPool::with_threads).into();
     let (outputs, inputs) = (300, 1100);
-    let factors = |rank: usize, seed: u64| {
-        let b = matrices::weights(seed, outputs, rank);
-        LowRank::new(outputs, inputs, rank, b, matrices::weights(seed + 1, rank, inputs), ElementType::Bf16)
-    };
+    let bf16 = Factors::Dense(ElementType::Bf16);
+    let int4 = Factors::Codes { bits: 4, group_size: 32 };
+    let kinds = [(bf16, 16), (int4, 1), (int4, 40), (bf16, 0)];
     let x = matrices::activations(1, 140, inputs);
     for level in CpuLevel::available() {
         let kernels = Kernels::new(level).unwrap();
-        let ranks = [16, 1, 40, 0];
-        let packed: Vec<_> = ranks
+        let packed: Vec<_> = kinds
             .iter()
             .zip(0..)
-            .map(|(&rank, i)| kernels.pack_low_rank(&factors(rank, 10 * i), 0.5 + i as f32, &pools[0]).unwrap())
+            .map(|((kind, rank), i)| {
+                let factors = kind.matrices(10 * i, outputs, inputs, *rank);
+                kernels.pack_low_rank(&factors, 0.5 + i as f32, &pools[0]).unwrap()
+            })
             .collect();
         // Rows 3, 4 and 139 have none; the first adapter has rows in two places.
         let updates = [

@@ -170,14 +170,8 @@ pub fn attach_compensation(
         let name = spec.linear_name(block, linear);
         let Some(entry) = adapter.linears.get(&name) else { continue };
         check_factors(&name, (linear.rows, linear.columns), &entry.factors)?;
-        let factors = if entry.scaling == 1.0 {
-            entry.factors.clone()
-        } else {
-            let f = &entry.factors;
-            let b = f.b().iter().map(|value| value * entry.scaling).collect();
-            LowRank::new(f.out_features(), f.in_features(), f.rank(), b, f.a().to_vec(), f.factor_type())
-        };
-        weight.low_rank = Some(factors);
+        let factors = &entry.factors;
+        weight.low_rank = Some(if entry.scaling == 1.0 { factors.clone() } else { factors.scaled(entry.scaling) });
     }
     Ok(())
 }

@@ -2,8 +2,8 @@
 
 use half::{bf16, f16};
 use kintsugi_weights::{
-    CodeTable, DenseMatrix, DenseValues, ElementType, GroupAxis, GroupSize, LinearWeight, LowRank, QuantizedMatrix,
-    WeightMatrix, reference_product,
+    CodeTable, DenseMatrix, DenseValues, ElementType, FactorCodes, GroupAxis, GroupSize, LinearWeight, LowRank,
+    QuantizedMatrix, WeightMatrix, reference_product,
 };
 
 use crate::{Random, matrices};
@@ -43,6 +43,20 @@ pub enum Format {
         scale_type: ElementType,
         /// Whether columns are dealt out to groups out of order.
         group_index: bool,
+    },
+}
+
+/// How the factors of the compensation are stored.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Factors {
+    /// Plain floats.
+    Dense(ElementType),
+    /// Codes on a symmetric grid, with scales in f16.
+    Codes {
+        /// Width of a code.
+        bits: u8,
+        /// Ranks (B) or inputs (A) per scale.
+        group_size: usize,
     },
 }
 
@@ -95,8 +109,8 @@ pub struct KernelCase {
     pub format: Format,
     /// Rank of the compensation, 0 for none.
     pub rank: usize,
-    /// The type of its factors.
-    pub factor_type: ElementType,
+    /// Its factors.
+    pub factors: Factors,
     /// Whether there is a bias.
     pub bias: bool,
     /// The numbers in the matrix.
@@ -126,7 +140,7 @@ impl KernelCase {
             columns,
             format,
             rank: 0,
-            factor_type: ElementType::Bf16,
+            factors: Factors::Dense(ElementType::Bf16),
             bias: false,
             weights: Weights::Realistic,
             inputs: Inputs::Realistic,
@@ -135,7 +149,11 @@ impl KernelCase {
     }
 
     fn low_rank(self, rank: usize, factor_type: ElementType) -> Self {
-        KernelCase { rank, factor_type, ..self }
+        KernelCase { rank, factors: Factors::Dense(factor_type), ..self }
+    }
+
+    fn coded_low_rank(self, rank: usize, bits: u8, group_size: usize) -> Self {
+        KernelCase { rank, factors: Factors::Codes { bits, group_size }, ..self }
     }
 
     fn with_bias(self, bias: bool) -> Self {
@@ -172,7 +190,10 @@ impl KernelCase {
             }
         };
         if self.rank > 0 {
-            name += &format!(" rank {} {}", self.rank, self.factor_type.name());
+            name += &match self.factors {
+                Factors::Dense(element) => format!(" rank {} {}", self.rank, element.name()),
+                Factors::Codes { bits, group_size } => format!(" rank {} int{bits} group {group_size}", self.rank),
+            };
         }
         if self.bias {
             name += " bias";
@@ -203,11 +224,7 @@ impl KernelCase {
             }
         };
         let bias = self.bias.then(|| matrices::activations(seed + 1, 1, self.rows));
-        let low_rank = (self.rank > 0).then(|| {
-            let b = matrices::weights(seed + 2, self.rows, self.rank);
-            let a = matrices::weights(seed + 3, self.rank, self.columns);
-            LowRank::new(self.rows, self.columns, self.rank, b, a, self.factor_type)
-        });
+        let low_rank = (self.rank > 0).then(|| self.factors.matrices(seed + 2, self.rows, self.columns, self.rank));
         LinearWeight { matrix, bias, low_rank }
     }
 
@@ -329,6 +346,25 @@ impl KernelCase {
     }
 }
 
+impl Factors {
+    /// Factors of an update of that shape.
+    pub fn matrices(self, seed: u64, rows: usize, columns: usize, rank: usize) -> LowRank {
+        match self {
+            Factors::Dense(element) => {
+                let (b, a) = (matrices::weights(seed, rows, rank), matrices::weights(seed + 1, rank, columns));
+                LowRank::new(rows, columns, rank, b, a, element)
+            }
+            Factors::Codes { bits, group_size } => {
+                let codes = |seed, rows, columns| {
+                    let group_size = GroupSize::Columns(group_size);
+                    matrices::quantized(seed, rows, columns, bits, group_size, true, ElementType::F16, false)
+                };
+                LowRank::of_codes(FactorCodes { b: codes(seed, rows, rank), a: codes(seed + 1, rank, columns) })
+            }
+        }
+    }
+}
+
 impl Grid {
     /// Turns a matrix on a plain grid into one of this kind.
     fn apply(self, matrix: QuantizedMatrix) -> QuantizedMatrix {
@@ -441,6 +477,7 @@ pub fn kernel_cases() -> Vec<KernelCase> {
         cases.push(KernelCase::new(300, 1100, format).low_rank(40, BF16).with_bias(true));
     }
     cases.push(KernelCase::new(64, 4096, integer(4, GroupSize::Columns(128), false, BF16)).low_rank(16, BF16));
+    cases.extend(coded_factor_cases());
     // What hurts.
     for format in FORMATS {
         let case = || KernelCase::new(33, 257, format);
@@ -449,6 +486,33 @@ pub fn kernel_cases() -> Vec<KernelCase> {
         cases.push(case().hostile(Weights::Realistic, Inputs::Subnormal));
         cases.push(case().hostile(Weights::Realistic, Inputs::Large).low_rank(5, BF16));
         cases.push(case().hostile(Weights::Realistic, Inputs::Spike));
+    }
+    cases
+}
+
+/// Every width and group size of factors that are made of codes, in panels of every kind; ranks on both sides of a
+/// step, a group and a panel.
+pub fn coded_factor_cases() -> Vec<KernelCase> {
+    let mains = [
+        Format::Dense(BF16),
+        integer(2, GroupSize::Columns(64), true, F16),
+        integer(4, GroupSize::Columns(128), false, BF16),
+        integer(8, GroupSize::Columns(32), true, F32),
+    ];
+    let shapes = [(33, 257), (100, 100), (1, 65), (65, 300), (31, 129)];
+    let mut turn = 0;
+    let mut cases = Vec::new();
+    for format in mains {
+        for rank in [1, 7, 16, 33, 64, 130] {
+            for (bits, group_size) in [(4, 32), (4, 64), (8, 32), (8, 64)] {
+                let (rows, columns) = shapes[turn % shapes.len()];
+                let case = KernelCase::new(rows, columns, format).coded_low_rank(rank, bits, group_size);
+                cases.push(case.with_bias(turn % 4 == 1));
+                turn += 1;
+            }
+        }
+        // Several runs of columns, and several tasks.
+        cases.push(KernelCase::new(300, 1100, format).coded_low_rank(40, 4, 32).with_bias(true));
     }
     cases
 }

@@ -109,6 +109,18 @@ impl LowRank {
         LowRank { rank, b, a, codes, ..self.clone_shape() }
     }
 
+    /// `scaling · ΔW`: B is scaled, in codes its scales alone. Scales that their type does not hold then are f32.
+    #[must_use]
+    pub fn scaled(&self, scaling: f32) -> LowRank {
+        match &self.codes {
+            Some(FactorCodes { b, a }) => LowRank::of_codes(FactorCodes { b: b.scaled(scaling), a: a.clone() }),
+            None => {
+                let b = self.b.iter().map(|value| value * scaling).collect();
+                LowRank::new(self.out_features, self.in_features, self.rank, b, self.a.clone(), self.factor_type)
+            }
+        }
+    }
+
     /// Bits that the factors take in memory: those of their codes where they are quantized.
     pub fn stored_bits(&self) -> u64 {
         if let Some(FactorCodes { b, a }) = &self.codes {
@@ -177,6 +189,14 @@ mod tests {
             let codes = prefix.codes().unwrap();
             assert_eq!((codes.b.to_f32().as_slice(), codes.a.to_f32().as_slice()), (prefix.b(), prefix.a()));
             assert_eq!(prefix.a(), &factors.a()[..rank * 4]);
+        }
+        for scaling in [0.5, -0.3] {
+            let scaled = factors.scaled(scaling);
+            let codes = scaled.codes().unwrap();
+            assert_eq!(codes.b.codes(), factors.codes().unwrap().b.codes());
+            assert_eq!(scaled.a(), factors.a());
+            assert!(scaled.b().iter().zip(factors.b()).all(|(scaled, b)| (scaled - b * scaling).abs() < 1e-6));
+            assert_eq!(codes.b.scale_type() == ElementType::Bf16, scaling == 0.5, "bf16 does not hold 0.3 · 0.5");
         }
         let inexact = LowRank::of_codes(FactorCodes { b: coded(2, 1, 0.1), a: coded(1, 2, 0.1) });
         assert_eq!(inexact.factor_type(), ElementType::F32, "bf16 does not hold 7 · 0.1");

@@ -297,6 +297,22 @@ impl QuantizedMatrix {
         out
     }
 
+    /// Every value times `factor`: scales and offsets are. Where their type does not hold the products exactly, they
+    /// become f32.
+    #[must_use]
+    pub fn scaled(&self, factor: f32) -> QuantizedMatrix {
+        let mut parts = self.parts.clone();
+        let mut exact = true;
+        for value in parts.scales.iter_mut().chain(parts.offsets.iter_mut().flatten()) {
+            *value *= factor;
+            exact &= parts.scale_type.round(*value) == *value;
+        }
+        if !exact {
+            parts.scale_type = ElementType::F32;
+        }
+        QuantizedMatrix { parts }
+    }
+
     /// The first `rows` rows; groups must lie along the inputs.
     #[must_use]
     pub fn leading_rows(&self, rows: usize) -> QuantizedMatrix {
