@@ -12,6 +12,7 @@ mod linear_weight;
 mod low_rank;
 mod quantized_matrix;
 mod reference_product;
+mod row_source;
 
 pub use adapter::{Adapter, AdapterEntry};
 pub use bit_packing::{pack_codes, packed_words, unpack_codes};
@@ -22,3 +23,4 @@ pub use linear_weight::{LinearWeight, WeightMatrix};
 pub use low_rank::{FactorCodes, LowRank};
 pub use quantized_matrix::{CODE_BITS, GroupAxis, GroupSize, QuantizedMatrix, QuantizedParts};
 pub use reference_product::reference_product;
+pub use row_source::RowSource;

@@ -121,6 +121,25 @@ impl LowRank {
         }
     }
 
+    /// The sum of two updates of one matrix: the ranks of `other` behind those of `self`. Plain floats, in a type that
+    /// holds both.
+    ///
+    /// # Panics
+    /// When the shapes differ.
+    #[must_use]
+    pub fn beside(&self, other: &LowRank) -> LowRank {
+        let shape = (self.out_features, self.in_features);
+        assert_eq!(shape, (other.out_features, other.in_features), "updates of one matrix");
+        let row = |i: usize| {
+            let own = &self.b[i * self.rank..(i + 1) * self.rank];
+            own.iter().chain(&other.b[i * other.rank..(i + 1) * other.rank]).copied()
+        };
+        let b = (0..self.out_features).flat_map(row).collect();
+        let a = [self.a.as_slice(), other.a.as_slice()].concat();
+        let factor_type = if self.factor_type == other.factor_type { self.factor_type } else { ElementType::F32 };
+        LowRank::new(self.out_features, self.in_features, self.rank + other.rank, b, a, factor_type)
+    }
+
     /// Bits that the factors take in memory: those of their codes where they are quantized.
     pub fn stored_bits(&self) -> u64 {
         if let Some(FactorCodes { b, a }) = &self.codes {
@@ -167,6 +186,17 @@ mod tests {
         assert_eq!(first.a(), [1.0, 2.0, 3.0, 4.0]);
         assert_eq!(factors.prefix(9), factors);
         assert_eq!(factors.stored_bits(), (6 + 8) * 16);
+    }
+
+    #[test]
+    fn two_updates_stand_beside_each_other() {
+        let (x, y) = (ElementType::Bf16, ElementType::F32);
+        let one = LowRank::new(2, 2, 1, vec![1.0, 2.0], vec![3.0, 4.0], x);
+        let two = LowRank::new(2, 2, 2, vec![5.0, 6.0, 7.0, 8.0], vec![9.0, 10.0, 11.0, 12.0], y);
+        let sum = one.beside(&two);
+        assert_eq!((sum.rank(), sum.factor_type(), one.beside(&one).factor_type()), (3, y, x));
+        assert_eq!(sum.b(), [1.0, 5.0, 6.0, 2.0, 7.0, 8.0]);
+        assert_eq!(sum.a(), [3.0, 4.0, 9.0, 10.0, 11.0, 12.0]);
     }
 
     fn coded(rows: usize, columns: usize, scale: f32) -> QuantizedMatrix {

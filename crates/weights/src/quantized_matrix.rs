@@ -341,7 +341,10 @@ impl QuantizedMatrix {
                 rows,
                 columns,
                 bits: parts.bits,
-                group_size: GroupSize::Columns(size),
+                group_size: match parts.group_size {
+                    GroupSize::WholeRow => GroupSize::Columns(size),
+                    columns => columns,
+                },
                 group_axis: parts.group_axis,
                 codes: take(&parts.codes, parts.columns, rows, columns),
                 scales: take(&parts.scales, before, rows, after),
