@@ -2,12 +2,16 @@
 //! measured on the inputs themselves.
 
 use kintsugi_calibration::{Calibration, CalibrationBuilder};
-use kintsugi_compensate::{EoraOptions, eora, output_energy, residual_error};
-use kintsugi_runtime::{ErrorCode, ThreadPool};
-use kintsugi_testkit::eora_cases::{
-    Damage, EORA_CASES, EoraCase, EoraInstance, Inputs, Random, outputs, singular_values,
+use kintsugi_compensate::{
+    Compensation, CompensationMethod, CompensationOptions, Diagonal, Exact, FactorPrecision, Fast, HoldOut, Lorc,
+    METHODS, compensate, output_energy, residual_error,
 };
-use kintsugi_weights::{DenseMatrix, ElementType, LowRank};
+use kintsugi_linalg::{MatrixView, SymmetricEigen, ThinSvd, product};
+use kintsugi_runtime::{ErrorCode, Result, ThreadPool};
+use kintsugi_testkit::eora_cases::{
+    Damage, EORA_CASES, EoraCase, EoraInstance, ITERATED_EORA_CASES, Inputs, Random, outputs, singular_values,
+};
+use kintsugi_weights::{DenseMatrix, ElementType, LowRank, QuantizedMatrix};
 
 fn calibrate(inputs: &[f32], width: usize) -> Calibration {
     let pool = ThreadPool::global();
@@ -51,8 +55,61 @@ fn norm(values: &[f64]) -> f64 {
     values.iter().map(|v| v * v).sum::<f64>().sqrt()
 }
 
-fn options(rank: usize, factor_type: ElementType) -> EoraOptions {
-    EoraOptions { rank, factor_type }
+fn options(rank: usize, factor_type: ElementType) -> CompensationOptions {
+    CompensationOptions { method: &Exact, rank, precision: FactorPrecision::Float(factor_type) }
+}
+
+fn eora(
+    weight: &DenseMatrix,
+    quantized: &QuantizedMatrix,
+    calibration: &Calibration,
+    options: &CompensationOptions,
+    pool: &ThreadPool,
+) -> Result<Compensation> {
+    compensate(weight, quantized, calibration, None, options, pool)
+}
+
+/// A case and everything that its oracles need.
+struct Solvable {
+    instance: EoraInstance,
+    calibration: Calibration,
+    delta: Vec<f64>,
+    /// `‖Δ X‖`
+    total: f64,
+    shape: (usize, usize),
+}
+
+impl Solvable {
+    fn new(case: &EoraCase) -> Self {
+        let instance = case.instance();
+        let calibration = calibrate(&instance.inputs, case.columns);
+        let delta = residual(&instance);
+        let spoiled = outputs(&delta, case.columns, &instance.inputs);
+        Solvable { instance, calibration, total: norm(&spoiled), delta, shape: (case.rows, case.columns) }
+    }
+
+    /// Singular values of `Δ X`.
+    fn values(&self) -> Vec<f64> {
+        let (rows, columns) = self.shape;
+        let spoiled = outputs(&self.delta, columns, &self.instance.inputs);
+        singular_values(&spoiled, rows, self.instance.inputs.len() / columns)
+    }
+
+    fn optimum(&self, rank: usize) -> f64 {
+        let values = self.values();
+        norm(&values[rank.min(values.len())..])
+    }
+
+    fn solve(&self, options: &CompensationOptions) -> Compensation {
+        let (instance, pool) = (&self.instance, ThreadPool::global());
+        eora(&instance.weight, &instance.quantized, &self.calibration, options, pool).unwrap()
+    }
+
+    /// `‖(Δ − B A) X‖`, measured on the inputs.
+    fn left(&self, factors: Option<&LowRank>) -> f64 {
+        let Some(factors) = factors else { return self.total };
+        norm(&outputs(&repaired(&self.delta, factors), factors.in_features(), &self.instance.inputs))
+    }
 }
 
 #[test]
@@ -221,13 +278,13 @@ fn nothing_to_repair_gives_no_factors() {
     let pool = ThreadPool::global();
     let calibration = calibrate(&instance.inputs, case.columns);
     let same = DenseMatrix::from_f32(case.rows, case.columns, instance.quantized.to_f32());
-    let solved = eora(&same, &instance.quantized, &calibration, &EoraOptions::default(), pool).unwrap();
+    let solved = eora(&same, &instance.quantized, &calibration, &CompensationOptions::default(), pool).unwrap();
     assert!(solved.factors.is_none());
     assert_eq!((solved.error.quantized, solved.error.compensated, solved.error.bound), (0.0, 0.0, 0.0));
 
     // Inputs that are all zero: no output, no error, and no division by it.
     let silent = calibrate(&vec![0.0; 10 * case.columns], case.columns);
-    let solved = eora(&instance.weight, &instance.quantized, &silent, &EoraOptions::default(), pool).unwrap();
+    let solved = eora(&instance.weight, &instance.quantized, &silent, &CompensationOptions::default(), pool).unwrap();
     assert!(solved.factors.is_none());
     assert_eq!((solved.error.quantized, solved.error.compensated, solved.error.bound), (0.0, 0.0, 0.0));
 
@@ -240,7 +297,7 @@ fn nothing_to_repair_gives_no_factors() {
 
     // A weight without output whose compressed form has some: the absolute error stands.
     let zero = DenseMatrix::from_f32(case.rows, case.columns, vec![0.0; case.rows * case.columns]);
-    let solved = eora(&zero, &instance.quantized, &calibration, &EoraOptions::default(), pool).unwrap();
+    let solved = eora(&zero, &instance.quantized, &calibration, &CompensationOptions::default(), pool).unwrap();
     let energy = output_energy(&instance.quantized.to_f32(), case.rows, &calibration, pool);
     assert!((solved.error.quantized / energy.sqrt() - 1.0).abs() < 1e-9);
 }
@@ -285,5 +342,227 @@ fn threads_do_not_change_a_bit() {
         let one = solve(1);
         assert_eq!(one, solve(2));
         assert_eq!(one, solve(5));
+    }
+}
+
+#[test]
+fn the_iterated_solver_is_within_its_certificate_of_the_optimum() {
+    let mut typical = 0;
+    for case in ITERATED_EORA_CASES {
+        let problem = Solvable::new(case);
+        let options = CompensationOptions { method: &Fast, ..options(case.rank, ElementType::F32) };
+        let solved = problem.solve(&options);
+        let (left, optimum, total) = (problem.left(solved.factors.as_ref()), problem.optimum(case.rank), problem.total);
+        let factors = solved.factors.as_ref().unwrap();
+        // What f32 cannot hold of factors whose product cancels on the inputs.
+        let rounding = f64::from(f32::EPSILON) / 2.0 * norm(&magnitudes(factors, &problem.instance.inputs));
+        let slack = 1e-7 * total + rounding;
+        assert!(left <= optimum * (1.0 + 1e-3) + slack, "{case:?}: {left:e}, {optimum:e} of {total:e}");
+        typical += usize::from(left <= optimum * (1.0 + 1e-4) + slack);
+        let certificate = solved.certificate.unwrap();
+        assert!(certificate.holds, "{case:?}: {certificate:?}");
+        // The bound that it proves is one: below the optimum, and no lower than it says.
+        let original: Vec<f64> = problem.instance.weight.to_f32().into_iter().map(f64::from).collect();
+        let original = norm(&outputs(&original, case.columns, &problem.instance.inputs));
+        let (bound, reached) = (certificate.bound * original, certificate.solved * original);
+        assert!(bound <= optimum + 1e-7 * total, "{case:?}: {bound:e} above {optimum:e}");
+        assert!(reached <= optimum * (1.0 + 1e-3) + 1e-7 * total && reached >= optimum - 1e-7 * total, "{case:?}");
+    }
+    assert!(typical * 10 >= ITERATED_EORA_CASES.len() * 9, "{typical}");
+}
+
+#[test]
+fn every_method_reaches_its_own_optimum_and_eora_is_the_best_of_them() {
+    for case in ITERATED_EORA_CASES.iter().chain(EORA_CASES.iter().step_by(3)) {
+        let problem = Solvable::new(case);
+        let solve = |method: &'static dyn CompensationMethod| {
+            problem.solve(&CompensationOptions { method, ..options(case.rank, ElementType::F32) })
+        };
+        let best = problem.left(solve(&Exact).factors.as_ref());
+        for method in METHODS {
+            let solved = solve(method);
+            let left = problem.left(solved.factors.as_ref());
+            let slack = 3e-7 * problem.total;
+            assert!(best <= left * (1.0 + 1e-9) + slack, "{case:?} {}: {left:e} {best:e}", method.name());
+            assert!(left <= problem.total * (1.0 + 1e-9), "{case:?} {}", method.name());
+            assert!(solved.error.bound <= solved.error.compensated, "{case:?} {}", method.name());
+            assert_eq!(solved.certificate.is_some(), method.is_optimal());
+        }
+        // The baselines are the optimum where inputs are what they believe: every channel with its energy, or with one.
+        let energies = problem.calibration.energies();
+        let believed = |scale: &dyn Fn(usize) -> f64| {
+            let scaled: Vec<f64> =
+                problem.delta.iter().enumerate().map(|(at, value)| value * scale(at % case.columns)).collect();
+            let values = singular_values(&scaled, case.rows, case.columns);
+            (norm(&values[case.rank.min(values.len())..]), scaled)
+        };
+        for (method, scale) in [
+            (&Diagonal as &dyn CompensationMethod, &(|j: usize| energies[j].sqrt()) as &dyn Fn(usize) -> f64),
+            (&Lorc, &|_| 1.0),
+        ] {
+            let (optimum, scaled) = believed(scale);
+            let Some(factors) = solve(if method.name() == "lorc" { &Lorc } else { &Diagonal }).factors else {
+                continue;
+            };
+            let left = repaired(&problem.delta, &factors);
+            let left: Vec<f64> = left.iter().enumerate().map(|(at, v)| v * scale(at % case.columns)).collect();
+            let (left, total) = (norm(&left), norm(&scaled));
+            assert!(left <= optimum * (1.0 + 1e-3) + 1e-6 * total, "{case:?} {}: {left:e} {optimum:e}", method.name());
+        }
+    }
+}
+
+#[test]
+fn the_published_formula_gives_the_same_product() {
+    let mut compared = 0;
+    for case in EORA_CASES.iter().chain(ITERATED_EORA_CASES) {
+        let calm = matches!(case.inputs, Inputs::White | Inputs::PowerLaw(_)) && case.dead == 0;
+        if !calm || case.tokens < 3 * case.columns || matches!(case.damage, Damage::LowRank(_)) {
+            continue;
+        }
+        let problem = Solvable::new(case);
+        let (m, k, rank) = (case.rows, case.columns, case.rank.min(case.rows).min(case.columns));
+        // Of equal singular values any directions would do.
+        let values = problem.values();
+        let (edge, next) = (values[rank - 1], values.get(rank).copied().unwrap_or(0.0));
+        if next > 0.98 * edge {
+            continue;
+        }
+        // B' A' = [Δ Q Λ^½]_r, A = A' Λ^−½ Qᵀ (arXiv 2410.21271, algorithm 1).
+        let eigen = SymmetricEigen::new(&problem.calibration.second_moment().to_symmetric(), k).unwrap();
+        let root = |power: f64| -> Vec<f64> {
+            (0..k * k).map(|at| eigen.vectors[at % k * k + at / k] * eigen.values[at % k].powf(power)).collect()
+        };
+        let pool = ThreadPool::global();
+        let (up, down) = (root(0.5), root(-0.5));
+        let mut whitened = vec![0.0; m * k];
+        product(MatrixView::new(&problem.delta, m, k), MatrixView::new(&up, k, k), &mut whitened, pool);
+        let svd = ThinSvd::new(&whitened, m, k).unwrap();
+        let mut truncated = vec![0.0; m * k];
+        for l in 0..rank {
+            for (at, value) in truncated.iter_mut().enumerate() {
+                *value += svd.left[l * m + at / k] * svd.values[l] * svd.right[l * k + at % k];
+            }
+        }
+        let mut expected = vec![0.0; m * k];
+        product(MatrixView::new(&truncated, m, k), MatrixView::new(&down, k, k).transposed(), &mut expected, pool);
+        let Some(factors) = problem.solve(&options(case.rank, ElementType::F32)).factors else { continue };
+        let kept = repaired(&problem.delta, &factors);
+        let error: Vec<f64> = (0..m * k).map(|at| problem.delta[at] - kept[at] - expected[at]).collect();
+        assert!(norm(&error) <= 1e-5 * norm(&expected), "{case:?}: {:e}", norm(&error) / norm(&expected));
+        compared += 1;
+    }
+    assert!(compared >= 10, "{compared}");
+}
+
+/// `‖· X‖²` of independent errors of up to half a step in every value of both factors.
+fn rounding_energy(factors: &LowRank, problem: &Solvable) -> f64 {
+    let codes = factors.codes().unwrap();
+    let (rank, columns) = (factors.rank(), factors.in_features());
+    let energies = problem.calibration.energies();
+    let a: Vec<f64> = factors.a().iter().map(|&value| f64::from(value)).collect();
+    let tokens = problem.instance.inputs.len() / columns;
+    let projected = outputs(&a, columns, &problem.instance.inputs);
+    let of_direction: Vec<f64> = projected.chunks(tokens).map(|row| norm(row).powi(2)).collect();
+    let step = |factor: &QuantizedMatrix, row, column| f64::from(factor.scales()[factor.scale_index(row, column)]);
+    let of_a: f64 =
+        (0..rank * columns).map(|at| step(&codes.a, at / columns, at % columns).powi(2) * energies[at % columns]).sum();
+    let rows = factors.out_features();
+    let of_b: f64 =
+        (0..rows * rank).map(|at| step(&codes.b, at / rank, at % rank).powi(2) * of_direction[at % rank]).sum();
+    (of_a + of_b) / 12.0
+}
+
+#[test]
+fn coded_factors_cost_little_and_stay_nested() {
+    for case in EORA_CASES.iter().chain(ITERATED_EORA_CASES) {
+        let problem = Solvable::new(case);
+        let float = problem.solve(&options(case.rank, ElementType::Bf16));
+        for bits in [8, 4] {
+            let precision = FactorPrecision::Codes(bits);
+            let solved = problem.solve(&CompensationOptions { precision, ..options(case.rank, ElementType::Bf16) });
+            let Some(factors) = &solved.factors else { continue };
+            let codes = factors.codes().unwrap();
+            assert_eq!((codes.b.bits(), codes.a.bits(), factors.factor_type()), (bits, bits, ElementType::Bf16));
+            let (left, total) = (problem.left(Some(factors)), problem.total);
+            let float_left = problem.left(float.factors.as_ref());
+            let allowed = float_left.powi(2) + 4.0 * rounding_energy(factors, &problem);
+            assert!(left.powi(2) <= allowed, "{case:?} {bits}: {left} instead of {float_left}");
+            assert!(
+                left < total && (solved.error.compensated * total / solved.error.quantized - left).abs() < 1e-6 * total
+            );
+            // Every prefix is a compensation too, and the profile says what it leaves.
+            for rank in [1, factors.rank() / 2, factors.rank()] {
+                let energy = solved.profile.calibration[rank];
+                let measured = problem.left(Some(&factors.prefix(rank)));
+                assert!((energy.sqrt() - measured).abs() <= 1e-6 * total, "{case:?} {rank}: {energy:e} {measured:e}");
+            }
+        }
+    }
+}
+
+#[test]
+fn inputs_that_took_no_part_are_measured() {
+    let case = EORA_CASES.iter().find(|case| case.damage == Damage::Feedback(3)).unwrap();
+    let instance = case.instance();
+    let (seen, unseen) = instance.inputs.split_at(400 * case.columns);
+    let calibration = calibrate(seen, case.columns);
+    let pool = ThreadPool::global();
+    let hold_out = HoldOut::new(case.columns, unseen.to_vec());
+    let options = options(case.rank, ElementType::Bf16);
+    let solved =
+        compensate(&instance.weight, &instance.quantized, &calibration, Some(&hold_out), &options, pool).unwrap();
+    let profile = solved.profile.hold_out.unwrap();
+    let factors = solved.factors.unwrap();
+    assert_eq!((profile.tokens, profile.energies[0].len()), (100, factors.rank() + 1));
+    let delta = residual(&instance);
+    let weight: Vec<f64> = instance.weight.to_f32().into_iter().map(f64::from).collect();
+    for (half, inputs) in unseen.chunks(100 * case.columns).enumerate() {
+        let near = |found: f64, values: &[f64]| {
+            let expected = norm(&outputs(values, case.columns, inputs));
+            assert!((found.sqrt() - expected).abs() <= 1e-5 * expected, "{half}: {} {expected}", found.sqrt());
+        };
+        near(profile.original[half], &weight);
+        for rank in [0, 1, factors.rank()] {
+            near(profile.energies[half][rank], &repaired(&delta, &factors.prefix(rank)));
+        }
+    }
+    let alone = eora(&instance.weight, &instance.quantized, &calibration, &options, pool).unwrap();
+    assert_eq!(alone.factors.unwrap(), factors, "what is held out changes nothing");
+}
+
+#[test]
+fn batches_orders_and_workers_do_not_matter() {
+    for case in [EORA_CASES[7], EORA_CASES[20], ITERATED_EORA_CASES[9]] {
+        let instance = case.instance();
+        let pool = ThreadPool::global();
+        let tokens: Vec<&[f32]> = instance.inputs.chunks_exact(case.columns).collect();
+        let solve = |calibration: &Calibration| {
+            let options = CompensationOptions { method: &Fast, ..options(case.rank, ElementType::F32) };
+            let solved = eora(&instance.weight, &instance.quantized, calibration, &options, pool).unwrap();
+            let delta = vec![0.0; case.rows * case.columns];
+            repaired(&delta, &solved.factors.unwrap())
+        };
+        let expected = solve(&calibrate(&instance.inputs, case.columns));
+        let mut variants: Vec<Calibration> = Vec::new();
+        for batch in [1, 3, 8] {
+            let mut builder = CalibrationBuilder::new(case.columns);
+            tokens.chunks(batch).for_each(|batch| builder.push(&batch.concat(), pool).unwrap());
+            variants.push(builder.finish(pool));
+        }
+        let reversed: Vec<f32> = tokens.iter().rev().flat_map(|row| row.iter().copied()).collect();
+        variants.push(calibrate(&reversed, case.columns));
+        for workers in 2..=4 {
+            let parts = tokens.chunks(tokens.len().div_ceil(workers));
+            let mut parts = parts.map(|part| calibrate(&part.concat(), case.columns));
+            let mut sum = parts.next().unwrap();
+            parts.for_each(|part| sum.merge(&part).unwrap());
+            variants.push(sum);
+        }
+        for calibration in &variants {
+            let found = solve(calibration);
+            let error: Vec<f64> = found.iter().zip(&expected).map(|(a, b)| a - b).collect();
+            assert!(norm(&error) <= 1e-6 * norm(&expected), "{case:?}: {:e}", norm(&error) / norm(&expected));
+        }
     }
 }

@@ -1,6 +1,6 @@
 //! Residuals and activations that low-rank compensation must master, and f64 oracles for them and for GPTQ.
 
-use kintsugi_weights::{DenseMatrix, ElementType, GroupSize, QuantizedMatrix, QuantizedParts};
+use kintsugi_weights::{CodeTable, DenseMatrix, ElementType, GroupSize, QuantizedMatrix, QuantizedParts};
 
 /// How the inputs of a Linear are distributed.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -26,6 +26,8 @@ pub enum Damage {
     LowRank(usize),
     /// The smaller two of every four weights removed.
     TwoOfFour,
+    /// Every weight rounded to the nearest four-bit float of its group.
+    Float4,
 }
 
 /// One row of the table: a Linear of `rows × columns`, `tokens` inputs, and the rank to repair it with.
@@ -107,6 +109,48 @@ pub const EORA_CASES: &[EoraCase] = {
     ]
 };
 
+/// Cases that are large enough for a solver that iterates: every kind of residual × spectra × shapes × ranks.
+pub const ITERATED_EORA_CASES: &[EoraCase] = {
+    use Damage::{Feedback, Float4, LowRank, Rounded, TwoOfFour};
+    use Inputs::{Mean, Outliers, PowerLaw, White};
+    &[
+        case((136, 136), 400, 8, White, 0, Rounded(2)),
+        case((136, 136), 400, 8, White, 0, Feedback(3)),
+        case((136, 136), 400, 8, White, 0, TwoOfFour),
+        case((136, 136), 400, 8, White, 0, Float4),
+        case((136, 136), 400, 1, PowerLaw(0.5), 0, Rounded(3)),
+        case((136, 136), 400, 4, PowerLaw(0.5), 0, Feedback(2)),
+        case((136, 136), 400, 8, PowerLaw(0.5), 0, Feedback(4)),
+        case((136, 136), 400, 8, PowerLaw(0.5), 9, TwoOfFour),
+        case((136, 136), 400, 8, PowerLaw(1.0), 0, Rounded(4)),
+        case((136, 136), 400, 8, PowerLaw(1.0), 0, Feedback(2)),
+        case((136, 136), 400, 3, PowerLaw(1.0), 0, Float4),
+        case((136, 136), 400, 8, PowerLaw(1.5), 0, Rounded(2)),
+        case((136, 136), 400, 8, PowerLaw(1.5), 0, Feedback(3)),
+        case((136, 136), 400, 8, PowerLaw(1.5), 0, TwoOfFour),
+        case((136, 200), 500, 8, Outliers(30.0), 0, Rounded(3)),
+        case((136, 200), 500, 8, Outliers(30.0), 0, Feedback(4)),
+        case((136, 200), 500, 8, Outliers(30.0), 0, Float4),
+        case((136, 200), 500, 8, Outliers(300.0), 0, Feedback(2)),
+        case((136, 200), 500, 4, Outliers(300.0), 12, TwoOfFour),
+        case((136, 200), 500, 8, Outliers(1e5), 0, Rounded(2)),
+        case((136, 200), 500, 4, Outliers(1e5), 6, Feedback(3)),
+        case((200, 136), 400, 8, Outliers(1e5), 0, Float4),
+        case((200, 136), 400, 8, Outliers(300.0), 0, Rounded(4)),
+        case((200, 136), 400, 8, Mean, 0, Rounded(2)),
+        case((200, 136), 400, 8, Mean, 0, Feedback(3)),
+        case((200, 136), 400, 8, PowerLaw(0.8), 0, TwoOfFour),
+        case((200, 136), 400, 2, PowerLaw(0.8), 5, Feedback(4)),
+        case((136, 200), 9, 8, PowerLaw(0.5), 0, Rounded(3)),
+        case((136, 200), 5, 8, PowerLaw(0.5), 0, Feedback(3)),
+        case((136, 136), 40, 8, PowerLaw(0.5), 0, Feedback(2)),
+        case((136, 136), 400, 8, PowerLaw(0.5), 0, LowRank(5)),
+        case((136, 136), 400, 8, PowerLaw(0.5), 0, LowRank(8)),
+        case((200, 136), 400, 4, Outliers(300.0), 0, LowRank(20)),
+        case((136, 200), 500, 8, PowerLaw(1.0), 3, LowRank(60)),
+    ]
+};
+
 /// The matrices of a case.
 #[derive(Clone, Debug)]
 pub struct EoraInstance {
@@ -144,6 +188,7 @@ impl EoraCase {
                 feedback(&weight, rows, columns, bits, &hessian)
             }
             Damage::LowRank(_) => exact_copy_of_zero(rows, columns),
+            Damage::Float4 => round_to_float4(&weight, rows, columns),
             Damage::TwoOfFour => round_to_grids(&two_of_four(&weight), rows, columns, 8, |_, _, value| value),
         };
         EoraInstance { weight: DenseMatrix::from_f32(rows, columns, weight), quantized, inputs }
@@ -407,6 +452,34 @@ fn feedback(weight: &[f32], rows: usize, columns: usize, bits: u8, hessian: &[f6
 
 fn exact_copy_of_zero(rows: usize, columns: usize) -> QuantizedMatrix {
     round_to_grids(&vec![0.0; rows * columns], rows, columns, 2, |_, _, value| value)
+}
+
+fn round_to_float4(weight: &[f32], rows: usize, columns: usize) -> QuantizedMatrix {
+    let table = CodeTable::FP4;
+    let (mut codes, mut scales) = (Vec::new(), Vec::new());
+    for weights in weight.chunks_exact(columns) {
+        for weights in weights.chunks(GROUP) {
+            let largest = weights.iter().fold(0.0f32, |largest, w| largest.max(w.abs()));
+            let scale = if largest > 0.0 { largest / 6.0 } else { 1.0 };
+            scales.push(scale);
+            codes.extend(weights.iter().map(|&weight| {
+                let distance = |code: usize| (table.values()[code] * scale - weight).abs();
+                (0..16).min_by(|&a, &b| distance(a).total_cmp(&distance(b))).unwrap_or(0) as u8
+            }));
+        }
+    }
+    QuantizedMatrix::new(QuantizedParts {
+        rows,
+        columns,
+        bits: 4,
+        group_size: GroupSize::Columns(GROUP),
+        codes,
+        scales,
+        scale_type: ElementType::F32,
+        code_table: Some(table),
+        ..QuantizedParts::default()
+    })
+    .expect("the parts are made to fit")
 }
 
 fn two_of_four(weight: &[f32]) -> Vec<f32> {

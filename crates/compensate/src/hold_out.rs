@@ -1,0 +1,62 @@
+use kintsugi_linalg::{MatrixView, MatrixViewMut, add_product};
+use kintsugi_runtime::ThreadPool;
+
+/// Inputs of a Linear that took no part in its statistics: `[tokens, width]`, row-major.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct HoldOut {
+    width: usize,
+    rows: Vec<f32>,
+}
+
+impl HoldOut {
+    /// Rows of a matrix that one task multiplies.
+    const BAND: usize = 64;
+
+    /// # Panics
+    /// When the number of values is not a multiple of `width`.
+    pub fn new(width: usize, rows: Vec<f32>) -> Self {
+        assert!(width > 0 && rows.len().is_multiple_of(width), "rows are [tokens, width]");
+        HoldOut { width, rows }
+    }
+
+    /// Length of an input.
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
+    /// Number of inputs.
+    pub fn tokens(&self) -> usize {
+        self.rows.len() / self.width.max(1)
+    }
+
+    /// Both halves, by tokens.
+    pub(crate) fn halves(&self) -> [HoldOut; 2] {
+        let (first, second) = self.rows.split_at(self.tokens() / 2 * self.width);
+        [first, second].map(|rows| HoldOut { width: self.width, rows: rows.to_vec() })
+    }
+
+    /// `[tokens, width]` in f64.
+    pub(crate) fn wide(&self) -> Vec<f64> {
+        self.rows.iter().map(|&value| f64::from(value)).collect()
+    }
+
+    /// `[tokens, width]`, row-major.
+    fn view(&self) -> MatrixView<'_, f32> {
+        MatrixView::new(&self.rows, self.tokens(), self.width)
+    }
+
+    /// `‖M X‖²` of a matrix whose row `i` is written by `fill(i, row)`: products in f32, sums of squares in f64.
+    pub(crate) fn energy(&self, rows: usize, fill: impl Fn(usize, &mut [f32]) + Sync + Send, pool: &ThreadPool) -> f64 {
+        let (tokens, width) = (self.tokens(), self.width);
+        let bands = pool.map(rows.div_ceil(Self::BAND), |index| {
+            let height = Self::BAND.min(rows - index * Self::BAND);
+            let mut band = vec![0.0; height * width];
+            band.chunks_exact_mut(width).enumerate().for_each(|(i, row)| fill(index * Self::BAND + i, row));
+            let mut outputs = vec![0.0; height * tokens];
+            let out = MatrixViewMut::new(&mut outputs, height, tokens);
+            add_product(out, MatrixView::new(&band, height, width), self.view().transposed());
+            outputs.iter().map(|&value| f64::from(value).powi(2)).sum::<f64>()
+        });
+        bands.iter().sum()
+    }
+}

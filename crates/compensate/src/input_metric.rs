@@ -1,0 +1,66 @@
+use kintsugi_linalg::{
+    MatrixView, SymmetricOperator, UpperTriangle, product_by_columns, times_symmetric, times_symmetric_by_columns,
+};
+use kintsugi_runtime::ThreadPool;
+
+/// What a method believes the inputs look like: the M of `‖Δ‖² = tr(Δ M Δᵀ)`.
+pub(crate) enum InputMetric<'a> {
+    /// All of their second moments.
+    SecondMoment(&'a UpperTriangle<f64>),
+    /// The energy of each channel: channels are taken for uncorrelated.
+    Energies(Vec<f64>),
+    /// Nothing: all inputs are alike.
+    Identity,
+}
+
+impl InputMetric<'_> {
+    /// `X M` for a row-major `[rows, columns]` matrix of many rows.
+    pub(crate) fn weigh(&self, x: Vec<f64>, rows: usize, columns: usize, pool: &ThreadPool) -> Vec<f64> {
+        match self {
+            InputMetric::SecondMoment(second_moment) => {
+                let mut out = vec![0.0; x.len()];
+                times_symmetric(MatrixView::new(&x, rows, columns), second_moment, &mut out, pool);
+                out
+            }
+            _ => self.weigh_channels(x, columns),
+        }
+    }
+
+    fn weigh_few(&self, x: Vec<f64>, rows: usize, columns: usize, pool: &ThreadPool) -> Vec<f64> {
+        match self {
+            InputMetric::SecondMoment(second_moment) => {
+                times_symmetric_by_columns(MatrixView::new(&x, rows, columns), second_moment, pool)
+            }
+            _ => self.weigh_channels(x, columns),
+        }
+    }
+
+    fn weigh_channels(&self, mut x: Vec<f64>, columns: usize) -> Vec<f64> {
+        if let InputMetric::Energies(energies) = self {
+            for row in x.chunks_exact_mut(columns) {
+                row.iter_mut().zip(energies).for_each(|(value, energy)| *value *= energy);
+            }
+        }
+        x
+    }
+}
+
+/// `G = Δ M Δᵀ`, which is never formed.
+pub(crate) struct OutputOperator<'a> {
+    /// `[rows, columns]`
+    pub(crate) delta: MatrixView<'a, f64>,
+    pub(crate) metric: &'a InputMetric<'a>,
+}
+
+impl SymmetricOperator for OutputOperator<'_> {
+    fn side(&self) -> usize {
+        self.delta.rows()
+    }
+
+    fn apply(&self, block: &[f64], count: usize, pool: &ThreadPool) -> Vec<f64> {
+        let (rows, columns) = (self.delta.rows(), self.delta.columns());
+        let inputs = product_by_columns(MatrixView::new(block, count, rows), self.delta, pool);
+        let weighted = self.metric.weigh_few(inputs, count, columns, pool);
+        product_by_columns(MatrixView::new(&weighted, count, columns), self.delta.transposed(), pool)
+    }
+}

@@ -1,0 +1,198 @@
+use std::cmp::Ordering;
+use std::collections::BinaryHeap;
+
+use kintsugi_runtime::{Error, ErrorCode, Result};
+use serde::{Deserialize, Serialize};
+
+/// How much all compensations of a model may take together.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum RankBudget {
+    /// The bytes of that rank in every Linear.
+    MeanRank(f64),
+    /// So many bytes.
+    Bytes(u64),
+}
+
+/// Between which ranks a budget is divided.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct RankLimits {
+    /// Ranks are multiples of it, as kernels read them: at the end of what a Linear has, the rest.
+    pub multiple: usize,
+    /// Every Linear gets at least this much.
+    pub min: usize,
+    /// And at most this.
+    pub max: usize,
+}
+
+/// What ranks are worth to one Linear.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RankCandidate {
+    /// Error energies of the prefixes 0, 1, … of its factors.
+    pub energies: Vec<f64>,
+    /// What an energy counts beside those of others.
+    pub weight: f64,
+    /// Bits of one more rank.
+    pub bits_per_rank: u64,
+}
+
+impl RankCandidate {
+    /// Its largest rank.
+    fn largest(&self, limits: RankLimits) -> usize {
+        self.energies.len().saturating_sub(1).min(limits.max)
+    }
+}
+
+/// Divides a budget over Linears, each step of rank where it removes the most error per bit.
+///
+/// The gain of a rank is the energy of its direction, and gains of one Linear do not grow, so taking the largest one
+/// next is optimal for the sum. Where rounding makes a later step worth more than the one before, both go together.
+///
+/// # Errors
+/// `ERR_OPTION_INVALID` for limits that exclude each other.
+pub fn allocate_ranks(candidates: &[RankCandidate], budget: RankBudget, limits: RankLimits) -> Result<Vec<usize>> {
+    if limits.multiple == 0 || limits.min > limits.max {
+        let message = format!(
+            "ranks from {} to {} in steps of {} cannot be chosen from",
+            limits.min, limits.max, limits.multiple
+        );
+        return Err(Error::new(ErrorCode::OptionInvalid, message)
+            .subject("eora.minRank")
+            .hint("Use a positive step, and a least rank below the largest one"));
+    }
+    let total: u128 = match budget {
+        RankBudget::MeanRank(rank) => {
+            let bits: f64 = candidates.iter().map(|candidate| candidate.bits_per_rank as f64).sum();
+            (bits * rank.max(0.0)).floor() as u128
+        }
+        RankBudget::Bytes(bytes) => u128::from(bytes) * 8,
+    };
+    let mut ranks: Vec<usize> = candidates.iter().map(|candidate| candidate.largest(limits).min(limits.min)).collect();
+    let cost = |place: usize, ranks: usize| ranks as u128 * u128::from(candidates[place].bits_per_rank);
+    let mut spent: u128 = ranks.iter().enumerate().map(|(place, &rank)| cost(place, rank)).sum();
+    let mut open: BinaryHeap<Step> =
+        (0..candidates.len()).filter_map(|place| best_step(candidates, place, ranks[place], limits)).collect();
+    while let Some(step) = open.pop() {
+        let more = cost(step.place, step.to - ranks[step.place]);
+        if spent + more > total {
+            // Others may still fit.
+            continue;
+        }
+        spent += more;
+        ranks[step.place] = step.to;
+        open.extend(best_step(candidates, step.place, step.to, limits));
+    }
+    Ok(ranks)
+}
+
+/// A Linear's next ranks.
+struct Step {
+    place: usize,
+    to: usize,
+    /// Weighted energy per bit.
+    gain: f64,
+}
+
+/// The step from a rank on that removes the most energy per bit; the first of equals.
+fn best_step(candidates: &[RankCandidate], place: usize, from: usize, limits: RankLimits) -> Option<Step> {
+    let candidate = &candidates[place];
+    let largest = candidate.largest(limits);
+    let mut best: Option<Step> = None;
+    let mut to = from;
+    while to < largest {
+        to = ((to / limits.multiple + 1) * limits.multiple).min(largest);
+        let removed = (candidate.energies[from] - candidate.energies[to]) * candidate.weight;
+        let gain = removed / ((to - from) as f64 * candidate.bits_per_rank as f64);
+        if gain > best.as_ref().map_or(0.0, |best| best.gain) {
+            best = Some(Step { place, to, gain });
+        }
+    }
+    best
+}
+
+impl Ord for Step {
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.gain.total_cmp(&other.gain).then(other.place.cmp(&self.place))
+    }
+}
+
+impl PartialOrd for Step {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl PartialEq for Step {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other) == Ordering::Equal
+    }
+}
+
+impl Eq for Step {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn candidate(gains: &[f64], weight: f64, bits_per_rank: u64) -> RankCandidate {
+        let mut energies = vec![gains.iter().sum::<f64>() + 1.0];
+        gains.iter().for_each(|gain| energies.push(energies[energies.len() - 1] - gain));
+        RankCandidate { energies, weight, bits_per_rank }
+    }
+
+    fn limits(multiple: usize, min: usize, max: usize) -> RankLimits {
+        RankLimits { multiple, min, max }
+    }
+
+    fn left(candidates: &[RankCandidate], ranks: &[usize]) -> f64 {
+        candidates.iter().zip(ranks).map(|(c, &rank)| c.energies[rank] * c.weight).sum()
+    }
+
+    #[test]
+    fn with_equal_costs_no_division_is_better() {
+        let candidates = [
+            candidate(&[9.0, 4.0, 1.0, 0.5], 1.0, 8),
+            candidate(&[7.0, 6.0, 5.0], 0.5, 8),
+            candidate(&[2.0, 2.0, 2.0, 2.0, 2.0], 1.0, 8),
+        ];
+        for budget in 0..=12usize {
+            let found = allocate_ranks(&candidates, RankBudget::Bytes(budget as u64), limits(1, 0, 64)).unwrap();
+            assert!(found.iter().sum::<usize>() <= budget);
+            let mut best = f64::INFINITY;
+            for a in 0..=4 {
+                for b in 0..=3 {
+                    for c in 0..=5 {
+                        if a + b + c <= budget {
+                            best = best.min(left(&candidates, &[a, b, c]));
+                        }
+                    }
+                }
+            }
+            assert_eq!(left(&candidates, &found), best, "{budget}: {found:?}");
+        }
+    }
+
+    #[test]
+    fn costs_limits_and_steps_are_kept() {
+        let gains: Vec<f64> = (0..20).map(|i| 10.0 / f64::from(1 + i)).collect();
+        let candidates = [candidate(&gains, 1.0, 100), candidate(&gains, 1.0, 10), candidate(&[], 1.0, 10)];
+        let ranks = allocate_ranks(&candidates, RankBudget::MeanRank(8.0), limits(8, 4, 19)).unwrap();
+        assert!(ranks[1] > ranks[0] && ranks[2] == 0, "{ranks:?}");
+        assert!(ranks[0] * 100 + ranks[1] * 10 <= 8 * 120);
+        assert!(ranks[..2].iter().all(|&rank| rank == 4 || rank % 8 == 0 || rank == 19), "{ranks:?}");
+        let all = allocate_ranks(&candidates, RankBudget::Bytes(1 << 30), limits(8, 0, 64)).unwrap();
+        assert_eq!(all, [20, 20, 0]);
+        for wrong in [limits(0, 0, 4), limits(8, 9, 8)] {
+            let error = allocate_ranks(&candidates, RankBudget::Bytes(0), wrong).unwrap_err();
+            assert_eq!(error.code, ErrorCode::OptionInvalid);
+        }
+    }
+
+    #[test]
+    fn ranks_that_remove_nothing_cost_nothing() {
+        let candidates = [candidate(&[1.0, 0.0, -0.5, 3.0], 1.0, 8), candidate(&[0.0; 3], 1.0, 8)];
+        let ranks = allocate_ranks(&candidates, RankBudget::Bytes(100), limits(1, 0, 9)).unwrap();
+        assert_eq!(ranks, [4, 0], "what comes behind a bad step may pay for it");
+    }
+}

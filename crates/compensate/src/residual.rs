@@ -1,0 +1,122 @@
+use kintsugi_calibration::Calibration;
+use kintsugi_linalg::quadratic_trace_of;
+use kintsugi_runtime::{Error, ErrorCode, Result, ThreadPool};
+use kintsugi_weights::{DenseMatrix, RowSource};
+
+use crate::residual_error::weight_energy;
+
+/// What compression took from a Linear: `Δ = W − Ŵ`, with the statistics of its inputs.
+pub struct Residual<'a> {
+    rows: usize,
+    columns: usize,
+    delta: Vec<f64>,
+    calibration: &'a Calibration,
+    energy: f64,
+    original: f64,
+}
+
+impl<'a> Residual<'a> {
+    /// The difference of both matrices, and its energy.
+    ///
+    /// # Errors
+    /// `ERR_SHAPE_MISMATCH` when weight, compressed weight and calibration do not belong together,
+    /// `ERR_VALUE_NOT_FINITE` for NaN or infinite weights.
+    pub fn new(
+        weight: &DenseMatrix,
+        compressed: &dyn RowSource,
+        calibration: &'a Calibration,
+        pool: &ThreadPool,
+    ) -> Result<Self> {
+        let (rows, columns) = (weight.rows(), weight.columns());
+        check_shapes(weight, compressed, calibration)?;
+        if let Some((row, column)) = weight.first_not_finite() {
+            let message = format!("the weight in row {row}, column {column} is NaN or infinite");
+            return Err(Error::new(ErrorCode::ValueNotFinite, message)
+                .subject("weight")
+                .hint("The checkpoint is damaged; load it from its source again"));
+        }
+        let mut delta = vec![0.0; rows * columns];
+        let band = 64 * columns.max(1);
+        pool.for_each_chunk(&mut delta, band, |index, values| {
+            for (i, row) in values.chunks_exact_mut(columns.max(1)).enumerate() {
+                difference(weight, compressed, index * 64 + i, row);
+            }
+        });
+        if delta.iter().any(|value| !value.is_finite()) {
+            return Err(Error::new(ErrorCode::ValueNotFinite, "the compressed weight has NaN or infinite values")
+                .subject("compressed weight")
+                .hint("The compressed checkpoint is damaged; load it from its source again"));
+        }
+        let second_moment = calibration.second_moment();
+        let fill = |i: usize, row: &mut [f64]| row.copy_from_slice(&delta[i * columns..(i + 1) * columns]);
+        let energy = quadratic_trace_of(rows, fill, second_moment, pool);
+        let original = weight_energy(weight, calibration, pool);
+        Ok(Residual { rows, columns, delta, calibration, energy, original })
+    }
+
+    /// Number of outputs.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Number of inputs.
+    pub fn columns(&self) -> usize {
+        self.columns
+    }
+
+    /// Δ, `[rows, columns]` row-major.
+    pub fn delta(&self) -> &[f64] {
+        &self.delta
+    }
+
+    /// Statistics of the inputs.
+    pub fn calibration(&self) -> &Calibration {
+        self.calibration
+    }
+
+    /// `‖Δ X‖²`.
+    pub fn energy(&self) -> f64 {
+        self.energy
+    }
+
+    /// `‖W X‖²`.
+    pub fn original(&self) -> f64 {
+        self.original
+    }
+
+    /// An error with that energy, relative to the original outputs.
+    pub(crate) fn relative(&self, energy: f64) -> f64 {
+        relative(energy, self.original)
+    }
+}
+
+fn check_shapes(weight: &DenseMatrix, compressed: &dyn RowSource, calibration: &Calibration) -> Result<()> {
+    let shape = (weight.rows(), weight.columns());
+    if shape == (compressed.rows(), compressed.columns()) && shape.1 == calibration.width() {
+        return Ok(());
+    }
+    let message = format!(
+        "a {}×{} weight, a {}×{} compressed weight and statistics of {} inputs do not belong to one Linear",
+        shape.0,
+        shape.1,
+        compressed.rows(),
+        compressed.columns(),
+        calibration.width()
+    );
+    Err(Error::new(ErrorCode::ShapeMismatch, message).subject("eora"))
+}
+
+/// Row `i` of `W − Ŵ`.
+pub(crate) fn difference(weight: &DenseMatrix, compressed: &dyn RowSource, i: usize, row: &mut [f64]) {
+    let (mut original, mut rounded) = (vec![0.0; row.len()], vec![0.0; row.len()]);
+    weight.row_to_f32(i, &mut original);
+    compressed.row_to_f32(i, &mut rounded);
+    for (value, (original, rounded)) in row.iter_mut().zip(original.into_iter().zip(rounded)) {
+        *value = f64::from(original) - f64::from(rounded);
+    }
+}
+
+/// `√(energy / original)`, or `√energy` where the original has none.
+pub(crate) fn relative(energy: f64, original: f64) -> f64 {
+    if original > 0.0 { energy.sqrt() / original.sqrt() } else { energy.sqrt() }
+}
