@@ -1,4 +1,14 @@
+import { type CalibrationOptions, calibrationRequest, calibrationSchema, type RecipeCalibration } from './calibration.js'
 import { type Checkpoint, folderOf } from './checkpoint.js'
+import {
+  type Certificate,
+  type CompensationSummary,
+  type EoraOptions,
+  type EoraRecipe,
+  eoraRequest,
+  eoraSchema,
+  type HoldOutError,
+} from './eora.js'
 import { KintsugiError } from './errors.js'
 import { Job } from './job.js'
 import { native } from './native.js'
@@ -98,35 +108,6 @@ export interface LinearOverride {
   groupSize?: number | 'whole'
 }
 
-/** Where calibration statistics come from: `text` or `file`. */
-export interface CalibrationOptions {
-  /** Path of a UTF-8 text file, whatever its name. */
-  text?: string
-  /**
-   * Path of a file whose ending says what it holds: `.jsonl` records with a text or arrays of token ids, `.json` arrays
-   * of token ids, `.safetensors` token ids (`input_ids`) or statistics that an earlier job saved, else UTF-8 text.
-   */
-  file?: string
-  /** JSONL: field of a record with the text, default `text`. */
-  field?: string
-  /** Most sequences that are taken, default 128. */
-  sequences?: number
-  /** Tokens of a sequence, default 2048. */
-  length?: number
-  /** Chooses the sequences by chance, the same for the same seed; by default those at the beginning are taken. */
-  seed?: number
-  /** Take the inputs of each group of Linears after those before it are compressed; default false: once per block. */
-  subset?: boolean
-  /** Where the activations of all tokens are kept; default `auto`: in memory if they fit. Changes no bit of the output. */
-  activations?: 'auto' | 'memory' | 'disk'
-}
-
-/** How the compensation is solved. */
-export interface EoraOptions {
-  /** Rank of the factors of every Linear. */
-  rank: number
-}
-
 /** Which way the weights of a group lie: inputs of one output, or outputs of one input. */
 export type GroupAxis = 'input' | 'output'
 
@@ -163,18 +144,7 @@ export interface Recipe {
   scaleType: string | null
   calibration: null | RecipeCalibration
   saveStatistics: string | null
-  eora: null | { rank: number }
-}
-
-/** The calibration of a {@link Recipe}. */
-export interface RecipeCalibration {
-  file: string
-  kind: 'text' | 'jsonl' | 'tokens' | 'statistics'
-  field: string
-  sequences: number
-  length: number
-  seed: number | null
-  subset: boolean
+  eora: null | EoraRecipe
 }
 
 /** What will be done to each Linear. */
@@ -262,6 +232,8 @@ export interface CompressSummary {
   calibrationTokens: number
   /** Means over the Linears of their relative errors; `null` without calibration. */
   meanError: null | { quantized: number; compensated: number }
+  /** All compensations; `null` without. */
+  compensation: null | CompensationSummary
   seconds: number
   /** Where the time went. */
   phases: Record<'read' | 'calibrate' | 'compress' | 'compensate' | 'write', number>
@@ -289,6 +261,10 @@ export interface CompressedLinear {
    * this rank reach. `null` where no calibration token reached it.
    */
   error: null | { quantized: number; compensated: number; bound: number }
+  /** The same on inputs that took no part in the calibration; `null` without compensation or such inputs. */
+  holdOut: null | HoldOutError
+  /** The proof that the compensation is the best of the largest rank; `null` without one. */
+  certificate: null | Certificate
 }
 
 const schema = {
@@ -310,21 +286,10 @@ const schema = {
   actOrder: withDefault(boolean, true),
   staticGroups: withDefault(boolean, true),
   damping: withDefault(number({ min: 0, max: 1 }), 0.01),
-  calibration: optional(
-    object({
-      text: optional(text),
-      file: optional(text),
-      field: withDefault(text, 'text'),
-      sequences: withDefault(integer({ min: 1, max: 2 ** 20 }), 128),
-      length: withDefault(integer({ min: 2, max: 2 ** 20 }), 2048),
-      seed: optional(integer({ min: 0 })),
-      subset: withDefault(boolean, false),
-      activations: withDefault(oneOf(['auto', 'memory', 'disk']), 'auto'),
-    }),
-  ),
+  calibration: optional(calibrationSchema),
   saveStatistics: optional(text),
   memory: optional(integer({ min: 1 })),
-  eora: optional(object({ rank: integer({ min: 1, max: 2 ** 16 }) })),
+  eora: optional(eoraSchema),
   precision: withDefault(oneOf(['f32', 'exact']), 'exact'),
   backend: withDefault(oneOf(['cpu', 'candle']), 'cpu'),
   fresh: withDefault(boolean, false),
@@ -365,36 +330,12 @@ export function compress(source: string | Checkpoint, options: CompressOptions):
       overrides: overrides.map(({ groupSize, ...rest }) =>
         withoutUndefined({ ...rest, groupSize: groupSize === undefined ? undefined : groupSizeNumber(groupSize) }),
       ),
-      ...calibrationSource(calibration),
-      calibrationField: calibration?.field ?? '',
-      calibrationSequences: calibration?.sequences ?? 0,
-      calibrationLength: calibration?.length ?? 0,
-      calibrationSeed: calibration?.seed,
-      activations: calibration?.activations ?? 'auto',
-      subset: calibration?.subset ?? false,
-      eoraRank: eora?.rank ?? 0,
+      calibration: calibration && calibrationRequest(calibration),
+      eora: eora && eoraRequest(eora),
     })
     const control = new (native().BindingControl)()
     return { control, result: native().compress(request, control) as Promise<CompressReport | Plan> }
   }, [signalOf(options)])
-}
-
-/** The one file that `calibration` names. */
-function calibrationSource(calibration: { text?: string | undefined; file?: string | undefined } | undefined): {
-  calibrationText?: string | undefined
-  calibrationFile?: string | undefined
-} {
-  if (calibration === undefined) return {}
-  const { text, file } = calibration
-  if ((text === undefined) === (file === undefined)) {
-    throw new KintsugiError({
-      code: 'ERR_OPTION_INVALID',
-      message: text === undefined ? 'calibration names no file' : 'calibration names two files',
-      subject: 'calibration.file',
-      hint: 'Give either text, a plain text, or file, whose ending says what it holds.',
-    })
-  }
-  return { calibrationText: text, calibrationFile: file }
 }
 
 /** What the addon takes for a group size. */

@@ -1,15 +1,22 @@
 export { Checkpoint, type CheckpointInfo, type DecoderSizes } from './checkpoint.js'
+export { type CalibrationOptions, type RecipeCalibration } from './calibration.js'
+export {
+  compensate,
+  type CompensateOptions,
+  type CompensateRecipe,
+  type CompensationPlan,
+  type CompensationReport,
+  type PlannedCompensation,
+} from './compensate.js'
 export {
   type Arithmetic,
   type Backend,
-  type CalibrationOptions,
   compress,
   type CompressedLinear,
   type CompressOptions,
   type CompressReport,
   type CompressSummary,
   type DiskPlan,
-  type EoraOptions,
   type GroupAxis,
   type LinearFormat,
   type LinearOverride,
@@ -18,10 +25,18 @@ export {
   type PlannedLinear,
   type Precision,
   type Recipe,
-  type RecipeCalibration,
 } from './compress.js'
 export { type ConversionReport, convert, type ConvertedLinear, type ConvertOptions, type GgufType } from './convert.js'
 export { doctor, type DoctorReport, type SelfCheck } from './doctor.js'
+export {
+  type Certificate,
+  type CompensationSummary,
+  type EoraOptions,
+  type EoraRecipe,
+  type EoraSolver,
+  type HoldOutError,
+  type RankAllocation,
+} from './eora.js'
 export { ERROR_CODES, type ErrorCode, KintsugiError } from './errors.js'
 export { fold, type FoldOptions, type FoldReport } from './fold.js'
 export { Generation, type GenerationSummary, type Piece } from './generation.js'

@@ -27,8 +27,13 @@ export interface LoadOptions {
   precision?: Precision
   /** What runs it, default `cpu`. */
   backend?: Backend
-  /** Use the compensation `eora/` of a compressed checkpoint; default true. */
-  compensation?: boolean
+  /**
+   * Use the compensation `eora/` of a compressed checkpoint; default true. A path names another folder with factors, as
+   * `compensate` writes them, to be used beside `eora/`.
+   */
+  compensation?: boolean | string
+  /** Of each compensation no more than this many directions: a part of one is a compensation of less rank. */
+  eoraRank?: number
   /** PEFT folders by the name that requests use. */
   adapters?: Record<string, string>
   /** Aborting it cancels loading. */
@@ -136,7 +141,11 @@ export interface DivergenceReport {
 const loadSchema = {
   precision: withDefault(oneOf(['f32', 'exact', 'fast']), 'exact'),
   backend: withDefault(oneOf(['cpu', 'candle']), 'cpu'),
-  compensation: withDefault(boolean, true),
+  compensation: withDefault(
+    (value: unknown, name: string) => (typeof value === 'string' ? text(value, name) : boolean(value, name)),
+    true,
+  ),
+  eoraRank: optional(integer({ min: 0, max: 2 ** 16 })),
   adapters: withDefault(textsByName, {}),
   signal: optional(abortSignal),
 }
@@ -168,10 +177,16 @@ const perplexitySchema = {
 export function loadModel(source: string | Checkpoint, options: LoadOptions = {}): Job<Model> {
   return new Job(() => {
     const path = folderOf(source, 'source')
-    const { signal: _, ...given } = checkOptions(options, loadSchema)
+    const { signal: _, compensation, ...given } = checkOptions(options, loadSchema)
+    const request = withoutUndefined({
+      ...given,
+      path,
+      ownCompensation: compensation !== false,
+      compensationFolder: typeof compensation === 'string' ? compensation : undefined,
+    })
     const control = new (native().BindingControl)()
     const result = native()
-      .loadModel({ ...given, path }, control)
+      .loadModel(request, control)
       .then((binding) => new Model(binding))
     return { control, result }
   }, [signalOf(options)])

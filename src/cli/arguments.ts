@@ -2,7 +2,7 @@ import { readFile } from 'node:fs/promises'
 
 import { type Command, InvalidArgumentError } from 'commander'
 
-import { KintsugiError, type LinearOverride } from '../index.js'
+import { type CalibrationOptions, type EoraOptions, KintsugiError, type LinearOverride } from '../index.js'
 
 /** Parses the value of an option that is a number. */
 export function numberArgument(value: string): number {
@@ -45,6 +45,77 @@ export function overrideArgument(value: string, previous: LinearOverride[] | und
 /** Parses an option that may be given several times. */
 export function listArgument(value: string, previous: string[] | undefined): string[] {
   return [...(previous ?? []), value]
+}
+
+/** Adds the options of a compensation, each with `prefix` before its name; the library checks their values. */
+export function withEoraOptions(command: Command, prefix = ''): Command {
+  return command
+    .option(`--${prefix}rank <n>`, 'compensate with factors of this rank; with a budget the largest', numberArgument)
+    .option(`--${prefix}solver <name>`, 'fast, exact, diagonal or lorc (default: fast)')
+    .option(`--${prefix}factor-bits <n>`, 'bits of a value of the factors: 16, 8 or 4 (default: 16)', numberArgument)
+    .option(`--${prefix}mean-rank <n>`, 'divide the bytes of this rank where they do most good', numberArgument)
+    .option(`--${prefix}budget <size>`, 'the same with so many bytes, such as 200M', bytesArgument)
+    .option(`--${prefix}min-rank <n>`, 'with a budget: least rank of a Linear (default: 0)', numberArgument)
+    .option(`--${prefix}rank-weights <name>`, 'with a budget: outputs or equal (default: outputs)')
+}
+
+/** The compensation that options of {@link withEoraOptions} ask for; `undefined` without any. */
+export function eoraArguments(given: EoraArguments): EoraOptions | undefined {
+  const { rank, solver, factorBits, meanRank, budget, minRank, rankWeights } = given
+  const options = withoutUndefined({ rank, solver, factorBits, meanRank, budgetBytes: budget, minRank, rankWeights })
+  return Object.keys(options).length > 0 ? options : undefined
+}
+
+/** Values of {@link withEoraOptions} without a prefix; the library checks them. */
+export interface EoraArguments {
+  rank?: number | undefined
+  solver?: EoraOptions['solver'] | undefined
+  factorBits?: EoraOptions['factorBits'] | undefined
+  meanRank?: number | undefined
+  budget?: number | undefined
+  minRank?: number | undefined
+  rankWeights?: EoraOptions['rankWeights'] | undefined
+}
+
+/** Adds the options of a calibration; what it is for stands in `purpose`. */
+export function withCalibrationOptions(command: Command, purpose = ''): Command {
+  return command
+    .option(
+      '--calibration <file>',
+      `what the statistics are taken from: a text, .jsonl records, token ids, or saved statistics${purpose}`,
+    )
+    .option('--field <name>', 'JSONL: field with the text', 'text')
+    .option('--sequences <n>', 'most calibration sequences', numberArgument, 128)
+    .option('--length <n>', 'tokens of a calibration sequence', numberArgument, 2048)
+    .option('--seed <n>', 'choose the sequences by chance instead of from the beginning', numberArgument)
+    .option('--hold-out <n>', 'sequences that errors of a compensation are measured on beside those', numberArgument)
+    .option('--activations <place>', 'where calibration activations are kept: auto, memory or disk', 'auto')
+    .option('--subset', 'take the statistics of each group of Linears after those before it are done', false)
+}
+
+/** The calibration that options of {@link withCalibrationOptions} ask for; `undefined` without a file. */
+export function calibrationArguments(given: CalibrationArguments): CalibrationOptions | undefined {
+  const { calibration: file, field, sequences, length, seed, holdOut, activations, subset } = given
+  if (file === undefined) return undefined
+  return withoutUndefined({ file, field, sequences, length, seed, holdOut, activations, subset })
+}
+
+/** Values of {@link withCalibrationOptions}; the library checks them. */
+export interface CalibrationArguments {
+  calibration?: string
+  field: string
+  sequences: number
+  length: number
+  seed?: number
+  holdOut?: number
+  activations: NonNullable<CalibrationOptions['activations']>
+  subset: boolean
+}
+
+/** `options` without the keys that were not given. */
+export function withoutUndefined<T extends object>(options: T): { [K in keyof T]: Exclude<T[K], undefined> } {
+  const given = Object.entries(options).filter(([, value]) => value !== undefined)
+  return Object.fromEntries(given) as { [K in keyof T]: Exclude<T[K], undefined> }
 }
 
 /** Adds the options that say how a model runs; `precisions` are those that the command takes. */

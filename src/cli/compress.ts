@@ -5,23 +5,30 @@ import {
   type CompressedLinear,
   type CompressOptions,
   type CompressReport,
-  type CompressSummary,
   type LinearOverride,
   type Plan,
 } from '../index.js'
 import {
   bytesArgument,
+  type CalibrationArguments,
+  calibrationArguments,
+  type EoraArguments,
+  eoraArguments,
   groupSizeArgument,
   type ModelArguments,
   numberArgument,
   overrideArgument,
+  withCalibrationOptions,
+  withEoraOptions,
   withModelOptions,
+  withoutUndefined,
 } from './arguments.js'
+import { describeCompensation, describeLargestErrors, describePhases } from './describe-job.js'
 import { formatBytes, formatCount, formatSeconds, formatShare } from './format.js'
 import { runCommand } from './run-command.js'
 import { formatPairs, formatTable } from './table.js'
 
-interface CompressArguments extends Omit<ModelArguments, 'precision'> {
+interface CompressArguments extends Omit<ModelArguments, 'precision'>, CalibrationArguments, PrefixedEoraArguments {
   precision: NonNullable<CompressOptions['precision']>
   out: string
   method: NonNullable<CompressOptions['method']>
@@ -38,22 +45,15 @@ interface CompressArguments extends Omit<ModelArguments, 'precision'> {
   actOrder: boolean
   staticGroups: boolean
   damping: number
-  calibration?: string
-  field: string
-  sequences: number
-  length: number
-  seed?: number
-  activations: NonNullable<NonNullable<CompressOptions['calibration']>['activations']>
   saveCalibration?: string
   memory?: number
-  subset: boolean
-  eoraRank?: number
   fresh: boolean
   dryRun: boolean
   json?: boolean
 }
 
-const LARGEST_ERRORS_SHOWN = 5
+/** The options of a compensation as this command names them: `--eora-rank` and so on. */
+type PrefixedEoraArguments = { [K in keyof EoraArguments as `eora${Capitalize<K>}`]: EoraArguments[K] }
 
 /** `kintsugi compress CHECKPOINT -o OUT` */
 export function registerCompress(program: Command): void {
@@ -81,34 +81,39 @@ export function registerCompress(program: Command): void {
     .option('--no-act-order', 'GPTQ: keep the order of the columns')
     .option('--no-static-groups', 'GPTQ: scales from the corrected weights')
     .option('--damping <share>', 'GPTQ: share of the mean diagonal that is added', numberArgument, 0.01)
-    .option(
-      '--calibration <file>',
-      'what the statistics are taken from: a text, .jsonl records, token ids, or saved statistics; GPTQ, AWQ and EoRA need it',
-    )
-    .option('--field <name>', 'JSONL: field with the text', 'text')
-    .option('--sequences <n>', 'most calibration sequences', numberArgument, 128)
-    .option('--length <n>', 'tokens of a calibration sequence', numberArgument, 2048)
-    .option('--seed <n>', 'choose the sequences by chance instead of from the beginning', numberArgument)
-    .option('--activations <place>', 'where calibration activations are kept: auto, memory or disk', 'auto')
     .option('--save-calibration <file>', 'save the statistics for other jobs (safetensors)')
     .option('--memory <size>', 'memory that the job may take, such as 6G; default: what is available', bytesArgument)
-    .option('--subset', 'take the statistics of each group of Linears after those before it are compressed', false)
-    .option('--eora-rank <n>', 'compensate with factors of this rank', numberArgument)
     .option('--fresh', 'discard what an interrupted job left instead of going on with it', false)
     .option('--dry-run', 'check everything and print the plan; write nothing', false)
     .option('--json', 'print one JSON document')
+  withCalibrationOptions(command, '; GPTQ, AWQ and EoRA need it')
+  withEoraOptions(command, 'eora-')
   withModelOptions(command, 'f32 or exact').action((checkpoint: string, given: CompressArguments) =>
     runCommand(given.json, async ({ signal, follow }) => {
-      const { json: _, calibration: file, eoraRank, dryRun, saveCalibration, override, ...others } = given
-      const { field, sequences, length, seed, subset, activations, ...rest } = others
-      const calibration = { file, field, sequences, length, subset, activations, ...(seed !== undefined && { seed }) }
+      const { out, method, rounding, bits, bitBudget, groupSize, groupAxis, override, format, symmetric } = given
+      const { clip, scaleType, actOrder, staticGroups, damping, saveCalibration, memory, fresh, dryRun } = given
+      const { precision, backend } = given
       const options: CompressOptions = {
-        ...rest,
-        ...(override !== undefined && { overrides: override }),
-        ...(file !== undefined && { calibration: { ...calibration, file } }),
-        ...(saveCalibration !== undefined && { saveStatistics: saveCalibration }),
-        ...(eoraRank !== undefined && { eora: { rank: eoraRank } }),
-        signal,
+        ...{ out, method, rounding, groupSize, groupAxis, format, symmetric, scaleType, actOrder, staticGroups, damping },
+        ...{ fresh, precision, backend, signal },
+        ...withoutUndefined({
+          bits,
+          bitBudget,
+          overrides: override,
+          clip,
+          calibration: calibrationArguments(given),
+          saveStatistics: saveCalibration,
+          memory,
+          eora: eoraArguments({
+            rank: given.eoraRank,
+            solver: given.eoraSolver,
+            factorBits: given.eoraFactorBits,
+            meanRank: given.eoraMeanRank,
+            budget: given.eoraBudget,
+            minRank: given.eoraMinRank,
+            rankWeights: given.eoraRankWeights,
+          }),
+        }),
       }
       if (dryRun) {
         const plan = await compress(checkpoint, { ...options, dryRun: true })
@@ -170,16 +175,6 @@ function describeMemory({ memory }: Plan): string {
   return `about ${formatBytes(memory.peakBytes)} of ${formatBytes(memory.budgetBytes)}${how}`
 }
 
-/** Where the time went, the longest first: ` (calibrate 61 %, compress 30 %, write 9 %)`. */
-function describePhases({ phases }: CompressSummary): string {
-  const total = Object.values(phases).reduce((sum, seconds) => sum + seconds, 0)
-  const shares = Object.entries(phases)
-    .map(([phase, seconds]) => ({ phase, share: seconds / total }))
-    .filter(({ share }) => share >= 0.005)
-    .sort((a, b) => b.share - a.share)
-  return shares.length > 0 ? ` (${shares.map(({ phase, share }) => `${phase} ${formatShare(share)}`).join(', ')})` : ''
-}
-
 /** How many Linears have each value: `2 bits 8 ×, 4 bits 20 ×`. */
 function describeCounts(linears: CompressedLinear[], of: (linear: CompressedLinear) => string): string {
   const counts = new Map<string, number>()
@@ -199,30 +194,12 @@ function describeReport(report: CompressReport): string {
       ['widths', recipe.bitBudget === null ? undefined : describeCounts(linears, ({ bits }) => `${bits} bits`)],
       ['group axes', recipe.groupAxis === 'adaptive' ? describeCounts(linears, (l) => l.groupAxis) : undefined],
       ['mean output error', error ? formatShare(error.quantized) + compensated : undefined],
-      ['time', `${formatSeconds(summary.seconds)}${describePhases(summary)}`],
+      ...describeCompensation(summary.compensation),
+      ['time', `${formatSeconds(summary.seconds)}${describePhases(summary.phases)}`],
       ['peak memory', summary.peakMemoryBytes === null ? undefined : formatBytes(summary.peakMemoryBytes)],
     ],
     process.stdout,
   )
-  const worst = linears
-    .flatMap(({ name, error }) => (error ? [{ name, error }] : []))
-    .sort((a, b) => b.error.compensated - a.error.compensated)
-    .slice(0, LARGEST_ERRORS_SHOWN)
-  if (worst.length === 0) return pairs
-  const table = formatTable(
-    [
-      { title: 'largest output errors' },
-      { title: 'quantized', align: 'right' },
-      { title: 'compensated', align: 'right' },
-      { title: 'bound', align: 'right' },
-    ],
-    worst.map(({ name, error }) => [
-      name,
-      formatShare(error.quantized),
-      formatShare(error.compensated),
-      formatShare(error.bound),
-    ]),
-    process.stdout,
-  )
-  return `${pairs}\n\n${table}`
+  const table = describeLargestErrors(linears)
+  return table === undefined ? pairs : `${pairs}\n\n${table}`
 }

@@ -8,7 +8,7 @@ import {
   type PerplexityOptions,
   type PerplexityReport,
 } from '../index.js'
-import { type ModelArguments, numberArgument, readText, withModelOptions } from './arguments.js'
+import { type ModelArguments, numberArgument, readText, withModelOptions, withoutUndefined } from './arguments.js'
 import { formatSeconds, formatShare } from './format.js'
 import { type CommandContext, runCommand } from './run-command.js'
 import { formatPairs } from './table.js'
@@ -18,7 +18,8 @@ interface EvalArguments extends ModelArguments {
   length: number
   adapter?: string
   reference?: string
-  compensation: boolean
+  compensation?: string | boolean
+  eoraRank?: number
   json?: boolean
 }
 
@@ -44,7 +45,9 @@ export function registerEval(program: Command): void {
     .option('--length <n>', 'tokens of a window', numberArgument, 512)
     .option('--adapter <folder>', 'PEFT adapter to apply')
     .option('--reference <checkpoint>', 'the original: measure it too, and how far the predictions are from its own')
+    .option('--compensation <folder>', 'factors to use beside those that the checkpoint has in eora/')
     .option('--no-compensation', 'leave out the compensation of a compressed checkpoint')
+    .option('--eora-rank <n>', 'of each compensation no more than this many directions', numberArgument)
     .option('--json', 'print one JSON document')
   withModelOptions(command).action((checkpoint: string, options: EvalArguments) =>
     runCommand(options.json, async (context) => {
@@ -57,7 +60,8 @@ export function registerEval(program: Command): void {
         const document = { ...measured, ...report }
         return { document, text: describe(document) }
       }
-      const [reference, bitsOfReference] = await load(context, options.reference, options)
+      const { compensation: _compensation, eoraRank: _rank, ...plain } = options
+      const [reference, bitsOfReference] = await load(context, options.reference, plain)
       using __ = reference
       const job = model.divergence(reference, text, request(context, options))
       const { meanKlDivergence, p99KlDivergence, top1Agreement, referencePerplexity, ...report } =
@@ -81,12 +85,13 @@ export function registerEval(program: Command): void {
 async function load(
   { signal, follow }: CommandContext,
   checkpoint: string,
-  { precision, backend, compensation }: EvalArguments,
+  { precision, backend, compensation, eoraRank }: EvalArguments,
   adapter?: string,
 ): Promise<[Model, number | null]> {
   const adapters: Record<string, string> = adapter === undefined ? {} : { adapter }
   const source = await Checkpoint.open(checkpoint)
-  const loading = loadModel(source, { precision, backend, compensation, adapters, signal })
+  const options = withoutUndefined({ precision, backend, compensation, eoraRank, adapters, signal })
+  const loading = loadModel(source, options)
   return [await follow(loading, 'load'), source.info.bitsPerWeight]
 }
 

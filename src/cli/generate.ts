@@ -1,7 +1,7 @@
 import type { Command } from 'commander'
 
 import { type GenerateOptions, type GenerationSummary, loadModel } from '../index.js'
-import { listArgument, type ModelArguments, numberArgument, withModelOptions } from './arguments.js'
+import { listArgument, type ModelArguments, numberArgument, withModelOptions, withoutUndefined } from './arguments.js'
 import { runCommand } from './run-command.js'
 import { colorsFor } from './terminal.js'
 
@@ -12,7 +12,8 @@ interface GenerateArguments
   seed?: number
   stop?: string[]
   adapter?: string
-  compensation: boolean
+  compensation?: string | boolean
+  eoraRank?: number
   json?: boolean
 }
 
@@ -33,13 +34,16 @@ export function registerGenerate(program: Command): void {
     .option('--stop <text>', 'ends the generation; may be given several times', listArgument)
     .option('--ignore-eos', 'go on after an end token', false)
     .option('--adapter <folder>', 'PEFT adapter to apply')
+    .option('--compensation <folder>', 'factors to use beside those that the checkpoint has in eora/')
     .option('--no-compensation', 'leave out the compensation of a compressed checkpoint')
+    .option('--eora-rank <n>', 'of each compensation no more than this many directions', numberArgument)
     .option('--json', 'print one JSON document')
   withModelOptions(command).action((checkpoint: string, given: GenerateArguments) =>
     runCommand(given.json, async ({ signal, follow }) => {
-      const { json, prompt, precision, backend, compensation, adapter, ...options } = given
+      const { json, prompt, precision, backend, compensation, eoraRank, adapter, ...options } = given
       const adapters: Record<string, string> = adapter === undefined ? {} : { adapter }
-      const loading = loadModel(checkpoint, { precision, backend, compensation, adapters, signal })
+      const request = withoutUndefined({ precision, backend, compensation, eoraRank, adapters, signal })
+      const loading = loadModel(checkpoint, request)
       using model = await follow(loading, 'load')
       const generation = model.generate(prompt, {
         ...options,

@@ -3,6 +3,7 @@ import { readFileSync } from 'node:fs'
 
 import { Command } from 'commander'
 
+import { registerCompensate } from './compensate.js'
 import { registerCompress } from './compress.js'
 import { registerConvert } from './convert.js'
 import { registerDoctor } from './doctor.js'
@@ -27,6 +28,7 @@ const program = new Command('kintsugi')
 
 registerInspect(program)
 registerCompress(program)
+registerCompensate(program)
 registerConvert(program)
 registerMerge(program)
 registerRemerge(program)

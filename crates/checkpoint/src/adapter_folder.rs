@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use kintsugi_runtime::{Error, ErrorCode, Result};
 use kintsugi_weights::{DenseMatrix, ElementType, LowRank};
 
+use crate::factor_scales::FactorScales;
 use crate::peft_adapter::invalid;
 use crate::peft_config::PeftConfig;
 use crate::tensor_set::TensorSet;
@@ -80,6 +81,8 @@ pub struct AdapterFolder {
     keys: BTreeMap<String, [String; 2]>,
     /// In name order.
     whole: Vec<WholeTensor>,
+    /// Where the factors are quantized.
+    scales: Option<FactorScales>,
 }
 
 #[derive(Debug)]
@@ -226,7 +229,8 @@ impl AdapterFolder {
                 .hint("Config and weights may belong to different adapters"));
         }
         whole.sort_by(|left: &WholeTensor, right| left.name.cmp(&right.name));
-        Ok(AdapterFolder { path: folder.to_path_buf(), config, weights, modules, keys, whole })
+        let scales = FactorScales::open(folder)?;
+        Ok(AdapterFolder { path: folder.to_path_buf(), config, weights, modules, keys, whole, scales })
     }
 
     /// The tensors of modules that are saved whole, in name order.
@@ -299,14 +303,18 @@ impl AdapterFolder {
         Ok([self.weights.matrix(a)?, self.weights.matrix(b)?])
     }
 
-    /// The factors of a module in their own type; a pair of two types becomes f32.
+    /// The factors of a module in their own type; a pair of two types becomes f32. Quantized ones come with their codes.
     ///
     /// # Errors
     /// As [`AdapterFolder::stored_factors`].
     pub fn factors(&self, module: &str) -> Result<LowRank> {
         let [a, b] = self.stored_factors(module)?;
         let factor_type = if a.element_type() == b.element_type() { a.element_type() } else { ElementType::F32 };
-        Ok(LowRank::new(b.rows(), a.columns(), a.rows(), b.to_f32(), a.to_f32(), factor_type))
+        let plain = LowRank::new(b.rows(), a.columns(), a.rows(), b.to_f32(), a.to_f32(), factor_type);
+        match &self.scales {
+            Some(scales) => Ok(LowRank::of_codes(scales.codes(module, &plain)?)),
+            None => Ok(plain),
+        }
     }
 }
 
@@ -400,7 +408,7 @@ fn not_a_factor(name: &str) -> Error {
 }
 
 /// Damage of the file or of a tensor in it, seen from the adapter.
-fn as_adapter_error(error: Error) -> Error {
+pub(crate) fn as_adapter_error(error: Error) -> Error {
     let code = if error.code == ErrorCode::Io { error.code } else { ErrorCode::AdapterInvalid };
     Error { code, ..error }
 }

@@ -364,11 +364,20 @@ impl Checkpoint {
             return Ok(None);
         }
         let adapter = read_adapter(&folder)?;
+        self.check_compensation(&adapter)?;
+        Ok(Some(adapter))
+    }
+
+    /// Checks the factors of a compensation against the Linears.
+    ///
+    /// # Errors
+    /// `ERR_ADAPTER_INVALID` for factors of a Linear that is not there, or has another shape.
+    pub fn check_compensation(&self, adapter: &Adapter) -> Result<()> {
         for (name, entry) in &adapter.linears {
             let invalid = |message: String| {
                 Error::new(ErrorCode::AdapterInvalid, message)
                     .subject(name)
-                    .hint("The folder 'eora' belongs to another checkpoint; compress the model again")
+                    .hint("The compensation belongs to another checkpoint; make one for this")
             };
             let (rows, columns) = self.linear_shape(name).map_err(|error| invalid(error.message))?;
             let (out_features, in_features) = (entry.factors.out_features(), entry.factors.in_features());
@@ -378,7 +387,7 @@ impl Checkpoint {
                 )));
             }
         }
-        Ok(Some(adapter))
+        Ok(())
     }
 
     /// File and place of a tensor in safetensors, for the writer that copies it.

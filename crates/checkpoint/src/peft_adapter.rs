@@ -5,6 +5,7 @@ use kintsugi_runtime::{Error, ErrorCode, Result, StagedFolder};
 use kintsugi_weights::{Adapter, AdapterEntry, ElementType};
 
 use crate::adapter_folder::{PREFIX, WEIGHTS};
+use crate::factor_scales::FactorScales;
 use crate::peft_config::PeftConfig;
 use crate::safetensors_writer::{SafetensorsWriter, TensorHeader, file_order, float_bytes, float_dtype, write_synced};
 use crate::{AdapterFolder, ModuleKind};
@@ -35,7 +36,8 @@ pub fn read_adapter(folder: &Path) -> Result<Adapter> {
 /// Factors are stored in their own type, unscaled; the scaling is expressed by the alpha of each module, so that PEFT
 /// computes it exactly and reading gives the same adapter. `r` is the largest rank, every rank stands in
 /// `rank_pattern` and every alpha in `alpha_pattern` under the full module path, and at scaling 1 both maps are
-/// identical. `base_model` becomes `base_model_name_or_path`.
+/// identical. `base_model` becomes `base_model_name_or_path`. Factors of codes are written as the floats that they stand
+/// for, with their scales in a file beside them.
 ///
 /// # Errors
 /// `ERR_ADAPTER_INVALID` when there are no factors or a name cannot be written, `ERR_OUTPUT_NOT_EMPTY`,
@@ -43,8 +45,17 @@ pub fn read_adapter(folder: &Path) -> Result<Adapter> {
 pub fn write_adapter(folder: &Path, adapter: &Adapter, base_model: &str) -> Result<()> {
     check_writable(adapter)?;
     let staged = StagedFolder::create(folder)?;
-    write_adapter_files(staged.path(), adapter, base_model)?;
+    write_checked(staged.path(), adapter, base_model)?;
     staged.commit()
+}
+
+/// Writes the files of a PEFT folder into a folder that its caller will name when it is whole, see [`write_adapter`].
+///
+/// # Errors
+/// As [`write_adapter`].
+pub fn write_adapter_files(folder: &Path, adapter: &Adapter, base_model: &str) -> Result<()> {
+    check_writable(adapter)?;
+    write_checked(folder, adapter, base_model)
 }
 
 /// Names are used as regular expressions by PEFT, and a rank of zero is refused by it.
@@ -67,7 +78,7 @@ fn check_writable(adapter: &Adapter) -> Result<()> {
     Ok(())
 }
 
-fn write_adapter_files(folder: &Path, adapter: &Adapter, base_model: &str) -> Result<()> {
+fn write_checked(folder: &Path, adapter: &Adapter, base_model: &str) -> Result<()> {
     let mut tensors: Vec<(TensorHeader, &[f32], ElementType)> = Vec::new();
     for (name, AdapterEntry { factors, .. }) in &adapter.linears {
         let (out_features, in_features, rank) = (factors.out_features(), factors.in_features(), factors.rank());
@@ -86,6 +97,7 @@ fn write_adapter_files(folder: &Path, adapter: &Adapter, base_model: &str) -> Re
         writer.write(&float_bytes(values, *element_type))?;
     }
     writer.finish()?;
+    FactorScales::write(folder, adapter)?;
     let config = format!("{:#}\n", PeftConfig::to_json(adapter, base_model));
     write_synced(&folder.join(PeftConfig::FILE_NAME), config.as_bytes())
 }

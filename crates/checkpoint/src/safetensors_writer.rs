@@ -48,7 +48,19 @@ impl SafetensorsWriter {
     /// # Errors
     /// `ERR_OUTPUT_UNWRITABLE` when the system refuses.
     pub(crate) fn create<'a>(path: &Path, tensors: impl Iterator<Item = &'a TensorHeader>) -> Result<Self> {
-        let (header, end) = safetensors_header(tensors, ("format", "pt"))
+        Self::described(path, tensors, ("format", "pt"))
+    }
+
+    /// As [`SafetensorsWriter::create`], with another string in the header: name and text.
+    ///
+    /// # Errors
+    /// As [`SafetensorsWriter::create`].
+    pub(crate) fn described<'a>(
+        path: &Path,
+        tensors: impl Iterator<Item = &'a TensorHeader>,
+        string: (&str, &str),
+    ) -> Result<Self> {
+        let (header, end) = safetensors_header(tensors, string)
             .map_err(|message| Error::new(ErrorCode::Internal, message).subject(path.display()))?;
 
         let mut name = path.file_name().unwrap_or_default().to_os_string();

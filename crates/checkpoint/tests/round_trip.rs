@@ -10,7 +10,8 @@ use kintsugi_checkpoint::{
 };
 use kintsugi_runtime::ErrorCode;
 use kintsugi_weights::{
-    Adapter, AdapterEntry, ElementType, GroupAxis, GroupSize, LowRank, QuantizedMatrix, QuantizedParts, WeightMatrix,
+    Adapter, AdapterEntry, ElementType, FactorCodes, GroupAxis, GroupSize, LowRank, QuantizedMatrix, QuantizedParts,
+    WeightMatrix,
 };
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -501,5 +502,61 @@ proptest! {
             }
             Err(error) => prop_assert_eq!(error.code, ErrorCode::CheckpointCorrupt),
         }
+    }
+}
+
+/// Codes of 4 bits for two modules, in groups of 4.
+fn coded_adapter() -> Adapter {
+    let matrix = |rows: usize, columns: usize| {
+        let codes = (0..rows * columns).map(|i| (i * 7 % 15 + 1) as u8).collect();
+        let group_size = GroupSize::Columns(4);
+        let scales = (0..rows * columns.div_ceil(4)).map(|i| (17 + i % 15) as f32 / 1024.0).collect();
+        let scale_type = ElementType::Bf16;
+        let parts =
+            QuantizedParts { rows, columns, bits: 4, group_size, codes, scales, scale_type, ..Default::default() };
+        QuantizedMatrix::new(parts).unwrap()
+    };
+    let entry = |out, rank, input| {
+        let factors = LowRank::of_codes(FactorCodes { b: matrix(out, rank), a: matrix(rank, input) });
+        AdapterEntry { factors, scaling: 1.0 }
+    };
+    Adapter {
+        linears: BTreeMap::from([
+            ("layers.0.Wqkv".to_string(), entry(6, 3, 10)),
+            ("layers.0.up".into(), entry(3, 5, 4)),
+        ]),
+        base_model: Some("base".into()),
+    }
+}
+
+#[test]
+fn quantized_factors_come_back_as_their_codes_and_as_plain_floats_without_the_scales() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, adapter) = (folder.path().join("adapter"), coded_adapter());
+    write_adapter(&path, &adapter, "base").unwrap();
+    assert_eq!(read_adapter(&path).unwrap(), adapter);
+    let scales = path.join("factor_scales.safetensors");
+    let whole = fs::read(&scales).unwrap();
+    // A scale that is not that of its values, and what is no file of scales.
+    let mut wrong = whole.clone();
+    let last = wrong.len() - 1;
+    wrong[last] ^= 0x40;
+    let text = String::from_utf8_lossy(&whole).into_owned();
+    assert!(text.contains("kintsugi.factors"));
+    let renamed = whole.windows(9).position(|bytes| bytes == b"kintsugi.").map(|at| {
+        let mut bytes = whole.clone();
+        bytes[at] = b'x';
+        bytes
+    });
+    for bytes in [wrong, renamed.unwrap(), whole[..whole.len() - 1].to_vec(), Vec::new()] {
+        fs::write(&scales, bytes).unwrap();
+        assert_refused(read_adapter(&path), ErrorCode::AdapterInvalid);
+    }
+    fs::remove_file(&scales).unwrap();
+    let plain = read_adapter(&path).unwrap();
+    for (name, entry) in &plain.linears {
+        let expected = &adapter.linears[name].factors;
+        assert!(entry.factors.codes().is_none());
+        assert_eq!((entry.factors.a(), entry.factors.b()), (expected.a(), expected.b()));
     }
 }

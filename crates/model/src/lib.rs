@@ -6,6 +6,7 @@ mod backend;
 mod batch;
 mod block;
 mod candle_backend;
+mod compensation_choice;
 mod config_fields;
 mod contained;
 mod cpu_backend;
@@ -34,6 +35,7 @@ pub use backend::{AttentionShape, Backend, ColumnRuns};
 pub use batch::{Batch, Segment};
 pub use block::{Block, Taps};
 pub use candle_backend::CandleBackend;
+pub use compensation_choice::CompensationChoice;
 pub use cpu_backend::CpuBackend;
 pub use decoder_family::{
     BiasRule, DecoderFamily, ExpertRule, FAMILIES, FusedHeads, NormKind, PositionRule, ResidualRule, SizeFields,

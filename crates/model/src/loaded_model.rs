@@ -10,8 +10,8 @@ use crate::divergence::divergence;
 use crate::perplexity::{WindowLogits, WindowRunner};
 
 use crate::{
-    Backend, CandleBackend, CpuBackend, DecoderSpec, Divergence, GenerateOptions, Generation, GenerationSummary, Model,
-    Perplexity, Piece,
+    Backend, CandleBackend, CompensationChoice, CpuBackend, DecoderSpec, Divergence, GenerateOptions, Generation,
+    GenerationSummary, Model, Perplexity, Piece,
 };
 
 /// Names of the backends.
@@ -24,8 +24,8 @@ pub struct LoadOptions {
     pub backend: String,
     /// How the `cpu` backend multiplies.
     pub precision: Precision,
-    /// Use the `eora/` factors of the checkpoint.
-    pub compensation: bool,
+    /// Which compensation goes into the products.
+    pub compensation: CompensationChoice,
     /// LoRA adapters: name and folder.
     pub adapters: Vec<(String, PathBuf)>,
 }
@@ -181,7 +181,7 @@ fn load_on<B: Backend>(
     cancel: &CancelToken,
     progress: &Progress,
 ) -> Result<Arc<Model<B>>> {
-    let mut model = Model::load(checkpoint, backend, options.compensation, cancel, progress)?;
+    let mut model = Model::load(checkpoint, backend, &options.compensation, cancel, progress)?;
     for (name, folder) in &options.adapters {
         cancel.check()?;
         model.add_adapter(name, &read_adapter(folder)?)?;

@@ -6,8 +6,8 @@ use kintsugi_weights::Adapter;
 
 use crate::model_weights::check_factors;
 use crate::{
-    Backend, Batch, Block, BlockWeights, DecoderSpec, Embedding, ModelWeights, RotaryTables, Session, Tokenizer,
-    attach_compensation, read_tokenizer,
+    Backend, Batch, Block, BlockWeights, CompensationChoice, DecoderSpec, Embedding, ModelWeights, RotaryTables,
+    Session, Tokenizer, attach_compensation, read_tokenizer,
 };
 
 /// A whole decoder on one backend.
@@ -23,21 +23,21 @@ pub struct Model<B: Backend> {
 }
 
 impl<B: Backend> Model<B> {
-    /// Reads and packs a checkpoint block by block; with `compensation`, its `eora/` factors go into the products.
+    /// Reads and packs a checkpoint block by block; the factors of `compensation` go into the products.
     ///
     /// # Errors
     /// What reading, the configuration or packing reports; `ERR_CANCELLED`.
     pub fn load(
         checkpoint: &Checkpoint,
         backend: B,
-        compensation: bool,
+        compensation: &CompensationChoice,
         cancel: &CancelToken,
         progress: &Progress,
     ) -> Result<Self> {
         let spec = DecoderSpec::of(checkpoint)?;
         progress.begin("load", spec.layers as u64 + 1);
         let tokenizer = read_tokenizer(checkpoint, &spec)?;
-        let factors = if compensation { checkpoint.compensation()? } else { None };
+        let factors = compensation.read(checkpoint)?;
         let outside = ModelWeights::read(checkpoint, &spec)?;
         let mut model = Self::without_blocks(spec, backend, tokenizer, &outside)?;
         progress.advance(1);

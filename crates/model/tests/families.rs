@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 
 use kintsugi_checkpoint::Checkpoint;
 use kintsugi_kernels::Kernels;
-use kintsugi_model::{Backend, Batch, CandleBackend, CpuBackend, DecoderSpec, FAMILIES, Model, Precision, Session};
+use kintsugi_model::{
+    Backend, Batch, CandleBackend, CompensationChoice, CpuBackend, DecoderSpec, FAMILIES, Model, Precision, Session,
+};
 use kintsugi_runtime::{CancelToken, CpuLevel, Progress, ThreadPool};
 use kintsugi_weights::{Adapter, AdapterEntry, ElementType, LowRank};
 use serde::Deserialize;
@@ -30,7 +32,7 @@ fn recorded(folder: &Path) -> Recorded {
 
 fn load<B: Backend>(folder: &Path, backend: B) -> Model<B> {
     let checkpoint = Checkpoint::open(folder).unwrap();
-    Model::load(&checkpoint, backend, true, &CancelToken::new(), &Progress::new()).unwrap()
+    Model::load(&checkpoint, backend, &CompensationChoice::default(), &CancelToken::new(), &Progress::new()).unwrap()
 }
 
 fn best() -> CpuBackend {

@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 use kintsugi_checkpoint::Checkpoint;
 use kintsugi_checkpoint::gguf::{GgufPlan, GgufSummary, GgufType, write_gguf};
 use kintsugi_kernels::Kernels;
-use kintsugi_model::{Backend, Batch, CandleBackend, CpuBackend, Model, Precision, Session, Tokenizer};
+use kintsugi_model::{
+    Backend, Batch, CandleBackend, CompensationChoice, CpuBackend, Model, Precision, Session, Tokenizer,
+};
 use kintsugi_runtime::{CancelToken, CpuLevel, Error, ErrorCode, Progress, ThreadPool};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -28,7 +30,7 @@ fn export(source: &Path, type_name: &str, target: &Path) -> Result<GgufSummary, 
 
 fn load<B: Backend>(path: &Path, backend: B) -> Model<B> {
     let checkpoint = Checkpoint::open(path).unwrap();
-    Model::load(&checkpoint, backend, true, &CancelToken::new(), &Progress::new()).unwrap()
+    Model::load(&checkpoint, backend, &CompensationChoice::default(), &CancelToken::new(), &Progress::new()).unwrap()
 }
 
 fn best() -> CpuBackend {

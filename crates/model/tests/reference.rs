@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use kintsugi_checkpoint::{Checkpoint, read_adapter};
 use kintsugi_kernels::{Kernels, PAGE_POSITIONS};
 use kintsugi_model::{
-    Backend, Batch, CandleBackend, CpuBackend, GenerateOptions, Generation, Model, Precision, SamplingOptions, Session,
+    Backend, Batch, CandleBackend, CompensationChoice, CpuBackend, GenerateOptions, Generation, Model, Precision,
+    SamplingOptions, Session,
 };
 use kintsugi_runtime::{CancelToken, CpuLevel, ErrorCode, Progress, ThreadPool};
 
@@ -15,7 +16,7 @@ fn assets(name: &str) -> PathBuf {
 
 fn load<B: Backend>(name: &str, backend: B) -> Model<B> {
     let checkpoint = Checkpoint::open(&assets(name)).unwrap();
-    Model::load(&checkpoint, backend, true, &CancelToken::new(), &Progress::new()).unwrap()
+    Model::load(&checkpoint, backend, &CompensationChoice::default(), &CancelToken::new(), &Progress::new()).unwrap()
 }
 
 fn cpu(level: CpuLevel, precision: Precision) -> CpuBackend {

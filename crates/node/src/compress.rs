@@ -1,16 +1,15 @@
 use kintsugi_compress::AxisRule;
 use kintsugi_model::{CandleBackend, CpuBackend};
-use kintsugi_pipeline::{
-    ActivationPlace, CalibrationKind, CalibrationRecipe, EoraRecipe, LinearOverride, Recipe,
-    compress as run_compression, plan,
-};
+use kintsugi_pipeline::{LinearOverride, Recipe, compress as run_compression, plan};
 use kintsugi_runtime::Result;
 use kintsugi_weights::ElementType;
 use napi::Env;
 use napi::bindgen_prelude::Object;
 use napi_derive::napi;
 
+use crate::calibration::BindingCalibration;
 use crate::control::BindingControl;
+use crate::eora::BindingEora;
 use crate::error::{invalid_option, to_napi};
 use crate::job::{spawn, to_json};
 use crate::model::precision;
@@ -39,22 +38,11 @@ pub struct BindingCompressOptions {
     pub damping: f64,
     /// `auto`, `bf16`, `f16` or `f32`.
     pub scale_type: String,
-    /// Plain text, whatever its name.
-    pub calibration_text: Option<String>,
-    /// A file whose ending says what it holds.
-    pub calibration_file: Option<String>,
-    pub calibration_field: String,
-    pub calibration_sequences: u32,
-    pub calibration_length: u32,
-    pub calibration_seed: Option<f64>,
-    /// `auto`, `memory` or `disk`.
-    pub activations: String,
-    pub subset: bool,
+    pub calibration: Option<BindingCalibration>,
     pub save_statistics: Option<String>,
     /// Bytes.
     pub memory: Option<f64>,
-    /// 0 for none.
-    pub eora_rank: u32,
+    pub eora: Option<BindingEora>,
     /// `f32` or `exact`; `src/compress.ts` refuses `fast`.
     pub precision: String,
     /// `cpu` or `candle`.
@@ -109,6 +97,7 @@ fn recipe(options: &BindingCompressOptions) -> Result<Recipe> {
             Some(ElementType::from_name(name).ok_or_else(|| invalid_option("scaleType", name, &valid))?)
         }
     };
+    let eora = options.eora.as_ref().map(BindingEora::recipe).transpose()?;
     Ok(Recipe {
         source: options.source.clone().into(),
         out: options.out.clone().into(),
@@ -135,33 +124,10 @@ fn recipe(options: &BindingCompressOptions) -> Result<Recipe> {
         static_groups: options.static_groups,
         damping: options.damping,
         scale_type,
-        calibration: calibration(options)?,
+        calibration: options.calibration.as_ref().map(|given| given.recipe(eora.is_some())).transpose()?,
         save_statistics: options.save_statistics.as_ref().map(Into::into),
-        eora: (options.eora_rank > 0).then_some(EoraRecipe { rank: options.eora_rank as usize }),
+        eora,
         fresh: options.fresh,
         memory: options.memory.map(|bytes| bytes as u64),
     })
-}
-
-fn calibration(options: &BindingCompressOptions) -> Result<Option<CalibrationRecipe>> {
-    let (file, kind) = match (&options.calibration_text, &options.calibration_file) {
-        (Some(text), _) => (text, CalibrationKind::Text),
-        (None, Some(file)) => (file, CalibrationKind::of(file.as_ref())?),
-        (None, None) => return Ok(None),
-    };
-    Ok(Some(CalibrationRecipe {
-        file: file.into(),
-        kind,
-        field: options.calibration_field.clone(),
-        sequences: options.calibration_sequences as usize,
-        length: options.calibration_length as usize,
-        seed: options.calibration_seed.map(|seed| seed as u64),
-        subset: options.subset,
-        activations: match options.activations.as_str() {
-            "auto" => ActivationPlace::Auto,
-            "memory" => ActivationPlace::Memory,
-            "disk" => ActivationPlace::Disk,
-            other => return Err(invalid_option("calibration.activations", other, &["auto", "memory", "disk"])),
-        },
-    }))
 }

@@ -4,11 +4,14 @@
 #![allow(unreachable_pub, reason = "exported items are reached through Node-API, not through Rust paths")]
 #![cfg_attr(test, allow(dead_code, reason = "the `#[napi]` macros export nothing in tests"))]
 
+mod calibration;
 mod checkpoint;
+mod compensate;
 mod compress;
 mod control;
 mod convert;
 mod doctor;
+mod eora;
 mod error;
 mod fold;
 mod generation;

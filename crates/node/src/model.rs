@@ -3,7 +3,7 @@ use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard};
 
 use kintsugi_kernels::Kernels;
-use kintsugi_model::{LoadOptions, LoadedModel, Precision};
+use kintsugi_model::{CompensationChoice, LoadOptions, LoadedModel, Precision};
 use kintsugi_runtime::Result;
 use napi::Env;
 use napi::bindgen_prelude::Object;
@@ -23,7 +23,11 @@ pub struct BindingLoadOptions {
     /// `cpu` or `candle`.
     pub backend: String,
     /// Use the `eora/` factors of the checkpoint.
-    pub compensation: bool,
+    pub own_compensation: bool,
+    /// Another PEFT folder with factors.
+    pub compensation_folder: Option<String>,
+    /// Most directions of each.
+    pub eora_rank: Option<u32>,
     /// Name and folder of each LoRA adapter.
     pub adapters: HashMap<String, String>,
 }
@@ -51,7 +55,11 @@ pub fn load_model<'env>(
         let load = LoadOptions {
             backend: options.backend,
             precision: precision(&options.precision)?,
-            compensation: options.compensation,
+            compensation: CompensationChoice {
+                own: options.own_compensation,
+                folder: options.compensation_folder.map(Into::into),
+                rank: options.eora_rank.map(|rank| rank as usize),
+            },
             adapters,
         };
         let model = LoadedModel::load(&PathBuf::from(options.path), &load, &cancel, &progress)?;

@@ -1,15 +1,18 @@
 use std::time::Instant;
 
 use kintsugi_calibration::Calibration;
-use kintsugi_compensate::{EoraOptions, ResidualError, eora, residual_error};
+use kintsugi_compensate::{Certificate, HoldOut, HoldOutError, RankProfile, ResidualError, compensate, residual_error};
 use kintsugi_compress::{BlockMethod, LinearMethod, linear_method};
 use kintsugi_model::{Backend, Block, BlockWeights, DecoderSpec, TapPoint};
 use kintsugi_runtime::{CancelToken, Error, ErrorCode, Result, ThreadPool};
-use kintsugi_weights::{DenseMatrix, ElementType, GroupSize, LinearWeight, LowRank, QuantizedMatrix, WeightMatrix};
+use kintsugi_weights::{DenseMatrix, ElementType, GroupAxis, GroupSize, LinearWeight, LowRank, WeightMatrix};
 
 use crate::memory_plan::{split, statistics_bytes};
 use crate::scale_folding::{FoldedBlock, ScaleFolding};
-use crate::{CalibrationStream, LinearReport, MemoryPlan, PhaseSeconds, Recipe, SavedStatistics, StatisticsWriter};
+use crate::{
+    CalibrationStream, CapturedInputs, LinearReport, MemoryPlan, PhaseSeconds, Recipe, SavedStatistics,
+    StatisticsWriter,
+};
 
 /// Compresses one decoder block after another and carries the calibration activations along.
 pub struct BlockCompressor<'a, B: Backend> {
@@ -23,6 +26,8 @@ pub struct BlockCompressor<'a, B: Backend> {
     saved: Option<StatisticsWriter>,
     /// Bytes that the statistics of one pass may take.
     statistics_room: u64,
+    /// Directions of the factors that run in the blocks behind.
+    deployed_rank: usize,
     phases: PhaseSeconds,
 }
 
@@ -45,6 +50,43 @@ pub struct CompressedBlock {
     pub linears: Vec<LinearReport>,
     /// Norms and biases that have changed: names inside the block, and values.
     pub rewritten: Vec<(String, Vec<f32>)>,
+    /// The factors that were solved for each Linear, of the largest rank.
+    pub factors: Vec<Option<LowRank>>,
+    /// What each rank of them leaves.
+    pub profiles: Vec<Option<RankProfile>>,
+}
+
+impl CompressedBlock {
+    /// The profiles that are needed until the end of a job: those of one that divides a budget of ranks.
+    pub(crate) fn profiles_to_keep(&self, recipe: &Recipe) -> Vec<Option<RankProfile>> {
+        let divides = recipe.eora.as_ref().is_some_and(|eora| eora.allocation.is_some());
+        if divides { self.profiles.clone() } else { Vec::new() }
+    }
+}
+
+/// What was found for one Linear.
+struct CompressedLinear {
+    weight: LinearWeight,
+    report: LinearReport,
+    factors: Option<LowRank>,
+    profile: Option<RankProfile>,
+}
+
+/// What is known about the inputs of a Linear.
+#[derive(Clone, Copy)]
+struct KnownInputs<'a> {
+    statistics: Option<&'a Calibration>,
+    held_out: Option<&'a HoldOut>,
+}
+
+/// A compensation that may be none.
+#[derive(Default)]
+struct Solved {
+    factors: Option<LowRank>,
+    error: Option<ResidualError>,
+    hold_out: Option<HoldOutError>,
+    certificate: Option<Certificate>,
+    profile: Option<RankProfile>,
 }
 
 impl<'a, B: Backend> BlockCompressor<'a, B> {
@@ -62,7 +104,19 @@ impl<'a, B: Backend> BlockCompressor<'a, B> {
         let method = recipe.method()?;
         let block_method = recipe.block_method();
         let (statistics_room, phases) = (memory.statistics_room, PhaseSeconds::default());
-        Ok(BlockCompressor { recipe, spec, backend, block_method, method, input, saved: None, statistics_room, phases })
+        let deployed_rank = recipe.eora.as_ref().map_or(0, |eora| eora.uniform_rank(spec));
+        Ok(BlockCompressor {
+            recipe,
+            spec,
+            backend,
+            block_method,
+            method,
+            input,
+            saved: None,
+            statistics_room,
+            deployed_rank,
+            phases,
+        })
     }
 
     /// Saves the statistics with `writer`, too.
@@ -97,10 +151,37 @@ impl<'a, B: Backend> BlockCompressor<'a, B> {
     /// # Errors
     /// What the solvers report, with the Linear as subject; `ERR_CANCELLED`.
     pub fn compress(&mut self, index: usize, original: BlockWeights, cancel: &CancelToken) -> Result<CompressedBlock> {
+        self.run(index, original, None, cancel)
+    }
+
+    /// Compensates block `index` of a checkpoint that is compressed already: `original` are its weights before, in the
+    /// form that norms and biases of `compressed` ask for. Blocks must come in order.
+    ///
+    /// # Errors
+    /// As [`BlockCompressor::compress`].
+    pub fn compensate(
+        &mut self,
+        index: usize,
+        original: BlockWeights,
+        compressed: &BlockWeights,
+        cancel: &CancelToken,
+    ) -> Result<CompressedBlock> {
+        self.run(index, original, Some(compressed), cancel)
+    }
+
+    fn run(
+        &mut self,
+        index: usize,
+        original: BlockWeights,
+        compressed: Option<&BlockWeights>,
+        cancel: &CancelToken,
+    ) -> Result<CompressedBlock> {
         let types: Vec<ElementType> = original.linears.iter().map(element_type).collect();
         let FoldedBlock { mut weights, alphas, rewritten } = self.fold(index, original, cancel)?;
         let spec = self.spec;
-        let mut linears: Vec<Option<LinearReport>> = vec![None; spec.linears.len()];
+        let count = spec.linears.len();
+        let mut linears: Vec<Option<LinearReport>> = vec![None; count];
+        let (mut factors, mut profiles) = (vec![None; count], vec![None; count]);
         let mut runnable = match &self.input {
             CalibrationInput::Stream(_) => Some(Block::prepare(self.backend, spec, index, &weights)?),
             _ => None,
@@ -109,14 +190,17 @@ impl<'a, B: Backend> BlockCompressor<'a, B> {
             (0..spec.linears.len()).filter(|&place| points.contains(&spec.linears[place].slot.tap())).collect()
         };
         for stage in &self.recipe.stages(spec) {
-            for points in split(stage, self.statistics_room, |point| statistics_bytes(spec, point)) {
+            let held_out = self.stream().map_or(0, CalibrationStream::held_out);
+            for points in split(stage, self.statistics_room, |point| statistics_bytes(spec, point, held_out)) {
                 let started = Instant::now();
-                let mut statistics = match (&mut self.input, &runnable) {
+                let CapturedInputs { mut statistics, mut held_out } = match (&mut self.input, &runnable) {
                     (CalibrationInput::Stream(stream), Some(block)) => {
                         stream.capture(self.backend, block, &points, cancel)?
                     }
-                    (CalibrationInput::Saved(saved), _) => saved.read(index, &points)?,
-                    _ => Default::default(),
+                    (CalibrationInput::Saved(saved), _) => {
+                        CapturedInputs { statistics: saved.read(index, &points)?, ..Default::default() }
+                    }
+                    _ => CapturedInputs::default(),
                 };
                 if let Some(saved) = &self.saved {
                     statistics.iter().try_for_each(|(&point, statistics)| saved.write(index, point, statistics))?;
@@ -128,14 +212,18 @@ impl<'a, B: Backend> BlockCompressor<'a, B> {
                     cancel.check()?;
                     let linear = &spec.linears[place];
                     let (name, point) = (spec.linear_name(index, linear), linear.slot.tap());
-                    let (weight, mut report) = self
-                        .compress_linear(&name, &weights.linears[place], types[place], statistics.get(&point))
+                    let inputs = KnownInputs { statistics: statistics.get(&point), held_out: held_out.get(&point) };
+                    let given = compressed.map(|block| &block.linears[place]);
+                    let mut found = self
+                        .compress_linear(&name, &weights.linears[place], types[place], given, inputs)
                         .map_err(|error| with_subject(error, &name))?;
-                    report.alpha = alphas[place];
-                    weights.linears[place] = weight;
-                    linears[place] = Some(report);
+                    found.report.alpha = alphas[place];
+                    weights.linears[place] = found.weight;
+                    linears[place] = Some(found.report);
+                    (factors[place], profiles[place]) = (found.factors, found.profile);
                     if !places[i + 1..].iter().any(|&later| spec.linears[later].slot.tap() == point) {
                         statistics.remove(&point);
+                        held_out.remove(&point);
                     }
                 }
             }
@@ -151,7 +239,8 @@ impl<'a, B: Backend> BlockCompressor<'a, B> {
             stream.advance(self.backend, block, cancel)?;
             self.phases.calibrate += started.elapsed().as_secs_f64();
         }
-        Ok(CompressedBlock { weights, linears: linears.into_iter().flatten().collect(), rewritten })
+        let linears = linears.into_iter().flatten().collect();
+        Ok(CompressedBlock { weights, linears, rewritten, factors, profiles })
     }
 
     /// The block as the block method rewrites it, or as it is without one.
@@ -170,66 +259,99 @@ impl<'a, B: Backend> BlockCompressor<'a, B> {
         Ok(folded)
     }
 
+    /// Compresses a Linear, or takes the `given` form of it, and compensates what was lost.
     fn compress_linear(
         &mut self,
         name: &str,
         original: &LinearWeight,
         stored: ElementType,
-        statistics: Option<&Calibration>,
-    ) -> Result<(LinearWeight, LinearReport)> {
+        given: Option<&LinearWeight>,
+        inputs: KnownInputs<'_>,
+    ) -> Result<CompressedLinear> {
         let pool = ThreadPool::global();
         let WeightMatrix::Dense(dense) = &original.matrix else {
             return Err(Error::new(ErrorCode::QuantizationUnsupported, "the Linear is compressed already")
-                .hint("Compress the original checkpoint"));
+                .hint("Give the original checkpoint"));
         };
         let options = self.recipe.quantize_options(name, stored);
-        let started = Instant::now();
-        // No token of the calibration may reach an expert: nothing but its weights is known then.
-        let blind = statistics.is_none() && self.method.needs_calibration();
-        let method = if blind { linear_method("rtn")? } else { self.method };
-        let quantized = method.compress(dense, statistics, &options, pool)?;
-        self.phases.compress += started.elapsed().as_secs_f64();
+        let statistics = inputs.statistics;
+        let compressed = match given {
+            Some(given) => given.clone(),
+            None => {
+                let started = Instant::now();
+                // No token of the calibration may reach an expert: nothing but its weights is known then.
+                let blind = statistics.is_none() && self.method.needs_calibration();
+                let method = if blind { linear_method("rtn")? } else { self.method };
+                let matrix = WeightMatrix::Quantized(method.compress(dense, statistics, &options, pool)?);
+                self.phases.compress += started.elapsed().as_secs_f64();
+                LinearWeight { bias: original.bias.clone(), ..LinearWeight::plain(matrix) }
+            }
+        };
 
         let started = Instant::now();
-        let (low_rank, error) = self.compensate(dense, &quantized, statistics, pool)?;
+        let solved = self.solve(dense, &compressed, inputs, pool)?;
         self.phases.compensate += started.elapsed().as_secs_f64();
 
+        let (bits, group_size, group_axis, stored_bits) = match &compressed.matrix {
+            WeightMatrix::Quantized(matrix) => {
+                let group_size = match matrix.group_size() {
+                    GroupSize::Columns(size) => Some(size),
+                    GroupSize::WholeRow => None,
+                };
+                (matrix.bits(), group_size, matrix.group_axis(), matrix.stored_bits())
+            }
+            WeightMatrix::Dense(matrix) => {
+                let bits = matrix.element_type().bits();
+                (bits as u8, None, GroupAxis::Input, (matrix.rows() * matrix.columns() * bits) as u64)
+            }
+        };
         let report = LinearReport {
             name: name.to_owned(),
             rows: dense.rows(),
             columns: dense.columns(),
-            bits: quantized.bits(),
-            group_size: match options.group_size {
-                GroupSize::Columns(size) => Some(size),
-                GroupSize::WholeRow => None,
-            },
-            group_axis: quantized.group_axis(),
+            bits,
+            group_size,
+            group_axis,
             alpha: None,
-            rank: low_rank.as_ref().map_or(0, LowRank::rank),
+            rank: solved.factors.as_ref().map_or(0, LowRank::rank),
             calibration_tokens: statistics.map(Calibration::tokens),
-            stored_bits: quantized.stored_bits() + low_rank.as_ref().map_or(0, LowRank::stored_bits),
-            error,
+            stored_bits: stored_bits + solved.factors.as_ref().map_or(0, LowRank::stored_bits),
+            error: solved.error,
+            hold_out: solved.hold_out,
+            certificate: solved.certificate,
         };
-        let matrix = WeightMatrix::Quantized(quantized);
-        Ok((LinearWeight { matrix, bias: original.bias.clone(), low_rank }, report))
+        // What runs in the next blocks is what will be deployed, as far as that is known.
+        let deployed = solved.factors.as_ref().filter(|_| self.deployed_rank > 0);
+        let deployed = deployed.map(|factors| factors.prefix(self.deployed_rank));
+        let low_rank = match (&compressed.low_rank, deployed) {
+            (Some(there), Some(new)) => Some(there.beside(&new)),
+            (there, new) => new.or_else(|| there.clone()),
+        };
+        let weight = LinearWeight { low_rank, ..compressed };
+        Ok(CompressedLinear { weight, report, factors: solved.factors, profile: solved.profile })
     }
 
-    fn compensate(
+    fn solve(
         &self,
         dense: &DenseMatrix,
-        quantized: &QuantizedMatrix,
-        statistics: Option<&Calibration>,
+        compressed: &LinearWeight,
+        inputs: KnownInputs<'_>,
         pool: &ThreadPool,
-    ) -> Result<(Option<LowRank>, Option<ResidualError>)> {
-        let Some(statistics) = statistics else { return Ok((None, None)) };
+    ) -> Result<Solved> {
+        let Some(statistics) = inputs.statistics else { return Ok(Solved::default()) };
         let Some(recipe) = &self.recipe.eora else {
-            let quantized = residual_error(dense, quantized, statistics, pool);
-            return Ok((None, Some(ResidualError { quantized, compensated: quantized, bound: quantized })));
+            let quantized = residual_error(dense, compressed, statistics, pool);
+            let error = ResidualError { quantized, compensated: quantized, bound: quantized };
+            return Ok(Solved { error: Some(error), ..Solved::default() });
         };
-        // bf16 factors are exact in every type that a server may load them in.
-        let options = EoraOptions { rank: recipe.rank, factor_type: ElementType::Bf16 };
-        let solved = eora(dense, quantized, statistics, &options, pool)?;
-        Ok((solved.factors, Some(solved.error)))
+        let solved = compensate(dense, compressed, statistics, inputs.held_out, &recipe.options()?, pool)?;
+        Ok(Solved {
+            hold_out: solved.profile.hold_out_error(solved.profile.largest_rank()),
+            factors: solved.factors,
+            error: Some(solved.error),
+            certificate: solved.certificate,
+            profile: Some(solved.profile),
+        })
     }
 }
 

@@ -86,7 +86,8 @@ pub(crate) fn reading_bytes(recipe: &CalibrationRecipe) -> u64 {
 
 /// Tokens after which reading may stop: chance chooses among all of them, without it the first are taken.
 pub(crate) fn enough_tokens(recipe: &CalibrationRecipe) -> usize {
-    if recipe.seed.is_some() { usize::MAX } else { recipe.sequences.saturating_mul(recipe.length) }
+    let sequences = recipe.sequences.saturating_add(recipe.hold_out);
+    if recipe.seed.is_some() { usize::MAX } else { sequences.saturating_mul(recipe.length) }
 }
 
 /// Bytes at the beginning of a text that hold so many tokens, by experience.

@@ -1,8 +1,10 @@
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::Path;
 
 use kintsugi_calibration::{Calibration, CalibrationBuilder};
 use kintsugi_checkpoint::Checkpoint;
+use kintsugi_compensate::HoldOut;
 use kintsugi_kernels::PAGE_POSITIONS;
 use kintsugi_model::{Backend, Batch, Block, DecoderSpec, Embedding, RotaryTables, TapPoint, Taps, Workspace};
 use kintsugi_runtime::{CancelToken, Result, ThreadPool};
@@ -12,6 +14,15 @@ use crate::activation_buffer::ActivationBuffer;
 
 /// Rows of one forward pass; several sequences share a pass as long as they fit.
 const ROWS_PER_PASS: usize = 1024;
+
+/// The inputs of Linears, by the points that they read at.
+#[derive(Clone, Debug, Default)]
+pub struct CapturedInputs {
+    /// Without points that no token reached.
+    pub statistics: BTreeMap<TapPoint, Calibration>,
+    /// Of the tokens that take no part in the statistics.
+    pub held_out: BTreeMap<TapPoint, HoldOut>,
+}
 
 /// What of a block runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,6 +40,8 @@ pub struct CalibrationStream<B: Backend> {
     /// The input of the next block.
     hidden: ActivationBuffer,
     length: usize,
+    /// Tokens at the end that take no part in statistics.
+    held_out: usize,
     spec: DecoderSpec,
     /// Buffers of a forward pass; they go when a block has been captured or left.
     workspace: Option<(Workspace<B>, B::Tensor)>,
@@ -76,12 +89,23 @@ impl<B: Backend> CalibrationStream<B> {
 
     fn empty(spec: &DecoderSpec, text: &CalibrationTokens, folder: Option<&Path>) -> Self {
         let hidden = ActivationBuffer::new(text.tokens().len(), spec.hidden_size, folder);
-        CalibrationStream { hidden, length: text.length(), spec: spec.clone(), workspace: None }
+        CalibrationStream {
+            hidden,
+            length: text.length(),
+            held_out: text.held_out(),
+            spec: spec.clone(),
+            workspace: None,
+        }
     }
 
     /// Number of tokens.
     pub fn tokens(&self) -> usize {
         self.hidden.rows()
+    }
+
+    /// Tokens at the end that take no part in statistics.
+    pub fn held_out(&self) -> usize {
+        self.held_out
     }
 
     /// Rows of one forward pass over sequences of `length` tokens.
@@ -101,8 +125,8 @@ impl<B: Backend> CalibrationStream<B> {
         self.hidden.save(folder)
     }
 
-    /// Statistics of the inputs that the Linears at `points` read when `block` runs on the stream, which stays as it
-    /// is.
+    /// The inputs that the Linears at `points` read when `block` runs on the stream, which stays as it is: statistics,
+    /// and the rows of tokens that take no part in them.
     ///
     /// # Errors
     /// `ERR_VALUE_NOT_FINITE` when activations overflow; `ERR_CANCELLED`.
@@ -112,19 +136,30 @@ impl<B: Backend> CalibrationStream<B> {
         block: &Block<B>,
         points: &[TapPoint],
         cancel: &CancelToken,
-    ) -> Result<BTreeMap<TapPoint, Calibration>> {
+    ) -> Result<CapturedInputs> {
         let pool = ThreadPool::global();
         let mut builders: BTreeMap<TapPoint, CalibrationBuilder> = BTreeMap::new();
+        let mut rows: BTreeMap<TapPoint, (usize, Vec<f32>)> = BTreeMap::new();
         let spec = self.spec.clone();
         let width_at = |point| spec.linears.iter().find(|linear| linear.slot.tap() == point).map(|l| l.columns);
-        self.run(backend, block, false, cancel, &mut |point, tensor| {
+        let (seen, tokens) = (self.tokens() - self.held_out, self.tokens());
+        self.run(backend, block, 0..seen, false, cancel, &mut |point, tensor| {
             if let Some(width) = width_at(point).filter(|_| points.contains(&point)) {
                 let values = backend.download(tensor)?;
                 builders.entry(point).or_insert_with(|| CalibrationBuilder::new(width)).push(&values, pool)?;
             }
             Ok(())
         })?;
-        Ok(builders.into_iter().map(|(point, builder)| (point, builder.finish(pool))).collect())
+        self.run(backend, block, seen..tokens, false, cancel, &mut |point, tensor| {
+            if let Some(width) = width_at(point).filter(|_| points.contains(&point)) {
+                rows.entry(point).or_insert((width, Vec::new())).1.extend_from_slice(&backend.download(tensor)?);
+            }
+            Ok(())
+        })?;
+        Ok(CapturedInputs {
+            statistics: builders.into_iter().map(|(point, builder)| (point, builder.finish(pool))).collect(),
+            held_out: rows.into_iter().map(|(point, (width, rows))| (point, HoldOut::new(width, rows))).collect(),
+        })
     }
 
     /// Replaces the stream by what `block` makes of it: the input of the next block.
@@ -132,7 +167,7 @@ impl<B: Backend> CalibrationStream<B> {
     /// # Errors
     /// What the backend reports; `ERR_OUTPUT_UNWRITABLE`, `ERR_CANCELLED`.
     pub fn advance(&mut self, backend: &B, block: &Block<B>, cancel: &CancelToken) -> Result<()> {
-        self.run(backend, block, true, cancel, &mut |_, _| Ok(()))?;
+        self.run(backend, block, 0..self.tokens(), true, cancel, &mut |_, _| Ok(()))?;
         self.hidden.turn();
         Ok(())
     }
@@ -143,7 +178,7 @@ impl<B: Backend> CalibrationStream<B> {
     /// `ERR_OUTPUT_UNWRITABLE` when they cannot be read.
     pub(crate) fn first_rows(&self, tokens: usize) -> Result<Vec<f32>> {
         let rows = (tokens / self.length).max(1) * self.length;
-        self.hidden.read(0..rows.min(self.tokens()))
+        self.hidden.read(0..rows.min(self.tokens() - self.held_out))
     }
 
     /// What a part of `block` makes of `rows`, whole sequences.
@@ -165,20 +200,21 @@ impl<B: Backend> CalibrationStream<B> {
         Ok(found)
     }
 
-    /// Runs the whole block over the stream, and writes what it makes of it if that is to be kept.
+    /// Runs the whole block over tokens of the stream, whole sequences, and writes what it makes of it if that is to be kept.
     fn run(
         &mut self,
         backend: &B,
         block: &Block<B>,
+        tokens: Range<usize>,
         keep: bool,
         cancel: &CancelToken,
         taps: Taps<'_, B>,
     ) -> Result<()> {
         let mut cache = backend.kv_cache(block.attention_shape())?;
-        let (tokens, rows_per_pass) = (self.tokens(), self.rows_per_pass());
-        for first in (0..tokens).step_by(rows_per_pass) {
+        let rows_per_pass = self.rows_per_pass();
+        for first in tokens.clone().step_by(rows_per_pass) {
             cancel.check()?;
-            let values = self.hidden.read(first..tokens.min(first + rows_per_pass))?;
+            let values = self.hidden.read(first..tokens.end.min(first + rows_per_pass))?;
             self.pass(backend, block, BlockPart::Whole, &values, &mut cache, taps)?;
             if let (true, Some((_, pass))) = (keep, &self.workspace) {
                 self.hidden.write(first, &backend.download(pass)?)?;

@@ -11,6 +11,7 @@ use crate::calibration_source::{enough_tokens, read_tokens};
 pub struct CalibrationTokens {
     tokens: Vec<u32>,
     length: usize,
+    held_out: usize,
 }
 
 impl CalibrationTokens {
@@ -35,18 +36,32 @@ impl CalibrationTokens {
                 .subject(recipe.file.display())
                 .hint("Give more of it or a smaller calibration.length"));
         }
-        Ok(CalibrationTokens { tokens: choose(tokens, recipe.sequences, length, recipe.seed), length })
+        let tokens = choose(tokens, recipe.sequences.saturating_add(recipe.hold_out), length, recipe.seed);
+        // The others come first: a short file has none to hold out.
+        let held_out = tokens.len().saturating_sub(recipe.sequences.saturating_mul(length));
+        Ok(CalibrationTokens { tokens, length, held_out })
     }
 
     /// The first sequences that together have at most `tokens` tokens; at least one.
     pub(crate) fn first(&self, tokens: usize) -> Self {
         let count = (tokens / self.length).max(1) * self.length;
-        CalibrationTokens { tokens: self.tokens[..count.min(self.tokens.len())].to_vec(), length: self.length }
+        let tokens = self.tokens[..count.min(self.seen())].to_vec();
+        CalibrationTokens { tokens, length: self.length, held_out: 0 }
     }
 
     /// All tokens, sequence after sequence.
     pub fn tokens(&self) -> &[u32] {
         &self.tokens
+    }
+
+    /// How many of them, at the end, take no part in statistics.
+    pub fn held_out(&self) -> usize {
+        self.held_out
+    }
+
+    /// How many of them, at the beginning, statistics are taken from.
+    pub fn seen(&self) -> usize {
+        self.tokens.len() - self.held_out
     }
 
     /// Tokens of a sequence.

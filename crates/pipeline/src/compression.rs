@@ -1,21 +1,22 @@
 use std::collections::HashSet;
+use std::path::Path;
 use std::time::Instant;
 
 use kintsugi_checkpoint::{
-    Checkpoint, CheckpointWriter, LinearFormat, QuantizationConfig, Scheme, UnitRecord, linear_format, read_adapter,
-    write_adapter,
+    Checkpoint, CheckpointWriter, LinearFormat, QuantizationConfig, Scheme, UnitRecord, linear_format,
 };
 use kintsugi_model::{Backend, BlockWeights, DecoderSpec};
 use kintsugi_runtime::{CancelToken, Error, ErrorCode, Progress, Result, peak_memory_bytes, replace_file};
-use kintsugi_weights::{Adapter, AdapterEntry, GroupAxis, WeightMatrix};
+use kintsugi_weights::{GroupAxis, WeightMatrix};
 use serde_json::Value;
 
 use crate::bit_allocation::{BitAllocation, Search};
-use crate::ledger::{Ledger, LedgerUnit, identity};
+use crate::ledger::{Ledger, LedgerUnit, identity, is_worth_resuming};
 use crate::plan::stored_type;
+use crate::solved_factors::SolvedFactors;
 use crate::{
-    BlockCompressor, CalibrationInput, CalibrationStream, CalibrationTokens, CompressedBlock, LinearReport, MeanError,
-    PhaseSeconds, Plan, Recipe, Report, SavedStatistics, StatisticsWriter, Summary,
+    BlockCompressor, CalibrationInput, CalibrationStream, CalibrationTokens, CompensationSummary, CompressedBlock,
+    MeanError, PhaseSeconds, Plan, Recipe, Report, SavedStatistics, StatisticsWriter, Summary,
 };
 
 /// What `recipe` would do, from the headers of the checkpoint alone.
@@ -43,14 +44,22 @@ pub(crate) enum CalibrationData {
 
 impl CalibrationData {
     /// Tokens that the model reads.
-    fn tokens(&self) -> usize {
+    pub(crate) fn tokens(&self) -> usize {
         match self {
             CalibrationData::Tokens(tokens) => tokens.tokens().len(),
             CalibrationData::None | CalibrationData::Saved(_) => 0,
         }
     }
 
-    fn read(recipe: &Recipe, checkpoint: &Checkpoint, spec: &DecoderSpec) -> Result<Self> {
+    /// Those that statistics are taken from.
+    pub(crate) fn seen(&self) -> usize {
+        match self {
+            CalibrationData::Tokens(tokens) => tokens.seen(),
+            CalibrationData::None | CalibrationData::Saved(_) => 0,
+        }
+    }
+
+    pub(crate) fn read(recipe: &Recipe, checkpoint: &Checkpoint, spec: &DecoderSpec) -> Result<Self> {
         Ok(match &recipe.calibration {
             None => CalibrationData::None,
             Some(calibration) if recipe.uses_statistics() => {
@@ -81,7 +90,7 @@ pub fn compress<B: Backend>(recipe: &Recipe, backend: &B, cancel: &CancelToken, 
     progress.begin("prepare", spec.layers as u64);
     let calibration = CalibrationData::read(recipe, &checkpoint, &spec)?;
     let plan = Plan::new(recipe, &checkpoint, &spec, calibration.tokens())?;
-    let identity = identity(recipe, &checkpoint, &calibration, &backend.identity())?;
+    let identity = identity(recipe, &[&checkpoint], &calibration, &backend.identity())?;
     plan.disk.check(recipe)?;
     let (writer, ledger, units) = begin(recipe, &checkpoint, linear_format(plan.format)?, &identity)?;
     let mut job = Compression { recipe, checkpoint: &checkpoint, spec: &spec, writer, ledger, units, started };
@@ -92,14 +101,29 @@ pub fn compress<B: Backend>(recipe: &Recipe, backend: &B, cancel: &CancelToken, 
             Ok(report)
         }
         Err(error) => {
-            use ErrorCode::{Cancelled, Io, OutputBusy, OutputUnwritable, ResumeMismatch};
-            let kept = matches!(error.code, Cancelled | Io | OutputBusy | OutputUnwritable | ResumeMismatch);
-            if !kept || (job.units.len() < 2 && !BitAllocation::is_found(job.writer.folder())) {
+            if !is_worth_resuming(&error) || (job.units.len() < 2 && !BitAllocation::is_found(job.writer.folder())) {
                 job.writer.discard();
                 recipe.save_statistics.as_deref().inspect(|path| StatisticsWriter::discard(path));
             }
             Err(error)
         }
+    }
+}
+
+/// Refuses a checkpoint that is compressed already, as the original of another.
+///
+/// # Errors
+/// `ERR_QUANTIZATION_UNSUPPORTED`.
+pub(crate) fn refuse_compressed(checkpoint: &Checkpoint) -> Result<()> {
+    let stated = checkpoint.quantization().map(|quantization| format!("{} bits", quantization.bits));
+    match stated.or_else(|| checkpoint.block_type().map(|main| main.name.to_owned())) {
+        None => Ok(()),
+        Some(form) => Err(Error::new(
+            ErrorCode::QuantizationUnsupported,
+            format!("the checkpoint is compressed already, to {form}"),
+        )
+        .subject(checkpoint.path().display())
+        .hint("Give the original checkpoint")),
     }
 }
 
@@ -153,8 +177,7 @@ impl Compression<'_> {
         if self.units.is_empty() {
             phases.write += timed(|| copy_outside(&mut self.writer, self.checkpoint, spec, cancel))?.1;
             let part = self.writer.end_unit()?;
-            let nothing = CompressedBlockFiles::default();
-            self.record(part, Vec::new(), nothing, before.0, before.1.plus(phases))?;
+            self.record(LedgerUnit { part, phases: before.1.plus(phases), ..LedgerUnit::default() }, before.0)?;
         }
         let finished_blocks = self.units.len() - 1;
         let folder = self.writer.folder().to_path_buf();
@@ -173,7 +196,7 @@ impl Compression<'_> {
         };
         let recipe = allocated.as_ref().unwrap_or(recipe);
         let on_disk = plan.memory.activations_on_disk.then_some(folder.as_path());
-        let tokens = calibration.tokens() as u64;
+        let tokens = calibration.seen() as u64;
         let done = finished_blocks == spec.layers;
         let saver = match &recipe.save_statistics {
             // The last run may have ended before the file had its name.
@@ -182,16 +205,8 @@ impl Compression<'_> {
             }
             _ => None,
         };
-        let input = match (calibration, &self.units[finished_blocks].activations) {
-            (CalibrationData::Saved(saved), _) => CalibrationInput::Saved(*saved),
-            (CalibrationData::Tokens(text), _) if finished_blocks == 0 => {
-                CalibrationInput::Stream(CalibrationStream::new(self.checkpoint, spec, &text, on_disk)?)
-            }
-            (CalibrationData::Tokens(text), Some(saved)) if !done => {
-                CalibrationInput::Stream(CalibrationStream::resume(spec, &text, on_disk, &folder, saved)?)
-            }
-            _ => CalibrationInput::None,
-        };
+        let finished = (finished_blocks, self.units[finished_blocks].activations.as_deref());
+        let input = calibration_input(self.checkpoint, spec, calibration, finished, on_disk, &folder)?;
         let mut compressor = BlockCompressor::new(recipe, spec, backend, input, &plan.memory)?.saving(saver);
         progress.resume(finished_blocks as u64);
         for block in finished_blocks..spec.layers {
@@ -203,11 +218,19 @@ impl Compression<'_> {
             let writing = Instant::now();
             write_block(&mut self.writer, self.checkpoint, spec, block, &compressed)?;
             let part = self.writer.end_unit()?;
-            let mut files = self.write_factors(block, &compressed)?;
-            files.activations = compressor.stream().map(|stream| stream.save(self.writer.folder())).transpose()?;
+            let factors = SolvedFactors::save(self.writer.folder(), spec, block, &compressed.factors)?;
+            let activations = compressor.stream().map(|stream| stream.save(self.writer.folder())).transpose()?;
             phases.write += writing.elapsed().as_secs_f64();
-            let so_far = before.1.plus(phases).plus(compressor.phases());
-            self.record(part, compressed.linears, files, before.0, so_far)?;
+            let unit = LedgerUnit {
+                part,
+                profiles: compressed.profiles_to_keep(recipe),
+                linears: compressed.linears,
+                activations,
+                factors,
+                phases: before.1.plus(phases).plus(compressor.phases()),
+                ..LedgerUnit::default()
+            };
+            self.record(unit, before.0)?;
             self.writer.keep();
             progress.advance(1);
         }
@@ -215,15 +238,16 @@ impl Compression<'_> {
         compressor.finish_saving()?;
         progress.at("write", "");
         let finishing = Instant::now();
+        let solved = SolvedFactors::divide(recipe, spec, &self.units)?;
         if !self.writer.has_compensation() {
-            let factors = self.factors()?;
+            let factors = solved.read(self.writer.folder(), &self.units)?;
             self.writer.write_compensation(&factors)?;
         }
-        self.remove_block_files()?;
+        remove_block_files(self.writer.folder())?;
         let config = self.quantization_config(linear_format(plan.format)?);
         let bytes = self.writer.seal(&config)? - self.ledger.bytes();
         phases.write += finishing.elapsed().as_secs_f64();
-        let linears: Vec<LinearReport> = self.units.iter().flat_map(|unit| unit.linears.clone()).collect();
+        let SolvedFactors { linears, allocation } = solved;
         // Statistics know how many tokens they were taken from.
         let most_tokens = linears.iter().filter_map(|linear| linear.calibration_tokens).max().unwrap_or(0);
         let stored_bits: u64 = linears.iter().map(|linear| linear.stored_bits).sum();
@@ -237,6 +261,7 @@ impl Compression<'_> {
                 quantized_weights: plan.quantized_weights,
                 calibration_tokens: tokens.max(most_tokens),
                 mean_error: MeanError::over(&linears),
+                compensation: CompensationSummary::over(&linears, allocation),
                 seconds: before.0 + self.started.elapsed().as_secs_f64(),
                 phases: before.1.plus(phases).plus(compressor.phases()),
                 peak_memory_bytes: peak_memory_bytes(),
@@ -268,76 +293,56 @@ impl Compression<'_> {
         })
     }
 
-    fn record(
-        &mut self,
-        part: Option<UnitRecord>,
-        linears: Vec<LinearReport>,
-        files: CompressedBlockFiles,
-        seconds_before: f64,
-        phases: PhaseSeconds,
-    ) -> Result<()> {
-        let CompressedBlockFiles { activations, factors } = files;
-        let seconds = seconds_before + self.started.elapsed().as_secs_f64();
-        let unit = LedgerUnit { part, linears, activations, factors, seconds, phases };
+    fn record(&mut self, unit: LedgerUnit, seconds_before: f64) -> Result<()> {
+        let unit = LedgerUnit { seconds: seconds_before + self.started.elapsed().as_secs_f64(), ..unit };
         self.ledger.append(&unit)?;
         self.units.push(unit);
         Ok(())
     }
-
-    /// What a later run needs beside the part file and the input of the next block: the factors of the block.
-    fn write_factors(&self, block: usize, compressed: &CompressedBlock) -> Result<CompressedBlockFiles> {
-        let mut files = CompressedBlockFiles::default();
-        let mut adapter = Adapter::default();
-        for (linear, weight) in self.spec.linears.iter().zip(&compressed.weights.linears) {
-            if let Some(low_rank) = &weight.low_rank {
-                let entry = AdapterEntry { factors: low_rank.clone(), scaling: 1.0 };
-                adapter.linears.insert(self.spec.linear_name(block, linear), entry);
-            }
-        }
-        if !adapter.linears.is_empty() {
-            let name = format!("factors-{block:05}");
-            let folder = self.writer.folder().join(&name);
-            // An earlier run may have been interrupted between this folder and its record.
-            if folder.exists() {
-                std::fs::remove_dir_all(&folder).map_err(|error| Error::unwritable(&folder, &error))?;
-            }
-            write_adapter(&folder, &adapter, "partial")?;
-            files.factors = Some(name);
-        }
-        Ok(files)
-    }
-
-    /// The factors of all blocks.
-    fn factors(&self) -> Result<Adapter> {
-        let mut all = Adapter::default();
-        for folder in self.units.iter().filter_map(|unit| unit.factors.as_ref()) {
-            all.linears.extend(read_adapter(&self.writer.folder().join(folder))?.linears);
-        }
-        Ok(all)
-    }
-
-    /// Removes what was for a later run only, and what an interrupted one was writing.
-    fn remove_block_files(&self) -> Result<()> {
-        let folder = self.writer.folder();
-        let remove = || {
-            for entry in std::fs::read_dir(folder)? {
-                let (name, path) = entry.map(|entry| (entry.file_name(), entry.path()))?;
-                let name = name.to_string_lossy();
-                if name.starts_with("activations-") || name.starts_with("factors-") || name.ends_with(".partial") {
-                    if path.is_dir() { std::fs::remove_dir_all(path) } else { std::fs::remove_file(path) }?;
-                }
-            }
-            Ok(())
-        };
-        remove().map_err(|error| Error::unwritable(folder, &error))
-    }
 }
 
-/// Names of the files that a finished block leaves beside its part, for a later run.
-#[derive(Default)]
-struct CompressedBlockFiles {
-    activations: Option<String>,
-    factors: Option<String>,
+/// Where the statistics of the next block come from: after so many finished blocks, the last of which has left the
+/// input of the next in `folder` under a name. Activations are kept in files of `on_disk`, or in memory.
+///
+/// # Errors
+/// What reading the embedding or the activations reports.
+pub(crate) fn calibration_input<B: Backend>(
+    checkpoint: &Checkpoint,
+    spec: &DecoderSpec,
+    calibration: CalibrationData,
+    (finished_blocks, saved): (usize, Option<&str>),
+    on_disk: Option<&Path>,
+    folder: &Path,
+) -> Result<CalibrationInput<B>> {
+    Ok(match (calibration, saved) {
+        (CalibrationData::Saved(saved), _) => CalibrationInput::Saved(*saved),
+        (CalibrationData::Tokens(text), _) if finished_blocks == 0 => {
+            CalibrationInput::Stream(CalibrationStream::new(checkpoint, spec, &text, on_disk)?)
+        }
+        (CalibrationData::Tokens(text), Some(saved)) if finished_blocks < spec.layers => {
+            CalibrationInput::Stream(CalibrationStream::resume(spec, &text, on_disk, folder, saved)?)
+        }
+        _ => CalibrationInput::None,
+    })
+}
+
+/// Removes from the folder of a job what was for a later run only, and what an interrupted one was writing.
+///
+/// # Errors
+/// `ERR_OUTPUT_UNWRITABLE`.
+pub(crate) fn remove_block_files(folder: &Path) -> Result<()> {
+    let remove = || {
+        for entry in std::fs::read_dir(folder)? {
+            let (name, path) = entry.map(|entry| (entry.file_name(), entry.path()))?;
+            let name = name.to_string_lossy();
+            if name.starts_with("activations-") || name.starts_with(SolvedFactors::PREFIX) || name.ends_with(".partial")
+            {
+                if path.is_dir() { std::fs::remove_dir_all(path) } else { std::fs::remove_file(path) }?;
+            }
+        }
+        Ok(())
+    };
+    remove().map_err(|error| Error::unwritable(folder, &error))
 }
 
 /// Copies every tensor that does not belong to a block.
@@ -385,7 +390,8 @@ fn write_block(
     Ok(())
 }
 
-fn timed<T>(work: impl FnOnce() -> Result<T>) -> Result<(T, f64)> {
+/// What `work` gives, and the seconds that it took.
+pub(crate) fn timed<T>(work: impl FnOnce() -> Result<T>) -> Result<(T, f64)> {
     let started = Instant::now();
     Ok((work()?, started.elapsed().as_secs_f64()))
 }

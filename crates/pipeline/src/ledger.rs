@@ -5,12 +5,13 @@ use std::path::{Component, Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
 use kintsugi_checkpoint::{Checkpoint, UnitRecord};
+use kintsugi_compensate::RankProfile;
 use kintsugi_runtime::{Error, ErrorCode, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use crate::compression::CalibrationData;
-use crate::{LinearReport, PhaseSeconds, Recipe};
+use crate::{LinearReport, PhaseSeconds};
 
 /// Largest ledger that is read; a record of a block takes some kilobytes.
 const LEDGER_LIMIT: u64 = 1 << 30;
@@ -26,13 +27,16 @@ pub(crate) struct Ledger {
 }
 
 /// A finished unit: the tensors outside of the blocks, or a block.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct LedgerUnit {
     /// What its part file holds.
     pub(crate) part: Option<UnitRecord>,
     /// What was done to each of its Linears.
     pub(crate) linears: Vec<LinearReport>,
+    /// What each rank of their factors leaves, where a budget of ranks is to be divided; else empty.
+    #[serde(default)]
+    pub(crate) profiles: Vec<Option<RankProfile>>,
     /// The file with the input of the next block; `None` without calibration.
     pub(crate) activations: Option<String>,
     /// The folder with its factors; `None` without.
@@ -156,18 +160,24 @@ impl Ledger {
     }
 }
 
+/// Whether a later run of a job may come further than this error: then what is done is kept.
+pub(crate) fn is_worth_resuming(error: &Error) -> bool {
+    use ErrorCode::{Cancelled, Io, OutputBusy, OutputUnwritable, ResumeMismatch};
+    matches!(error.code, Cancelled | Io | OutputBusy | OutputUnwritable | ResumeMismatch)
+}
+
 /// What the bytes that a job writes depend on.
 ///
 /// # Errors
-/// `ERR_CHECKPOINT_NOT_FOUND` when a file of the checkpoint has gone.
+/// `ERR_CHECKPOINT_NOT_FOUND` when a file of a checkpoint has gone.
 pub(crate) fn identity(
-    recipe: &Recipe,
-    checkpoint: &Checkpoint,
+    recipe: &impl Serialize,
+    checkpoints: &[&Checkpoint],
     calibration: &CalibrationData,
     engine: &str,
 ) -> Result<Value> {
     let mut inputs = Map::new();
-    let mut files = checkpoint.files();
+    let mut files: Vec<PathBuf> = checkpoints.iter().flat_map(|checkpoint| checkpoint.files()).collect();
     if let CalibrationData::Saved(saved) = calibration {
         files.push(saved.path().to_path_buf());
     }
@@ -227,8 +237,7 @@ mod tests {
     use super::*;
 
     fn unit(seconds: f64) -> LedgerUnit {
-        let phases = PhaseSeconds::default();
-        LedgerUnit { part: None, linears: Vec::new(), activations: None, factors: None, seconds, phases }
+        LedgerUnit { seconds, ..LedgerUnit::default() }
     }
 
     #[test]

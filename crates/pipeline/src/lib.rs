@@ -11,9 +11,11 @@ mod calibration_source;
 mod calibration_statistics;
 mod calibration_stream;
 mod calibration_tokens;
+mod compensation;
 mod compression;
 mod conversion;
 mod disk_plan;
+mod eora_recipe;
 mod folding;
 mod inspection;
 mod ledger;
@@ -22,20 +24,29 @@ mod memory_plan;
 mod merging;
 mod output_format;
 mod plan;
+mod rank_division;
 mod recipe;
+mod recovered_scales;
 mod report;
 mod scale_folding;
+mod solved_factors;
 
 pub use block_compressor::{BlockCompressor, CalibrationInput, CompressedBlock};
 pub use calibration_source::CalibrationKind;
 pub use calibration_statistics::{SavedStatistics, StatisticsWriter};
-pub use calibration_stream::CalibrationStream;
+pub use calibration_stream::{CalibrationStream, CapturedInputs};
 pub use calibration_tokens::CalibrationTokens;
+pub use compensation::{
+    CompensateRecipe, CompensationJobSummary, CompensationPlan, CompensationReport, PlannedCompensation, compensate,
+    plan_compensation,
+};
 pub use compression::{compress, plan};
 pub use conversion::{ConversionReport, ConvertRecipe, ConvertedLinear, convert};
 pub use disk_plan::DiskPlan;
+pub use eora_recipe::{AllocationRecipe, EoraRecipe, RankWeights};
 pub use folding::{FoldRecipe, FoldReport, fold_adapter};
 pub use inspection::{Inspection, inspect};
+pub use kintsugi_compensate::RankBudget;
 pub use linear_override::LinearOverride;
 pub use memory_plan::{MemoryParts, MemoryPlan};
 pub use merging::{
@@ -44,8 +55,9 @@ pub use merging::{
     plan_merge,
 };
 pub use plan::{Plan, PlannedLinear};
-pub use recipe::{ActivationPlace, CalibrationRecipe, EoraRecipe, Recipe};
-pub use report::{LinearReport, MeanError, PhaseSeconds, Report, Summary};
+pub use rank_division::AllocationReport;
+pub use recipe::{ActivationPlace, CalibrationRecipe, Recipe};
+pub use report::{CompensationSummary, LinearReport, MeanError, PhaseSeconds, Report, Summary};
 
 /// Readers without a public name, for the fuzz targets.
 #[doc(hidden)]

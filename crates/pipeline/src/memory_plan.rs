@@ -191,10 +191,11 @@ pub(crate) fn split(points: &[TapPoint], room: u64, bytes: impl Fn(TapPoint) -> 
     passes.into_iter().map(|(pass, _)| pass).collect()
 }
 
-/// Bytes of the statistics at one point of `spec`.
-pub(crate) fn statistics_bytes(spec: &DecoderSpec, point: TapPoint) -> u64 {
+/// Bytes of the statistics at one point of `spec`, and of the inputs of so many tokens that take no part in them.
+pub(crate) fn statistics_bytes(spec: &DecoderSpec, point: TapPoint, held_out: usize) -> u64 {
     let reads = |linear: &&LinearSpec| linear.slot.tap() == point;
-    spec.linears.iter().find(reads).map_or(0, |linear| Calibration::bytes(linear.columns))
+    let of = |linear: &LinearSpec| Calibration::bytes(linear.columns) + (held_out * linear.columns * 4) as u64;
+    spec.linears.iter().find(reads).map_or(0, of)
 }
 
 struct Shapes<'a> {
@@ -251,7 +252,8 @@ impl Shapes<'_> {
     }
 
     fn statistics(&self, points: &[TapPoint]) -> u64 {
-        points.iter().map(|&point| statistics_bytes(self.spec, point)).sum()
+        let held_out = self.recipe.passes().map_or(0, |calibration| calibration.hold_out * calibration.length);
+        points.iter().map(|&point| statistics_bytes(self.spec, point, held_out.min(self.tokens))).sum()
     }
 
     fn activations(&self) -> u64 {
@@ -290,7 +292,7 @@ impl Shapes<'_> {
     }
 
     fn rank(&self, linear: &LinearSpec) -> usize {
-        self.recipe.eora.map_or(0, |eora| eora.rank.min(linear.rows).min(linear.columns))
+        self.recipe.eora.as_ref().map_or(0, |eora| eora.rank.min(linear.rows).min(linear.columns))
     }
 
     /// One forward pass that takes statistics at `points`.
@@ -331,7 +333,7 @@ impl Shapes<'_> {
             _ => residual + (residual + side * side * 8).max(40 * side * side),
         };
         // Packed and encoded for the file, one byte per weight at most.
-        (gptq.max(bands)).max(errors).max(eora).max(m * k)
+        gptq.max(bands).max(errors).max(eora).max(m * k)
     }
 
     /// What a sample of tokens takes that runs through the block again and again: as input and output, twice each.

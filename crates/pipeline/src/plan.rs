@@ -6,6 +6,7 @@ use kintsugi_weights::ElementType;
 use serde::Serialize;
 
 use crate::bit_allocation::check_budget;
+use crate::compression::refuse_compressed;
 use crate::output_format::output_format;
 use crate::{DiskPlan, MemoryPlan, Recipe};
 
@@ -60,15 +61,7 @@ impl Plan {
     /// `ERR_CHECKPOINT_TENSOR_MISSING` for a Linear without weights, `ERR_QUANTIZATION_UNSUPPORTED` for a checkpoint
     /// that is compressed already, `ERR_MEMORY_EXCEEDED` for a job that does not fit into its memory.
     pub fn new(recipe: &Recipe, checkpoint: &Checkpoint, spec: &DecoderSpec, tokens: usize) -> Result<Self> {
-        let stated = checkpoint.quantization().map(|quantization| format!("{} bits", quantization.bits));
-        if let Some(form) = stated.or_else(|| checkpoint.block_type().map(|main| main.name.to_owned())) {
-            return Err(Error::new(
-                ErrorCode::QuantizationUnsupported,
-                format!("the checkpoint is compressed already, to {form}"),
-            )
-            .subject(checkpoint.path().display())
-            .hint("Compress the original checkpoint"));
-        }
+        refuse_compressed(checkpoint)?;
         let names: Vec<String> = (0..spec.layers)
             .flat_map(|block| spec.linears.iter().map(move |linear| spec.linear_name(block, linear)))
             .collect();
@@ -116,8 +109,8 @@ impl Plan {
 
 fn planned_linear(recipe: &Recipe, name: String, (rows, columns): (usize, usize)) -> PlannedLinear {
     let options = recipe.quantize_options(&name, ElementType::F16);
-    let rank = recipe.eora.map_or(0, |eora| eora.rank.min(rows).min(columns));
-    let factor_bits = (rank * (rows + columns) * 16) as u64;
+    let rank = recipe.eora.as_ref().map_or(0, |eora| eora.rank.min(rows).min(columns));
+    let factor_bits = recipe.eora.as_ref().map_or(0, |eora| eora.bits_per_rank(rows, columns) * rank as u64);
     let (bits, grid_bits) = match recipe.bit_budget {
         // At most; whatever the widths, they take together what the budget says.
         Some(budget) => (None, (budget.min(17.0) * (rows * columns) as f64) as u64),

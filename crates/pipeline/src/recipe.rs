@@ -2,7 +2,7 @@ use std::path::PathBuf;
 
 use kintsugi_checkpoint::linear_format;
 use kintsugi_compress::{
-    AxisRule, BlockMethod, Clip, Gptq, LinearMethod, QuantizeOptions, block_method, linear_method,
+    AxisRule, BlockMethod, Clip, Gptq, LinearMethod, QuantizeOptions, Rtn, block_method, linear_method,
 };
 use kintsugi_model::{DecoderSpec, TapPoint};
 use kintsugi_runtime::{Error, ErrorCode, Result};
@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use crate::calibration_source::most_tokens;
 use crate::output_format::AUTO;
-use crate::{CalibrationKind, LinearOverride};
+use crate::{CalibrationKind, EoraRecipe, LinearOverride};
 
 /// What the user asked for.
 #[derive(Clone, Debug, Serialize)]
@@ -80,11 +80,23 @@ pub struct CalibrationRecipe {
     pub length: usize,
     /// Chooses the sequences by chance; `null` takes those at the beginning.
     pub seed: Option<u64>,
+    /// Sequences behind those that take no part in the statistics: errors of a compensation are measured on them, too.
+    pub hold_out: usize,
     /// Recompute the inputs of each group of Linears after those before it are compressed ("true sequential").
     pub subset: bool,
     /// Where the activations of all tokens are kept. Changes no bit of the output.
     #[serde(skip)]
     pub activations: ActivationPlace,
+}
+
+impl CalibrationRecipe {
+    /// Most tokens that are held out unless more are asked for.
+    const HELD_OUT_TOKENS: usize = 2048;
+
+    /// The usual number of sequences that are held out: an eighth of those that are not, while their tokens are few.
+    pub fn usual_hold_out(sequences: usize, length: usize) -> usize {
+        (sequences / 8).clamp(1, (Self::HELD_OUT_TOKENS / length.max(1)).max(1))
+    }
 }
 
 /// Where a job keeps the calibration activations.
@@ -99,15 +111,36 @@ pub enum ActivationPlace {
     Disk,
 }
 
-/// How the compensation is solved.
-#[derive(Clone, Copy, Debug, Serialize)]
-#[serde(rename_all = "camelCase")]
-pub struct EoraRecipe {
-    /// Rank of the factors of every Linear.
-    pub rank: usize,
-}
-
 impl Recipe {
+    /// Round to nearest, with everything else as a job has it that compresses nothing by itself.
+    pub(crate) fn rounding_only() -> Self {
+        let QuantizeOptions { bits, group_axis, symmetric, act_order, static_groups, damping, .. } =
+            QuantizeOptions::default();
+        Recipe {
+            source: PathBuf::new(),
+            out: PathBuf::new(),
+            method: Rtn.name().to_owned(),
+            rounding: Rtn.name().to_owned(),
+            bits,
+            bit_budget: None,
+            group_size: None,
+            group_axis,
+            overrides: Vec::new(),
+            format: AUTO.to_owned(),
+            symmetric,
+            clip: false,
+            act_order,
+            static_groups,
+            damping,
+            scale_type: None,
+            calibration: None,
+            save_statistics: None,
+            eora: None,
+            fresh: false,
+            memory: None,
+        }
+    }
+
     /// Checks the options against each other.
     ///
     /// # Errors
@@ -129,11 +162,7 @@ impl Recipe {
             return Err(missing_text(format!("the method '{}' needs calibration text", self.method)));
         }
         if let Some(eora) = &self.eora {
-            if eora.rank == 0 {
-                return Err(Error::new(ErrorCode::OptionInvalid, "a compensation of rank 0 compensates nothing")
-                    .subject("eora.rank")
-                    .hint("Leave eora out, or give a rank such as 32 or 64"));
-            }
+            eora.validate()?;
             if self.calibration.is_none() {
                 return Err(missing_text("EoRA needs calibration text".into()));
             }
@@ -222,7 +251,8 @@ impl Recipe {
     pub(crate) fn most_calibration_tokens(&self) -> usize {
         self.passes().map_or(0, |calibration| {
             let length = calibration.length.max(1);
-            calibration.sequences.min(most_tokens(calibration) / length).max(1).saturating_mul(length)
+            let sequences = calibration.sequences.saturating_add(calibration.hold_out);
+            sequences.min(most_tokens(calibration) / length).max(1).saturating_mul(length)
         })
     }
 

@@ -1,8 +1,8 @@
-use kintsugi_compensate::ResidualError;
+use kintsugi_compensate::{Certificate, HoldOutError, ResidualError};
 use kintsugi_weights::GroupAxis;
 use serde::{Deserialize, Serialize};
 
-use crate::Recipe;
+use crate::{AllocationReport, Recipe};
 
 /// What a compression did, as `report.json` holds it.
 #[derive(Clone, Debug, Serialize)]
@@ -34,6 +34,8 @@ pub struct Summary {
     pub calibration_tokens: u64,
     /// Mean over the Linears; `null` without calibration.
     pub mean_error: Option<MeanError>,
+    /// The compensation; `null` without.
+    pub compensation: Option<CompensationSummary>,
     /// Wall time.
     pub seconds: f64,
     /// Where the time went.
@@ -50,6 +52,50 @@ pub struct MeanError {
     pub quantized: f64,
     /// With it.
     pub compensated: f64,
+}
+
+/// All compensations of a model.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct CompensationSummary {
+    /// Mean rank over the Linears that have errors.
+    pub mean_rank: f64,
+    /// The largest quotient of an error and its bound: what rounding the factors costs, and the solver. `null` where no
+    /// bound is above zero.
+    pub worst_ratio: Option<f64>,
+    /// Linears whose compensation is proven to be the best.
+    pub certified: usize,
+    /// Linears whose solver promised that and did not prove it.
+    pub uncertified: usize,
+    /// Means over the Linears of the errors on inputs that took no part in the calibration; `null` without such inputs.
+    pub hold_out: Option<MeanError>,
+    /// How a budget of ranks was divided; `null` for one rank.
+    pub allocation: Option<AllocationReport>,
+}
+
+impl CompensationSummary {
+    /// Over the Linears of a job that compensates; `None` where none was solved.
+    pub(crate) fn over(linears: &[LinearReport], allocation: Option<AllocationReport>) -> Option<Self> {
+        let solved = || linears.iter().filter(|linear| linear.error.is_some());
+        if !linears.iter().any(|linear| linear.rank > 0 || linear.certificate.is_some()) {
+            return None;
+        }
+        let proofs = || linears.iter().filter_map(|linear| linear.certificate);
+        let ratio = |linear: &LinearReport| {
+            linear.error.filter(|error| error.bound > 0.0).map(|error| error.compensated / error.bound)
+        };
+        let held: Vec<HoldOutError> = linears.iter().filter_map(|linear| linear.hold_out).collect();
+        let mean = |of: fn(&HoldOutError) -> f64| held.iter().map(of).sum::<f64>() / held.len() as f64;
+        Some(CompensationSummary {
+            mean_rank: solved().map(|linear| linear.rank).sum::<usize>() as f64 / solved().count().max(1) as f64,
+            worst_ratio: linears.iter().filter_map(ratio).reduce(f64::max),
+            certified: proofs().filter(|proof| proof.holds).count(),
+            uncertified: proofs().filter(|proof| !proof.holds).count(),
+            hold_out: (!held.is_empty())
+                .then(|| MeanError { quantized: mean(|e| e.quantized), compensated: mean(|e| e.compensated) }),
+            allocation,
+        })
+    }
 }
 
 /// Seconds by phase.
@@ -94,6 +140,10 @@ pub struct LinearReport {
     pub stored_bits: u64,
     /// Of its outputs on the calibration inputs; `null` where no calibration token reached it.
     pub error: Option<ResidualError>,
+    /// On inputs that took no part in the calibration; `null` without compensation or such inputs.
+    pub hold_out: Option<HoldOutError>,
+    /// The proof that the compensation is the best one of the largest rank; `null` without one.
+    pub certificate: Option<Certificate>,
 }
 
 impl PhaseSeconds {

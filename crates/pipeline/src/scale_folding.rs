@@ -53,7 +53,7 @@ impl<B: Backend> ScaleFolding<'_, B> {
         }
         let mut block = Block::prepare(backend, spec, index, original)?;
         let taps: Vec<TapPoint> = spec.family.folds.iter().map(|fold| fold.readers[0].tap()).collect();
-        let statistics = stream.capture(backend, &block, &taps, cancel)?;
+        let statistics = stream.capture(backend, &block, &taps, cancel)?.statistics;
         let input = stream.first_rows(SAMPLE_TOKENS)?;
         let middle = stream.forward(backend, &block, BlockPart::Attention, &input, cancel)?;
         let output = stream.forward(backend, &block, BlockPart::Mlp, &middle, cancel)?;
@@ -265,6 +265,7 @@ mod tests {
             sequences: 2,
             length: 32,
             seed: None,
+            hold_out: 0,
             subset: false,
             activations: ActivationPlace::Auto,
         };

@@ -177,7 +177,7 @@ fn options_out_of_range() {
         (|recipe| recipe.bits = 7, "bits"),
         (|recipe| recipe.group_size = Some(0), "groupSize"),
         (|recipe| recipe.damping = -1.0, "damping"),
-        (|recipe| recipe.eora = Some(kintsugi_pipeline::EoraRecipe { rank: 0 }), "eora.rank"),
+        (|recipe| recipe.eora = Some(kintsugi_pipeline::EoraRecipe::uniform(0)), "eora.rank"),
         (|recipe| recipe.calibration = None, "calibration.file"),
     ];
     for (spoil, subject) in spoil {

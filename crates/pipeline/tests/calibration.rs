@@ -352,6 +352,7 @@ fn moments(source: &Path, file: &Path) -> Vec<Calibration> {
         sequences: 1000,
         length: LENGTH,
         seed: None,
+        hold_out: 0,
         subset: false,
         activations: ActivationPlace::Auto,
     };
@@ -360,7 +361,7 @@ fn moments(source: &Path, file: &Path) -> Vec<Calibration> {
     let weights = BlockWeights::read(&checkpoint, &spec, 0).unwrap();
     let block = Block::prepare(&backend(), &spec, 0, &weights).unwrap();
     let points = [TapPoint::AttentionInput, TapPoint::MlpActivation];
-    let found = stream.capture(&backend(), &block, &points, &CancelToken::new()).unwrap();
+    let found = stream.capture(&backend(), &block, &points, &CancelToken::new()).unwrap().statistics;
     assert_eq!(found.len(), 2);
     found.into_values().collect()
 }

@@ -10,7 +10,7 @@ use crate::common::backend;
 use crate::merges::{assets as adapters, recipe, refused, relative, run, sum, updates, write_adapter};
 use kintsugi_checkpoint::{AdapterFolder, Checkpoint, read_adapter};
 use kintsugi_merge::{RankRule, ScaleRule};
-use kintsugi_model::{Batch, Model, Session};
+use kintsugi_model::{Batch, CompensationChoice, Model, Session};
 use kintsugi_pipeline::{MergeRecipe, RankPadding, compress, plan_merge};
 use kintsugi_runtime::{CancelToken, ErrorCode, Progress};
 use kintsugi_weights::ElementType;
@@ -46,7 +46,8 @@ fn task(name: &str) -> PathBuf {
 fn logits(model: &Path, compensation: bool, adapter: &Path) -> Vec<f64> {
     let checkpoint = Checkpoint::open(model).unwrap();
     let (cancel, progress) = (CancelToken::new(), Progress::new());
-    let mut model = Model::load(&checkpoint, backend(), compensation, &cancel, &progress).unwrap();
+    let choice = CompensationChoice { own: compensation, ..CompensationChoice::nothing() };
+    let mut model = Model::load(&checkpoint, backend(), &choice, &cancel, &progress).unwrap();
     model.add_adapter("a", &read_adapter(adapter).unwrap()).unwrap();
     let text = fs::read_to_string(crate::common::assets("text/eval-shakespeare.txt")).unwrap();
     let mut tokens = model.tokenizer().encode(&text[..400], false).unwrap();

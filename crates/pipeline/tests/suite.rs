@@ -5,6 +5,7 @@ mod awq;
 mod bad_input;
 mod calibration;
 mod common;
+mod compensation;
 mod conversion;
 mod families;
 mod folding;

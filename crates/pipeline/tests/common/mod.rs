@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use kintsugi_compress::AxisRule;
 use kintsugi_kernels::Kernels;
-use kintsugi_model::{CpuBackend, LoadOptions, LoadedModel, Precision};
+use kintsugi_model::{CompensationChoice, CpuBackend, LoadOptions, LoadedModel, Precision};
 use kintsugi_pipeline::{ActivationPlace, CalibrationKind, CalibrationRecipe, EoraRecipe, Recipe};
 use kintsugi_runtime::{CancelToken, CpuLevel, Progress, ThreadPool};
 
@@ -46,19 +46,24 @@ pub(crate) fn recipe(source: &Path, out: &Path, method: &str, bits: u8, rank: us
             sequences: 64,
             length: 256,
             seed: None,
+            hold_out: 0,
             subset: false,
             activations: ActivationPlace::Auto,
         }),
         save_statistics: None,
-        eora: (rank > 0).then_some(EoraRecipe { rank }),
+        eora: (rank > 0).then(|| EoraRecipe::uniform(rank)),
         fresh: false,
         memory: None,
     }
 }
 
 pub(crate) fn load(path: &Path) -> LoadedModel {
-    let options =
-        LoadOptions { backend: "cpu".to_owned(), precision: Precision::F32, compensation: true, adapters: Vec::new() };
+    load_with(path, CompensationChoice::default())
+}
+
+pub(crate) fn load_with(path: &Path, compensation: CompensationChoice) -> LoadedModel {
+    let (backend, precision) = ("cpu".to_owned(), Precision::F32);
+    let options = LoadOptions { backend, precision, compensation, adapters: Vec::new() };
     LoadedModel::load(path, &options, &CancelToken::new(), &Progress::new()).unwrap()
 }
 

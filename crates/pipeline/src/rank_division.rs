@@ -1,0 +1,172 @@
+use kintsugi_compensate::{RankCandidate, RankProfile, allocate_ranks};
+use kintsugi_runtime::Result;
+use serde::Serialize;
+
+use crate::eora_recipe::{EoraRecipe, RankWeights};
+
+/// The ranks that the Linears of a model get of a budget.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct RankDivision {
+    /// For each Linear.
+    pub(crate) ranks: Vec<usize>,
+    /// What was found about it.
+    pub(crate) report: AllocationReport,
+}
+
+/// How a budget was divided, and what that is worth.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct AllocationReport {
+    /// `allocated`, or `uniform` where ranks that differ were no better on inputs that took no part.
+    pub chosen: &'static str,
+    /// The one rank that takes no more than the budget.
+    pub uniform_rank: usize,
+    /// Mean of the ranks that were chosen, over the Linears.
+    pub mean_rank: f64,
+    /// Bytes of all factors in memory.
+    pub bytes: u64,
+    /// Whether errors are measured on inputs that took no part, or for lack of them on the calibration inputs.
+    pub held_out: bool,
+    /// Error of all outputs with one rank, relative and weighted as asked; on inputs that did not decide either.
+    pub uniform: f64,
+    /// The same with the ranks that were divided.
+    pub allocated: f64,
+}
+
+/// A Linear that was solved.
+pub(crate) struct SolvedLinear<'a> {
+    pub(crate) rows: usize,
+    pub(crate) columns: usize,
+    /// `None` where nothing is known about its inputs.
+    pub(crate) profile: Option<&'a RankProfile>,
+}
+
+/// Inputs that an error is measured on.
+#[derive(Clone, Copy)]
+enum Inputs {
+    Calibration,
+    /// A part of those that took no part in the calibration.
+    HeldOut(usize),
+}
+
+impl RankDivision {
+    /// Divides the budget of a recipe; `None` when it has none.
+    ///
+    /// # Errors
+    /// `ERR_OPTION_INVALID`.
+    pub(crate) fn new(recipe: &EoraRecipe, uniform_rank: usize, linears: &[SolvedLinear<'_>]) -> Result<Option<Self>> {
+        let Some(allocation) = &recipe.allocation else { return Ok(None) };
+        let weight = |profile: &RankProfile| match allocation.weights {
+            RankWeights::Outputs if profile.original > 0.0 => 1.0 / profile.original,
+            _ => 1.0,
+        };
+        let candidate = |linear: &SolvedLinear<'_>| RankCandidate {
+            energies: linear.profile.map_or_else(|| vec![0.0], |profile| profile.calibration.clone()),
+            weight: linear.profile.map_or(0.0, weight),
+            bits_per_rank: recipe.bits_per_rank(linear.rows, linear.columns),
+        };
+        let candidates: Vec<RankCandidate> = linears.iter().map(candidate).collect();
+        let allocated = allocate_ranks(&candidates, allocation.budget, recipe.limits(allocation))?;
+        let uniform: Vec<usize> = linears.iter().map(|linear| largest(linear).min(uniform_rank)).collect();
+        let profiles = || linears.iter().filter_map(|linear| linear.profile);
+        let held_out = profiles().any(|profile| profile.hold_out.is_some());
+        let error = |ranks: &[usize], inputs: Inputs| {
+            let (mut left, mut total) = (0.0, 0.0);
+            for (linear, &rank) in linears.iter().zip(ranks) {
+                let Some(profile) = linear.profile else { continue };
+                let (energies, original) = match (inputs, &profile.hold_out) {
+                    (Inputs::HeldOut(part), Some(held)) => (&held.energies[part], held.original[part]),
+                    // An expert that no held out token reached.
+                    (Inputs::HeldOut(_), None) => continue,
+                    (Inputs::Calibration, _) => (&profile.calibration, profile.original),
+                };
+                // The weight is that of the calibration, so that both rankings speak of one aim.
+                left += weight(profile) * energies[rank.min(energies.len() - 1)];
+                total += weight(profile) * original;
+            }
+            if total > 0.0 { (left / total).sqrt() } else { left.sqrt() }
+        };
+        let (deciding, reported) = match held_out {
+            true => (Inputs::HeldOut(0), Inputs::HeldOut(1)),
+            false => (Inputs::Calibration, Inputs::Calibration),
+        };
+        let better = error(&allocated, deciding) < error(&uniform, deciding);
+        let (of_uniform, of_allocated) = (error(&uniform, reported), error(&allocated, reported));
+        let ranks = if better { allocated } else { uniform };
+        let bits = |(linear, &rank): (&SolvedLinear<'_>, &usize)| {
+            recipe.bits_per_rank(linear.rows, linear.columns) * rank as u64
+        };
+        let report = AllocationReport {
+            chosen: if better { "allocated" } else { "uniform" },
+            uniform_rank,
+            mean_rank: ranks.iter().sum::<usize>() as f64 / ranks.len().max(1) as f64,
+            bytes: linears.iter().zip(&ranks).map(bits).sum::<u64>().div_ceil(8),
+            held_out,
+            uniform: of_uniform,
+            allocated: of_allocated,
+        };
+        Ok(Some(RankDivision { ranks, report }))
+    }
+}
+
+fn largest(linear: &SolvedLinear<'_>) -> usize {
+    linear.profile.map_or(0, RankProfile::largest_rank)
+}
+
+#[cfg(test)]
+mod tests {
+    use kintsugi_compensate::{HoldOutProfile, RankBudget};
+
+    use super::*;
+    use crate::eora_recipe::AllocationRecipe;
+
+    fn recipe(budget: RankBudget) -> EoraRecipe {
+        let allocation = AllocationRecipe { budget, min_rank: 0, multiple: 1, weights: RankWeights::Equal };
+        EoraRecipe { allocation: Some(allocation), ..EoraRecipe::uniform(4) }
+    }
+
+    fn profile(energies: [f64; 5], held: [[f64; 5]; 2]) -> RankProfile {
+        let hold_out = HoldOutProfile { tokens: 9, original: [10.0; 2], energies: held.map(Vec::from) };
+        RankProfile {
+            original: 10.0,
+            calibration: energies.to_vec(),
+            best: energies.to_vec(),
+            hold_out: Some(hold_out),
+        }
+    }
+
+    fn divide(profiles: &[RankProfile], budget: RankBudget) -> RankDivision {
+        let linear = |profile| SolvedLinear { rows: 8, columns: 8, profile: Some(profile) };
+        let linears: Vec<SolvedLinear<'_>> = profiles.iter().map(linear).collect();
+        RankDivision::new(&recipe(budget), 2, &linears).unwrap().unwrap()
+    }
+
+    #[test]
+    fn ranks_go_where_they_remove_most_and_the_third_part_reports() {
+        let (steep, flat) = ([9.0, 5.0, 2.0, 1.0, 0.5], [4.0, 3.9, 3.8, 3.7, 3.6]);
+        let third = [8.0, 7.0, 6.0, 5.0, 4.0];
+        let profiles = [profile(steep, [steep, third]), profile(flat, [flat, flat])];
+        let found = divide(&profiles, RankBudget::MeanRank(2.0));
+        assert_eq!((found.ranks, found.report.chosen, found.report.held_out), (vec![4, 0], "allocated", true));
+        assert!((found.report.allocated - ((4.0 + 4.0f64) / 20.0).sqrt()).abs() < 1e-12);
+        assert!((found.report.uniform - ((6.0 + 3.8f64) / 20.0).sqrt()).abs() < 1e-12);
+        assert_eq!((found.report.mean_rank, found.report.bytes), (2.0, 4 * 16 * 16 / 8));
+    }
+
+    #[test]
+    fn what_does_not_hold_on_other_inputs_is_not_done() {
+        let (steep, flat) = ([9.0, 5.0, 2.0, 1.0, 0.5], [4.0, 3.9, 3.8, 3.7, 3.6]);
+        // On other inputs it is the second one that profits.
+        let profiles = [profile(steep, [flat, flat]), profile(flat, [steep, steep])];
+        let found = divide(&profiles, RankBudget::MeanRank(2.0));
+        assert_eq!((found.ranks, found.report.chosen), (vec![2, 2], "uniform"));
+        assert!(found.report.allocated > found.report.uniform);
+    }
+
+    #[test]
+    fn linears_that_nothing_is_known_of_get_nothing() {
+        let linears = [SolvedLinear { rows: 8, columns: 8, profile: None }];
+        let found = RankDivision::new(&recipe(RankBudget::Bytes(1000)), 2, &linears).unwrap().unwrap();
+        assert_eq!((found.ranks, found.report.bytes), (vec![0], 0));
+    }
+}

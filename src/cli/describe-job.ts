@@ -1,0 +1,62 @@
+import type { CompensationSummary, CompressedLinear } from '../index.js'
+import { formatBytes, formatShare } from './format.js'
+import { formatTable } from './table.js'
+
+const LARGEST_ERRORS_SHOWN = 5
+
+/** Where the time went, the longest first: ` (calibrate 61 %, compress 30 %, write 9 %)`. */
+export function describePhases(phases: Record<string, number>): string {
+  const total = Object.values(phases).reduce((sum, seconds) => sum + seconds, 0)
+  const shares = Object.entries(phases)
+    .map(([phase, seconds]) => ({ phase, share: seconds / total }))
+    .filter(({ share }) => share >= 0.005)
+    .sort((a, b) => b.share - a.share)
+  return shares.length > 0 ? ` (${shares.map(({ phase, share }) => `${phase} ${formatShare(share)}`).join(', ')})` : ''
+}
+
+/** Lines about all compensations of a model. */
+export function describeCompensation(summary: CompensationSummary | null): [string, string | undefined][] {
+  if (summary === null) return []
+  const { allocation, certified, uncertified, holdOut, worstRatio } = summary
+  const proofs = certified + uncertified
+  return [
+    ['mean rank', allocation ? `${summary.meanRank.toFixed(1)}, ${formatBytes(allocation.bytes)}` : undefined],
+    [
+      'divided ranks',
+      allocation
+        ? `${formatShare(allocation.allocated)} instead of ${formatShare(allocation.uniform)} with rank ${allocation.uniformRank}` +
+          (allocation.chosen === 'uniform' ? ', not taken' : '')
+        : undefined,
+    ],
+    [
+      'on held out tokens',
+      holdOut ? `${formatShare(holdOut.quantized)} → ${formatShare(holdOut.compensated)} with factors` : undefined,
+    ],
+    ['above the bound', worstRatio === null ? undefined : `${formatShare(worstRatio - 1)} at most`],
+    ['proven the best', proofs > 0 ? `${certified} of ${proofs}` : undefined],
+  ]
+}
+
+/** A table of the Linears with the largest errors; `undefined` when none has one. */
+export function describeLargestErrors(linears: CompressedLinear[]): string | undefined {
+  const worst = linears
+    .flatMap(({ name, error }) => (error ? [{ name, error }] : []))
+    .sort((a, b) => b.error.compensated - a.error.compensated)
+    .slice(0, LARGEST_ERRORS_SHOWN)
+  if (worst.length === 0) return undefined
+  return formatTable(
+    [
+      { title: 'largest output errors' },
+      { title: 'quantized', align: 'right' },
+      { title: 'compensated', align: 'right' },
+      { title: 'bound', align: 'right' },
+    ],
+    worst.map(({ name, error }) => [
+      name,
+      formatShare(error.quantized),
+      formatShare(error.compensated),
+      formatShare(error.bound),
+    ]),
+    process.stdout,
+  )
+}

@@ -1,0 +1,135 @@
+import type { BindingEora } from '../index.js'
+import { KintsugiError } from './errors.js'
+import { integer, number, object, oneOf, optional, withDefault, withoutUndefined } from './options.js'
+
+/** How the compensation is solved. */
+export interface EoraOptions {
+  /**
+   * Rank of the factors of every Linear. Where a budget is divided (`meanRank`, `budgetBytes`) the largest rank of one,
+   * by default four times the mean, or 256.
+   */
+  rank?: number
+  /**
+   * How the directions are chosen. `fast`, the default: the best ones for the inputs, by an iteration that proves it;
+   * `exact`: the same completely; `diagonal`: as if channels were uncorrelated, for very few calibration tokens; `lorc`:
+   * as if all inputs were alike, a baseline.
+   */
+  solver?: EoraSolver
+  /** Bits of a value of the factors, default 16 (bf16). With 8 or 4 they are codes with scales. */
+  factorBits?: 16 | 8 | 4
+  /** Ranks that differ: as many bytes as this rank in every Linear takes, divided where they remove most error. */
+  meanRank?: number
+  /** In place of `meanRank`: bytes of all factors together. */
+  budgetBytes?: number
+  /** With a budget: least rank of a Linear, default 0. */
+  minRank?: number
+  /** With a budget: what ranks are multiples of, default 8. */
+  rankMultiple?: number
+  /**
+   * With a budget: what counts. `outputs`, the default: errors relative to the outputs of each Linear; `equal`: errors as
+   * they are.
+   */
+  rankWeights?: 'outputs' | 'equal'
+}
+
+/** A way to choose the directions of a compensation. */
+export type EoraSolver = 'fast' | 'exact' | 'diagonal' | 'lorc'
+
+/** {@link EoraOptions} with every default filled in. */
+export interface EoraRecipe {
+  rank: number
+  solver: EoraSolver
+  factorBits: number
+  /** `null` for one rank. */
+  allocation: null | {
+    budget: { meanRank: number } | { bytes: number }
+    minRank: number
+    multiple: number
+    weights: 'outputs' | 'equal'
+  }
+}
+
+/** Relative output errors on inputs that took no part in the calibration. */
+export interface HoldOutError {
+  /** Number of inputs. */
+  tokens: number
+  quantized: number
+  compensated: number
+}
+
+/** What proves that a compensation is as good as any of its rank. */
+export interface Certificate {
+  /** Relative output error before the factors are rounded. */
+  solved: number
+  /** No factors of that rank leave less. */
+  bound: number
+  /** Whether `solved` is within a thousandth of the bound. */
+  holds: boolean
+}
+
+/** All compensations of a model. */
+export interface CompensationSummary {
+  meanRank: number
+  /** The largest quotient of an error and its bound; `null` where no bound is above zero. */
+  worstRatio: number | null
+  /** Linears whose compensation is proven to be the best. */
+  certified: number
+  /** Linears whose solver promised that and did not prove it. */
+  uncertified: number
+  /** Means over the Linears on inputs that took no part in the calibration; `null` without such inputs. */
+  holdOut: null | { quantized: number; compensated: number }
+  /** How a budget of ranks was divided; `null` for one rank. */
+  allocation: null | RankAllocation
+}
+
+/** How a budget of ranks was divided, and what that is worth. */
+export interface RankAllocation {
+  /** `uniform` where ranks that differ were no better on inputs that took no part. */
+  chosen: 'allocated' | 'uniform'
+  /** The one rank that takes no more than the budget. */
+  uniformRank: number
+  meanRank: number
+  /** Bytes of all factors in memory. */
+  bytes: number
+  /** Whether errors are measured on inputs that took no part; else on the calibration inputs. */
+  heldOut: boolean
+  /** Weighted relative error with one rank, on inputs that did not decide either. */
+  uniform: number
+  /** The same with the ranks that were divided. */
+  allocated: number
+}
+
+/** Checks {@link EoraOptions}. */
+export const eoraSchema = object({
+  rank: optional(integer({ min: 1, max: 2 ** 16 })),
+  solver: withDefault(oneOf(['fast', 'exact', 'diagonal', 'lorc']), 'fast'),
+  factorBits: withDefault(oneOf([16, 8, 4]), 16),
+  meanRank: optional(number({ min: 0, max: 2 ** 16 })),
+  budgetBytes: optional(integer({ min: 1 })),
+  minRank: withDefault(integer({ min: 0, max: 2 ** 16 }), 0),
+  rankMultiple: withDefault(integer({ min: 1, max: 2 ** 16 }), 8),
+  rankWeights: withDefault(oneOf(['outputs', 'equal']), 'outputs'),
+})
+
+/** What the addon takes for a compensation. */
+export function eoraRequest(eora: ReturnType<typeof eoraSchema>): BindingEora {
+  const { rank, meanRank, budgetBytes } = eora
+  if (meanRank !== undefined && budgetBytes !== undefined) {
+    throw new KintsugiError({
+      code: 'ERR_OPTION_INVALID',
+      message: 'a mean rank and a budget of bytes exclude each other',
+      subject: 'eora.budgetBytes',
+      hint: 'Give one of both.',
+    })
+  }
+  const usual = meanRank === undefined ? budgetBytes && 256 : Math.ceil(4 * meanRank)
+  if (rank === undefined && usual === undefined) {
+    throw new KintsugiError({
+      code: 'ERR_OPTION_INVALID',
+      message: 'a compensation needs a rank',
+      subject: 'eora.rank',
+      hint: 'Give rank, such as 32 or 64, or a budget: meanRank or budgetBytes.',
+    })
+  }
+  return withoutUndefined({ ...eora, rank: rank ?? usual! })
+}
