@@ -315,6 +315,8 @@ fn ceilings() -> Vec<(&'static str, f64, fn())> {
                 ("vpmaddubsw and vpaddw", (LOOPS * 12 * 64) as f64, || unsafe { maddubs_avx2() }),
                 // SAFETY: as above.
                 ("vfmadd231ps zmm", (LOOPS * 12 * 32) as f64, || unsafe { fma_avx512() }),
+                // SAFETY: as above, with BF16 where this CPU has it.
+                ("vdpbf16ps", (LOOPS * 12 * 64) as f64, || unsafe { dpbf16_avx512() }),
             ];
         }
         CpuLevel::Avx2 => {
@@ -356,6 +358,22 @@ fn fma_avx512() {
     for _ in 0..LOOPS {
         for i in 0..12 {
             sums[i] = _mm512_fmadd_ps(sums[i], a, b);
+        }
+    }
+    black_box(sums);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn dpbf16_avx512() {
+    use std::arch::x86_64::*;
+    // SAFETY: both types are 512 plain bits.
+    let as_bf16 = |words: __m512i| unsafe { std::mem::transmute::<__m512i, __m512bh>(words) };
+    let (a, b) = black_box((as_bf16(_mm512_set1_epi16(0x3f00)), as_bf16(_mm512_set1_epi16(0x3e80))));
+    let mut sums = [_mm512_setzero_ps(); 12];
+    for _ in 0..LOOPS {
+        for i in 0..12 {
+            sums[i] = _mm512_dpbf16_ps(sums[i], a, b);
         }
     }
     black_box(sums);

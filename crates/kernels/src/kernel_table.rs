@@ -71,7 +71,9 @@ macro_rules! kernel_table {
                 least_strip_rows: $least_strip,
                 most_rows: $most,
                 accumulate: accumulate_integers,
+                tile_rows: $tile,
                 accumulate_strip: accumulate_integer_strip,
+                centre: integer_centre,
             },
             pack_bf16,
             pack_i8,
@@ -158,13 +160,13 @@ macro_rules! kernel_table {
 
         fn accumulate_integer_strip(
             encoding: $crate::packed_matrix::PanelEncoding,
-        ) -> $crate::integer_product::AccumulateIntegers {
+        ) -> $crate::integer_strip::AccumulateIntegerStrip {
             use $crate::codec;
             use $crate::integer_encoding::IntegerEncoding;
-            use $crate::integer_product::{IntegerJob, accumulate_strip};
+            use $crate::integer_strip::{IntegerStripJob, accumulate_strip};
             use $crate::packed_matrix::PanelEncoding;
             $(#[target_feature(enable = $features)])?
-            unsafe fn product<E: IntegerEncoding<$level>>(job: &IntegerJob<'_>) {
+            unsafe fn product<E: IntegerEncoding<$level>>(job: &IntegerStripJob<'_>) {
                 // SAFETY: the caller has the level and a sound job.
                 unsafe { accumulate_strip::<$level, E, $tile, $tile_registers>(job) }
             }
@@ -173,6 +175,21 @@ macro_rules! kernel_table {
                 PanelEncoding::Bits4 => product::<codec::Bits4>,
                 PanelEncoding::Table4 => product::<codec::Table4>,
                 PanelEncoding::Bits8 => product::<codec::Bits8>,
+                PanelEncoding::F32 | PanelEncoding::F16 | PanelEncoding::Bf16 => {
+                    unreachable!("{encoding:?} has no products in int8")
+                }
+            }
+        }
+
+        fn integer_centre(encoding: $crate::packed_matrix::PanelEncoding) -> i32 {
+            use $crate::codec;
+            use $crate::integer_encoding::IntegerEncoding;
+            use $crate::packed_matrix::PanelEncoding;
+            match encoding {
+                PanelEncoding::Bits2 => <codec::Bits2 as IntegerEncoding<$level>>::CENTRE,
+                PanelEncoding::Bits4 => <codec::Bits4 as IntegerEncoding<$level>>::CENTRE,
+                PanelEncoding::Table4 => <codec::Table4 as IntegerEncoding<$level>>::CENTRE,
+                PanelEncoding::Bits8 => <codec::Bits8 as IntegerEncoding<$level>>::CENTRE,
                 PanelEncoding::F32 | PanelEncoding::F16 | PanelEncoding::Bf16 => {
                     unreachable!("{encoding:?} has no products in int8")
                 }

@@ -1,16 +1,15 @@
-use std::cell::RefCell;
-
 use bytemuck::{Pod, Zeroable};
 use kintsugi_runtime::ThreadPool;
 
 use crate::grid_parameters::GridParameters;
 use crate::kernel_table::KernelTable;
 use crate::packed_matrix::{Arithmetic, ColumnLayout, Section};
+use crate::scratch_words::ScratchWords;
 
 /// Rows of x as the panels of one matrix read them: in the column order of its layout, every block padded with
 /// zeros, in the type of its products, and with the sum over each block (and its scale, in int8).
 pub(crate) struct PackedInput {
-    words: Vec<u32>,
+    words: ScratchWords,
     stride: usize,
     x_words: usize,
 }
@@ -29,23 +28,6 @@ pub(crate) struct QuantizedBlock {
 unsafe impl Zeroable for QuantizedBlock {}
 // SAFETY: as above; the type is `Copy` and has no pointers.
 unsafe impl Pod for QuantizedBlock {}
-
-thread_local! {
-    /// Memory of the last input of this thread: taking it from the system anew for each product would cost as much
-    /// as a small product.
-    static SCRATCH: RefCell<Vec<u32>> = const { RefCell::new(Vec::new()) };
-}
-
-/// Words that a thread keeps; a longer input gives its memory back.
-const SCRATCH_WORDS: usize = 4 << 20;
-
-impl Drop for PackedInput {
-    fn drop(&mut self) {
-        if self.words.capacity() <= SCRATCH_WORDS {
-            SCRATCH.set(std::mem::take(&mut self.words));
-        }
-    }
-}
 
 impl PackedInput {
     /// Packs `x`, `[count, columns]`, for the products with a section.
@@ -70,8 +52,7 @@ impl PackedInput {
         // An odd number of cache lines: rows at a power of two would all fall into the same few sets of the cache.
         let stride = (x_words + sums).div_ceil(16) | 1;
         let stride = stride * 16;
-        let mut words = SCRATCH.take();
-        words.resize(x.len() / columns * stride, 0);
+        let mut words = ScratchWords::new(x.len() / columns * stride);
         let rows_per_task = (Self::TASK_COLUMNS / columns).max(1);
         pool.for_each_chunk(&mut words, rows_per_task * stride, |task, words| {
             let x = x[task * rows_per_task * columns..].chunks_exact(columns);

@@ -5,10 +5,12 @@ use kintsugi_runtime::ThreadPool;
 use crate::accumulate::PanelJob;
 use crate::grid_parameters::GridParameters;
 use crate::integer_product::IntegerJob;
+use crate::integer_strip::IntegerStripJob;
 use crate::packed_input::PackedInput;
 use crate::packed_matrix::{Arithmetic, PackedMatrix, Section};
 use crate::shared_rows::SharedRows;
 use crate::strip::StripJob;
+use crate::tiled_input::TiledInput;
 use crate::vector::LANES;
 use crate::{Kernels, PackedLowRank};
 
@@ -18,6 +20,9 @@ const ROWS_AT_ONCE: usize = 128;
 
 /// Multiplications that are worth a task of their own: some microseconds.
 const TASK_MULTIPLICATIONS: usize = 1 << 18;
+
+/// Bytes of panels that are worth a task of their own: with one row of x they take longer than its multiplications.
+const TASK_BYTES: usize = 1 << 17;
 
 /// Most rows of x that any level takes at once.
 const MAX_TILE: usize = 8;
@@ -146,7 +151,10 @@ struct Operands<'a> {
     /// The row of y of each row of x; `None` where that is the row itself.
     places: Option<Vec<usize>>,
     arithmetic: Arithmetic,
+    /// x; without rows where it is in `tiles`.
     input: PackedInput,
+    /// x, where it is multiplied in strips of int8.
+    tiles: Option<TiledInput>,
     /// A x, where there is a compensation.
     projected: Option<PackedInput>,
 }
@@ -161,13 +169,17 @@ impl<'a> Operands<'a> {
     ) -> Self {
         let count = x.len() / weight.columns;
         let arithmetic = kernels.arithmetic(weight);
-        let input = PackedInput::new(kernels.table(), &weight.main, arithmetic, x, weight.columns, pool);
+        let table = kernels.table();
+        let tiles = (arithmetic == Arithmetic::Int8 && count >= table.integers.least_strip_rows)
+            .then(|| TiledInput::new(table, &weight.main, x, weight.columns, pool));
+        let rows = if tiles.is_some() { &[] } else { x };
+        let input = PackedInput::new(table, &weight.main, arithmetic, rows, weight.columns, pool);
         let projected = weight.compensation.as_ref().map(|part| {
             let a = Operands::new(kernels, &part.a, x, None, pool);
             let projected = multiply_by_runs(kernels, &[a], pool).pop().unwrap_or_default();
-            PackedInput::new(kernels.table(), &part.b, Arithmetic::F32, &projected, part.a.rows, pool)
+            PackedInput::new(table, &part.b, Arithmetic::F32, &projected, part.a.rows, pool)
         });
-        Operands { weight, count, places, arithmetic, input, projected }
+        Operands { weight, count, places, arithmetic, input, tiles, projected }
     }
 
     /// Whether panels are multiplied one by one, with all rows.
@@ -189,7 +201,8 @@ impl<'a> Operands<'a> {
     /// How many tasks the product is worth, where that many units can be shared out.
     fn tasks(&self, units: usize) -> usize {
         let multiplications = self.weight.panel_count() * LANES * self.weight.columns * self.count;
-        (multiplications / TASK_MULTIPLICATIONS).clamp(1, units)
+        let bytes = self.weight.panel_count() * self.weight.panel_bytes;
+        (multiplications / TASK_MULTIPLICATIONS).max(bytes / TASK_BYTES).clamp(1, units)
     }
 
     /// One of the tasks.
@@ -274,26 +287,37 @@ impl<'a> Operands<'a> {
         let (Some(integers), Some(grid)) = (&main.integers, main.grid) else { return };
         assert!(panel < self.weight.panel_count() && sums.len() == self.count);
         let (products, rows) = (&kernels.table().integers, self.count);
-        let passes = if rows < products.least_strip_rows { rows.div_ceil(products.most_rows) } else { 1 };
+        let panel = self.weight.panels.as_slice()[panel * self.weight.panel_bytes + main.offset..].as_ptr();
+        if let Some(tiles) = &self.tiles {
+            let job = IntegerStripJob {
+                panel,
+                steps: &main.layout.steps,
+                grid,
+                table: &integers.table,
+                x: tiles.words(),
+                tile_stride: tiles.stride(),
+                rows,
+                tile: sums.as_mut_ptr().cast(),
+            };
+            // SAFETY: as below.
+            unsafe { (products.accumulate_strip)(main.encoding)(&job) };
+            return;
+        }
+        let passes = rows.div_ceil(products.most_rows);
         for pass in 0..passes {
             let start = pass * rows / passes;
             let rows = (pass + 1) * rows / passes - start;
             let job = IntegerJob {
-                panel: self.weight.panels.as_slice()[panel * self.weight.panel_bytes + main.offset..].as_ptr(),
+                panel,
                 steps: &main.layout.steps,
                 grid,
                 table: &integers.table,
                 x: self.input.row(start),
                 blocks: self.input.quantized_blocks(start),
                 x_stride: self.input.stride(),
-                rows,
                 tile: sums[start..].as_mut_ptr().cast(),
             };
-            let accumulate = if rows <= products.most_rows {
-                (products.accumulate)(main.encoding, rows)
-            } else {
-                (products.accumulate_strip)(main.encoding)
-            };
+            let accumulate = (products.accumulate)(main.encoding, rows);
             // SAFETY: the table is of a level that this CPU has; each panel holds the section at its offset, in blocks of
             // the length that int8 has, the input was packed in the layout of the section, and panel and sums are checked
             // above.
