@@ -69,7 +69,7 @@ where
             let grid = job.grid.load(level, panel).map(Vector::to_array);
             panel = panel.add(job.grid.bytes());
             prefetch(panel, steps as usize * 4 * LANES);
-            let block_words = TileBlock::words(quads, ROWS);
+            let block_words = (quads + TileBlock::INTEGER_WORDS) * ROWS;
             for tile in 0..tiles {
                 let start = tile * job.rows / tiles;
                 let rows = (tile + 1) * job.rows / tiles - start;
@@ -152,10 +152,10 @@ impl TileJob<'_> {
         // SAFETY: the caller's pointers reach every column of every row, and a quad of the strip holds a word of each
         // of the 32 rows, of which `first` to `first + REGISTERS · L::ROWS` are read.
         unsafe {
-            let block = TileBlock::new(self.x, self.strip.len(), TILE);
+            let block = TileBlock::after(self.x, self.strip.len(), TILE);
             let mut sums = [[level.splat_sum(0); REGISTERS]; ROWS];
             for row in 0..ROWS {
-                sums[row] = [level.splat_sum(*block.starts.add(row)); REGISTERS];
+                sums[row] = [level.splat_sum(*block.starts().add(row)); REGISTERS];
             }
             if E::RUN >= MOST_QUADS {
                 self.add_run::<L, E, ROWS, REGISTERS, TILE>(level, self.strip, self.x, &mut sums);
@@ -166,7 +166,7 @@ impl TileJob<'_> {
                     x = x.add(run.len() * TILE);
                 }
             }
-            let rows = BlockRows { scales: block.scales, sums: block.sums, stride: 1 };
+            let rows = BlockRows { scales: block.scales(), sums: block.integer_sums(), stride: 1 };
             self.grid.add::<L, ROWS, REGISTERS>(level, &sums, rows, self.first, self.totals);
         }
     }

@@ -45,7 +45,7 @@ pub(crate) struct KernelTable {
 /// The table of a level: each generic body instantiated under the level's `target_feature`.
 ///
 /// `queries` is how many queries attention keeps in registers, `shapes` the `(rows, panels)` of products, `strip` the
-/// fewest rows that are worth a strip and the rows of its tiles. `integers` is the same for products in int8: the
+/// fewest rows that are worth a strip and the rows and halves of a panel of its tiles. `integers` is the same for products in int8: the
 /// registers of a panel and the most rows that fit into registers, then the fewest rows of a strip and the rows and
 /// registers of its tiles.
 macro_rules! kernel_table {
@@ -56,7 +56,7 @@ macro_rules! kernel_table {
         tile_rows: $tile_rows:literal,
         few_row_panels: $panels:literal,
         queries: $queries:literal,
-        strip: ($least:expr, $strip_rows:literal),
+        strip: ($least:literal, $strip_rows:literal, $strip_halves:literal),
         shapes: [$($shape:tt)+],
         integers: ($registers:literal, $most:literal: [$($integer_rows:literal)+], $least_strip:literal, $tile:literal, $tile_registers:literal),
     ) => {
@@ -65,7 +65,11 @@ macro_rules! kernel_table {
             tile_rows: $tile_rows,
             few_row_panels: $panels,
             accumulate,
-            strip: $crate::strip::StripProducts { least_rows: $least, accumulate: accumulate_strip },
+            strip: $crate::strip::StripProducts {
+                least_rows: $least,
+                tile_rows: $strip_rows,
+                accumulate: accumulate_strip,
+            },
             pack_f32,
             integers: $crate::integer_product::IntegerProducts {
                 least_strip_rows: $least_strip,
@@ -115,7 +119,7 @@ macro_rules! kernel_table {
             $(#[target_feature(enable = $features)])?
             unsafe fn product<E: codec::Encoding<$level>>(job: &$crate::strip::StripJob<'_>) {
                 // SAFETY: the caller has the level and a sound job.
-                unsafe { $crate::strip::accumulate_strip::<$level, E, $strip_rows>(job) }
+                unsafe { $crate::strip::accumulate_strip::<$level, E, $strip_rows, $strip_halves>(job) }
             }
             match encoding {
                 PanelEncoding::Bits2 => product::<codec::Bits2>,

@@ -39,40 +39,16 @@ impl PackedInput {
         columns: usize,
         pool: &ThreadPool,
     ) -> Self {
-        let layout = &section.layout;
-        let padded = layout.padded_columns();
-        // Block sums are needed where the matrix has zero points or offsets.
-        let block_sums = section.grid.is_some_and(GridParameters::needs_block_sums);
-        let (x_words, sums) = match arithmetic {
-            Arithmetic::F32 => (padded, if block_sums { layout.blocks.len() } else { 0 }),
-            Arithmetic::Bf16 => (padded / 2, if block_sums { layout.blocks.len() } else { 0 }),
-            Arithmetic::Int8 => (padded / 4, 2 * layout.blocks.len()),
-        };
-        let unit = section.integers.map_or(1.0, |integers| integers.unit);
+        let packer = RowPacker::new(table, section, arithmetic);
+        let x_words = packer.x_words;
         // An odd number of cache lines: rows at a power of two would all fall into the same few sets of the cache.
-        let stride = (x_words + sums).div_ceil(16) | 1;
-        let stride = stride * 16;
+        let stride = (packer.row_words().div_ceil(16) | 1) * 16;
         let mut words = ScratchWords::new(x.len() / columns * stride);
         let rows_per_task = (Self::TASK_COLUMNS / columns).max(1);
         pool.for_each_chunk(&mut words, rows_per_task * stride, |task, words| {
             let x = x[task * rows_per_task * columns..].chunks_exact(columns);
             for (words, x) in words.chunks_exact_mut(stride).zip(x) {
-                let (values, rest) = words.split_at_mut(x_words);
-                let sums = &mut rest[..sums];
-                // SAFETY: the table is of a level that this CPU has.
-                unsafe {
-                    match arithmetic {
-                        Arithmetic::F32 => {
-                            let values = bytemuck::cast_slice_mut(values);
-                            (table.pack_f32)(layout, x, values, bytemuck::cast_slice_mut(sums));
-                        }
-                        Arithmetic::Bf16 => (table.pack_bf16)(layout, x, values, bytemuck::cast_slice_mut(sums)),
-                        Arithmetic::Int8 => {
-                            let values = bytemuck::cast_slice_mut(values);
-                            (table.pack_i8)(layout, unit, x, values, bytemuck::cast_slice_mut(sums));
-                        }
-                    }
-                }
+                packer.pack(x, &mut words[..packer.row_words()]);
             }
         });
         PackedInput { words, stride, x_words }
@@ -99,6 +75,53 @@ impl PackedInput {
     /// Words from a row to the next, of x and of block sums.
     pub(crate) fn stride(&self) -> usize {
         self.stride
+    }
+}
+
+/// Packs single rows of x for the products with a section: the columns, then what is known of each block.
+pub(crate) struct RowPacker<'a> {
+    table: &'a KernelTable,
+    layout: &'a ColumnLayout,
+    arithmetic: Arithmetic,
+    unit: f32,
+    /// Words of the columns.
+    pub(crate) x_words: usize,
+    /// Words for each block: its scale and sum in int8, elsewhere its sum where the matrix has zero points or offsets.
+    pub(crate) block_words: usize,
+}
+
+impl<'a> RowPacker<'a> {
+    pub(crate) fn new(table: &'a KernelTable, section: &'a Section, arithmetic: Arithmetic) -> Self {
+        let layout = &section.layout;
+        let block_sums = usize::from(section.grid.is_some_and(GridParameters::needs_block_sums));
+        let block_words = if arithmetic == Arithmetic::Int8 { 2 } else { block_sums };
+        let unit = section.integers.map_or(1.0, |integers| integers.unit);
+        let x_words = layout.padded_columns() / arithmetic.columns_per_word();
+        RowPacker { table, layout, arithmetic, unit, x_words, block_words }
+    }
+
+    /// Words of a row.
+    pub(crate) fn row_words(&self) -> usize {
+        self.x_words + self.layout.blocks.len() * self.block_words
+    }
+
+    /// Packs a row.
+    pub(crate) fn pack(&self, x: &[f32], words: &mut [u32]) {
+        let (values, blocks) = words.split_at_mut(self.x_words);
+        let (table, layout) = (self.table, self.layout);
+        // SAFETY: the table is of a level that this CPU has.
+        unsafe {
+            match self.arithmetic {
+                Arithmetic::F32 => {
+                    (table.pack_f32)(layout, x, bytemuck::cast_slice_mut(values), bytemuck::cast_slice_mut(blocks));
+                }
+                Arithmetic::Bf16 => (table.pack_bf16)(layout, x, values, bytemuck::cast_slice_mut(blocks)),
+                Arithmetic::Int8 => {
+                    let values = bytemuck::cast_slice_mut(values);
+                    (table.pack_i8)(layout, self.unit, x, values, bytemuck::cast_slice_mut(blocks));
+                }
+            }
+        }
     }
 }
 

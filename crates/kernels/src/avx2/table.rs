@@ -10,7 +10,7 @@ kernel_table! {
     tile_rows: 3,
     few_row_panels: 1,
     queries: 2,
-    strip: (8, 6),
+    strip: (8, 6, 1),
     shapes: [(1, 1) (2, 1) (3, 1)],
     integers: (4, 3: [1 2 3], 9, 6, 2),
 }

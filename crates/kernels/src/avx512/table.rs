@@ -12,8 +12,7 @@ kernel_table! {
     tile_rows: 8,
     few_row_panels: 2,
     queries: 4,
-    // Thirty-two registers hold a tile of whole panels.
-    strip: (usize::MAX, 6),
+    strip: (9, 12, 2),
     shapes: [(1, 2) (1, 1) (2, 2) (2, 1) (3, 1) (4, 1) (5, 1) (6, 1) (7, 1) (8, 1)],
     integers: (2, 8: [1 2 3 4 5 6 7 8], 9, 12, 2),
 }

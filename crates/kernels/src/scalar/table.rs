@@ -9,7 +9,7 @@ kernel_table! {
     tile_rows: 4,
     few_row_panels: 1,
     queries: 1,
-    strip: (8, 2),
+    strip: (8, 2, 1),
     shapes: [(1, 1) (2, 1) (3, 1) (4, 1)],
     integers: (4, 2: [1 2], 3, 4, 1),
 }
