@@ -53,7 +53,10 @@ pub(crate) unsafe fn accumulate<C: Codec, const ROWS: usize, const PANELS: usize
                 let mut panels = [job.panels; PANELS];
                 for panel in 0..PANELS {
                     panels[panel] = job.panels.add(panel * job.panel_stride + block_start);
-                    prefetch_ahead(panels[panel], C::BYTES);
+                    // More rows wait for their multiplications and not for codes.
+                    if ROWS <= 2 {
+                        prefetch_ahead(panels[panel], C::BYTES);
+                    }
                 }
                 let mut x = [job.x; ROWS];
                 for row in 0..ROWS {

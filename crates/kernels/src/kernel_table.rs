@@ -19,7 +19,7 @@ pub(crate) struct KernelTable {
     /// The [`Accumulate`] for so many rows and panels: up to `tile_rows` rows and one panel, or one or two rows and
     /// `few_row_panels`.
     pub(crate) accumulate: fn(PanelEncoding, Arithmetic, rows: usize, panels: usize) -> Accumulate,
-    /// Products of many rows in f32.
+    /// Products of many rows in f32 and bf16.
     pub(crate) strip: StripProducts,
     /// Products of int8 activations.
     pub(crate) integers: IntegerProducts,
@@ -44,7 +44,7 @@ pub(crate) struct KernelTable {
 
 /// The table of a level: each generic body instantiated under the level's `target_feature`.
 ///
-/// `queries` is how many queries attention keeps in registers, `shapes` the `(rows, panels)` of products, `strip` the
+/// `bf16` are the products in bf16: of few rows and of many. `queries` is how many queries attention keeps in registers, `shapes` the `(rows, panels)` of products, `strip` the
 /// fewest rows that are worth a strip and the rows and halves of a panel of its tiles. `integers` is the same for products in int8: the
 /// registers of a panel and the most rows that fit into registers, then the fewest rows of a strip and the rows and
 /// registers of its tiles.
@@ -52,11 +52,11 @@ macro_rules! kernel_table {
     (
         level: $level:ty,
         $(features: $features:literal,)?
-        bf16: $bf16:path,
+        bf16: ($bf16:path, $bf16_strip:path),
         tile_rows: $tile_rows:literal,
         few_row_panels: $panels:literal,
         queries: $queries:literal,
-        strip: ($least:literal, $strip_rows:literal, $strip_halves:literal),
+        strip: ($least:literal, $strip_rows:expr, $strip_halves:literal),
         shapes: [$($shape:tt)+],
         integers: ($registers:literal, $most:literal: [$($integer_rows:literal)+], $least_strip:literal, $tile:literal, $tile_registers:literal),
     ) => {
@@ -113,13 +113,19 @@ macro_rules! kernel_table {
             }
         }
 
-        fn accumulate_strip(encoding: $crate::packed_matrix::PanelEncoding) -> $crate::strip::AccumulateStrip {
+        fn accumulate_strip(
+            encoding: $crate::packed_matrix::PanelEncoding,
+            arithmetic: $crate::packed_matrix::Arithmetic,
+        ) -> $crate::strip::AccumulateStrip {
             use $crate::codec;
-            use $crate::packed_matrix::PanelEncoding;
+            use $crate::packed_matrix::{Arithmetic, PanelEncoding};
             $(#[target_feature(enable = $features)])?
             unsafe fn product<E: codec::Encoding<$level>>(job: &$crate::strip::StripJob<'_>) {
                 // SAFETY: the caller has the level and a sound job.
-                unsafe { $crate::strip::accumulate_strip::<$level, E, $strip_rows, $strip_halves>(job) }
+                unsafe { $crate::strip::accumulate_strip::<$level, E, { $strip_rows }, $strip_halves>(job) }
+            }
+            if arithmetic == Arithmetic::Bf16 {
+                return $bf16_strip(encoding);
             }
             match encoding {
                 PanelEncoding::Bits2 => product::<codec::Bits2>,

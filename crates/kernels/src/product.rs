@@ -176,8 +176,7 @@ impl Input {
         let table = kernels.table();
         let (least, tile_rows) = match arithmetic {
             Arithmetic::Int8 => (table.integers.least_strip_rows, table.integers.tile_rows),
-            Arithmetic::F32 => (table.strip.least_rows, table.strip.tile_rows),
-            Arithmetic::Bf16 => (usize::MAX, 0),
+            Arithmetic::F32 | Arithmetic::Bf16 => (table.strip.least_rows, table.strip.tile_rows),
         };
         if x.len() / columns < least {
             return Input::Rows(PackedInput::new(table, section, arithmetic, x, columns, pool));
@@ -262,10 +261,10 @@ impl<'a> Operands<'a> {
     /// The products of one panel in f32 over a run of blocks, `[count]`.
     fn add_run(&self, kernels: &Kernels, panel: usize, blocks: Range<usize>, sums: &mut [[f32; LANES]]) {
         assert_eq!(self.arithmetic, Arithmetic::F32, "runs are in f32");
-        self.add_rows(kernels, &self.weight.main, &self.input, panel, blocks, sums);
+        self.add_rows(kernels, &self.weight.main, self.arithmetic, &self.input, panel, blocks, sums);
     }
 
-    /// All rows with one panel: in int8, or many rows in f32.
+    /// All rows with one panel: in int8, or many rows.
     fn multiply_panel(&self, kernels: &Kernels, panel: usize, y: &SharedRows<'_>, output: Output) {
         let mut tile = Tile([[0.0; LANES]; MAX_TILE]);
         let mut more = Vec::new();
@@ -278,10 +277,10 @@ impl<'a> Operands<'a> {
         if self.arithmetic == Arithmetic::Int8 {
             self.add_integers(kernels, panel, sums);
         } else {
-            self.add_all_rows(kernels, &self.weight.main, &self.input, panel, sums);
+            self.add_all_rows(kernels, &self.weight.main, self.arithmetic, &self.input, panel, sums);
         }
         if let (Some(part), Some(projected)) = (&self.weight.compensation, &self.projected) {
-            self.add_all_rows(kernels, &part.b, projected, panel, sums);
+            self.add_all_rows(kernels, &part.b, Arithmetic::F32, projected, panel, sums);
         }
         self.write(panel, 1, 0, self.count, sums, y, output);
     }
@@ -333,23 +332,25 @@ impl<'a> Operands<'a> {
         }
     }
 
-    /// Adds the products of one panel of a section in f32, `[count]`.
+    /// Adds the products of one panel of a section in f32 or bf16, `[count]`.
     fn add_all_rows(
         &self,
         kernels: &Kernels,
         section: &Section,
+        arithmetic: Arithmetic,
         input: &Input,
         panel: usize,
         sums: &mut [[f32; LANES]],
     ) {
-        self.add_rows(kernels, section, input, panel, 0..section.layout.steps.len(), sums);
+        self.add_rows(kernels, section, arithmetic, input, panel, 0..section.layout.steps.len(), sums);
     }
 
-    /// Adds the products of one panel of a section in f32 over some of its blocks, `[count]`.
+    /// Adds the products of one panel of a section in f32 or bf16 over some of its blocks, `[count]`.
     fn add_rows(
         &self,
         kernels: &Kernels,
         section: &Section,
+        arithmetic: Arithmetic,
         input: &Input,
         panel: usize,
         blocks: Range<usize>,
@@ -359,6 +360,7 @@ impl<'a> Operands<'a> {
         let (table, layout) = (kernels.table(), &section.layout);
         let columns =
             layout.steps[..blocks.start].iter().map(|&steps| steps as usize).sum::<usize>() * layout.step_columns;
+        let words = columns / arithmetic.columns_per_word();
         let bytes = columns / layout.step_columns * section.encoding.step_bytes()
             + blocks.start * section.grid.map_or(0, GridParameters::bytes);
         match input {
@@ -367,12 +369,12 @@ impl<'a> Operands<'a> {
                     let rows = table.tile_rows.min(self.count - start);
                     let whole = self.panel_job(section, input, panel, start, &mut sums[start..]);
                     // SAFETY: the blocks lie in the panel and in the rows of x, behind those before them.
-                    let (panels, x) = unsafe { (whole.panels.add(bytes), whole.x.add(columns)) };
+                    let (panels, x) = unsafe { (whole.panels.add(bytes), whole.x.add(words)) };
                     // There are no block sums where none are read.
                     let block_sums = whole.block_sums.wrapping_add(blocks.start);
                     let job = PanelJob { panels, x, block_sums, steps: &layout.steps[blocks.clone()], ..whole };
                     // SAFETY: as in `add_section`.
-                    unsafe { (table.accumulate)(section.encoding, Arithmetic::F32, rows, 1)(&job) };
+                    unsafe { (table.accumulate)(section.encoding, arithmetic, rows, 1)(&job) };
                 }
             }
             Input::Tiles(input) => {
@@ -384,13 +386,13 @@ impl<'a> Operands<'a> {
                     grid: section.grid,
                     table: section.table.values(),
                     // Blocks of a tile follow one another.
-                    x: input.words().wrapping_add((columns + blocks.start * block_sums) * table.strip.tile_rows),
+                    x: input.words().wrapping_add((words + blocks.start * block_sums) * table.strip.tile_rows),
                     tile_stride: input.stride(),
                     rows: self.count,
                     tile: sums.as_mut_ptr().cast(),
                 };
                 // SAFETY: as in `add_section`, with rows packed in tiles.
-                unsafe { (table.strip.accumulate)(section.encoding)(&job) };
+                unsafe { (table.strip.accumulate)(section.encoding, arithmetic)(&job) };
             }
         }
     }

@@ -1,6 +1,6 @@
 use crate::codec::Encoding;
 use crate::grid_parameters::{BlockGrid, GridParameters};
-use crate::packed_matrix::ColumnLayout;
+use crate::packed_matrix::{Arithmetic, ColumnLayout, PanelEncoding};
 use crate::tiled_input::TileBlock;
 use crate::vector::{Half, LANES, Level, Vector};
 
@@ -41,8 +41,8 @@ pub(crate) struct StripProducts {
     pub(crate) least_rows: usize,
     /// Rows of a tile.
     pub(crate) tile_rows: usize,
-    /// The [`AccumulateStrip`] of an encoding.
-    pub(crate) accumulate: fn(crate::packed_matrix::PanelEncoding) -> AccumulateStrip,
+    /// The [`AccumulateStrip`] of an encoding, in f32 or bf16.
+    pub(crate) accumulate: fn(PanelEncoding, Arithmetic) -> AccumulateStrip,
 }
 
 /// The columns of a block, unpacked: `[column][32]`.
@@ -175,33 +175,52 @@ impl TileJob<'_> {
                     x = x.add(TILE);
                 }
                 let block_sums = TileBlock::after(self.x, self.strip.len(), TILE).sums();
-                for row in 0..ROWS {
-                    for half in 0..HALVES {
-                        let lanes = first + half * HALF..first + (half + 1) * HALF;
-                        let out = std::slice::from_raw_parts_mut(self.tile.add(row * LANES + lanes.start), HALF);
-                        let mut sum = sums[row][half];
-                        let mut total = level.half(out);
-                        match grid {
-                            None => total = total.add(sum),
-                            Some(grid) => {
-                                if grid.zero_points.is_some() || grid.offsets.is_some() {
-                                    let block_sum = *block_sums.add(row);
-                                    if let Some(zero_points) = &grid.zero_points {
-                                        let zero = level.half(&zero_points[lanes.clone()]);
-                                        sum = zero.mul_add(level.splat_half(-block_sum), sum);
-                                    }
-                                    if let Some(offsets) = &grid.offsets {
-                                        let offset = level.half(&offsets[lanes.clone()]);
-                                        total = offset.mul_add(level.splat_half(block_sum), total);
-                                    }
-                                }
-                                total = sum.mul_add(level.half(&grid.scales[lanes]), total);
-                            }
+                add_block::<L, ROWS, HALVES>(level, &sums, grid, block_sums, first, self.tile);
+            }
+        }
+    }
+}
+
+/// Adds the sums of a block over some rows of x and the halves from row `first` of the panel on to the outputs of a
+/// tile, `[rows][32]`.
+///
+/// # Safety
+/// `tile` must reach every row, and `block_sums` as well where there are zero points or offsets.
+#[inline(always)]
+pub(crate) unsafe fn add_block<L: Level, const ROWS: usize, const HALVES: usize>(
+    level: L,
+    sums: &[[L::Half; HALVES]; ROWS],
+    grid: Option<&BlockGrid<[f32; LANES]>>,
+    block_sums: *const f32,
+    first: usize,
+    tile: *mut f32,
+) {
+    for row in 0..ROWS {
+        for half in 0..HALVES {
+            let lanes = first + half * HALF..first + (half + 1) * HALF;
+            // SAFETY: as the caller promises.
+            let out = unsafe { std::slice::from_raw_parts_mut(tile.add(row * LANES + lanes.start), HALF) };
+            let mut sum = sums[row][half];
+            let mut total = level.half(out);
+            match grid {
+                None => total = total.add(sum),
+                Some(grid) => {
+                    if grid.zero_points.is_some() || grid.offsets.is_some() {
+                        // SAFETY: as the caller promises.
+                        let block_sum = unsafe { *block_sums.add(row) };
+                        if let Some(zero_points) = &grid.zero_points {
+                            let zero = level.half(&zero_points[lanes.clone()]);
+                            sum = zero.mul_add(level.splat_half(-block_sum), sum);
                         }
-                        total.store(out);
+                        if let Some(offsets) = &grid.offsets {
+                            let offset = level.half(&offsets[lanes.clone()]);
+                            total = offset.mul_add(level.splat_half(block_sum), total);
+                        }
                     }
+                    total = sum.mul_add(level.half(&grid.scales[lanes]), total);
                 }
             }
+            total.store(out);
         }
     }
 }

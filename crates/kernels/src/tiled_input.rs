@@ -78,39 +78,38 @@ impl TiledInput {
         let tiles = count.div_ceil(tile_rows);
         let mut words = ScratchWords::new(tiles * stride);
         pool.for_each_chunk(&mut words, stride, |tile, words| {
-            let first = tile * count / tiles;
-            let rows = (tile + 1) * count / tiles - first;
+            let (start, end) = (tile * count / tiles, (tile + 1) * count / tiles);
             let row_words = packer.row_words();
-            let mut packed = vec![0u32; rows * row_words];
-            for (row, packed) in packed.chunks_exact_mut(row_words).enumerate() {
-                packer.pack(&x[(first + row) * columns..][..columns], packed);
-            }
-            let (mut at, mut start) = (0, 0);
-            for (block, &steps) in layout.steps.iter().enumerate() {
-                let block_words = steps as usize * layout.step_columns / arithmetic.columns_per_word();
-                let out = &mut words[at..at + (block_words + parameters) * tile_rows];
-                for (word, out) in out[..block_words * tile_rows].chunks_exact_mut(tile_rows).enumerate() {
-                    for (out, value) in out.iter_mut().zip(packed[start + word..].iter().step_by(row_words)) {
-                        *out = *value;
-                    }
+            let mut packed = vec![0u32; ROWS_TOGETHER * row_words];
+            for first in (0..end - start).step_by(ROWS_TOGETHER) {
+                let rows = ROWS_TOGETHER.min(end - start - first);
+                let x = x[(start + first) * columns..].chunks_exact(columns);
+                for (x, packed) in x.zip(packed.chunks_exact_mut(row_words)).take(rows) {
+                    packer.pack(x, packed);
                 }
-                let after = &mut out[block_words * tile_rows..];
-                let known =
-                    packed.chunks_exact(row_words).map(|row| &row[packer.x_words + block * packer.block_words..]);
-                for (row, known) in known.enumerate() {
-                    match arithmetic {
-                        Arithmetic::Int8 => {
-                            let sum = known[1] as i32;
-                            after[row] = known[0];
-                            after[tile_rows + row] = (-centre * sum) as u32;
-                            after[2 * tile_rows + row] = sum as u32;
+                let (mut out, mut from) = (&mut words[..], 0);
+                for (block, &steps) in layout.steps.iter().enumerate() {
+                    let block_words = steps as usize * layout.step_columns / arithmetic.columns_per_word();
+                    let (values, rest) = out.split_at_mut(block_words * tile_rows);
+                    let packed = || packed.chunks_exact(row_words).take(rows);
+                    interleave(packed().map(|row| &row[from..from + block_words]), first, values, tile_rows);
+                    let (known, rest) = rest.split_at_mut(parameters * tile_rows);
+                    let of_block = packer.x_words + block * packer.block_words;
+                    for (row, packed) in (first..).zip(packed()) {
+                        let packed = &packed[of_block..of_block + packer.block_words];
+                        match packed {
+                            [scale, sum] => {
+                                known[row] = *scale;
+                                known[tile_rows + row] = (-centre * *sum as i32) as u32;
+                                known[2 * tile_rows + row] = *sum;
+                            }
+                            [sum] => known[row] = *sum,
+                            _ => {}
                         }
-                        Arithmetic::F32 | Arithmetic::Bf16 if parameters > 0 => after[row] = known[0],
-                        Arithmetic::F32 | Arithmetic::Bf16 => {}
                     }
+                    out = rest;
+                    from += block_words;
                 }
-                at += out.len();
-                start += block_words;
             }
         });
         TiledInput { words, stride }
@@ -124,5 +123,27 @@ impl TiledInput {
     /// Words from a tile to the next.
     pub(crate) fn stride(&self) -> usize {
         self.stride
+    }
+}
+
+/// Rows that are written side by side at once.
+const ROWS_TOGETHER: usize = 4;
+
+/// Writes some rows side by side, from the row `first` of a tile on.
+fn interleave<'a>(mut rows: impl ExactSizeIterator<Item = &'a [u32]>, first: usize, out: &mut [u32], tile_rows: usize) {
+    let out = out.chunks_exact_mut(tile_rows).map(|out| &mut out[first..]);
+    if rows.len() == ROWS_TOGETHER
+        && let (Some(a), Some(b), Some(c), Some(d)) = (rows.next(), rows.next(), rows.next(), rows.next())
+    {
+        for ((((out, a), b), c), d) in out.zip(a).zip(b).zip(c).zip(d) {
+            out[..ROWS_TOGETHER].copy_from_slice(&[*a, *b, *c, *d]);
+        }
+        return;
+    }
+    let rows: Vec<&[u32]> = rows.collect();
+    for (word, out) in out.enumerate() {
+        for (out, row) in out.iter_mut().zip(&rows) {
+            *out = row[word];
+        }
     }
 }

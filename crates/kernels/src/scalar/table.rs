@@ -2,10 +2,11 @@ use super::vector::Scalar;
 use crate::accumulate::Accumulate;
 use crate::kernel_table::kernel_table;
 use crate::packed_matrix::PanelEncoding;
+use crate::strip::AccumulateStrip;
 
 kernel_table! {
     level: Scalar,
-    bf16: no_bf16,
+    bf16: (no_bf16, no_bf16_strip),
     tile_rows: 4,
     few_row_panels: 1,
     queries: 1,
@@ -15,5 +16,9 @@ kernel_table! {
 }
 
 fn no_bf16(_: PanelEncoding, _: usize, _: usize) -> Accumulate {
+    unreachable!("bf16 products need AVX-512")
+}
+
+fn no_bf16_strip(_: PanelEncoding) -> AccumulateStrip {
     unreachable!("bf16 products need AVX-512")
 }
