@@ -266,7 +266,7 @@ fn read_all(buffer: &[u64], pool: &ThreadPool) {
             // SAFETY: this CPU has AVX-512.
             CpuLevel::Avx512Vnni => return unsafe { sum_avx512(piece) },
             // SAFETY: this CPU has AVX2.
-            CpuLevel::Avx2 => return unsafe { sum_avx2(piece) },
+            CpuLevel::Avx2 | CpuLevel::AvxVnni => return unsafe { sum_avx2(piece) },
             CpuLevel::Scalar => {}
         }
         black_box(piece.iter().fold(0u64, |sum, value| sum.wrapping_add(*value)));
@@ -319,7 +319,7 @@ fn ceilings() -> Vec<(&'static str, f64, fn())> {
                 ("vdpbf16ps", (LOOPS * 12 * 64) as f64, || unsafe { dpbf16_avx512() }),
             ];
         }
-        CpuLevel::Avx2 => {
+        CpuLevel::Avx2 | CpuLevel::AvxVnni => {
             return vec![
                 // SAFETY: this CPU has AVX2 and FMA.
                 ("vpmaddubsw and vpaddw", (LOOPS * 12 * 64) as f64, || unsafe { maddubs_avx2() }),

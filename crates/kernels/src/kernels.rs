@@ -13,7 +13,7 @@ use crate::product::{UpdatedRows, accumulate_updates, multiply};
 use crate::shared_rows::SharedRows;
 use crate::{PackedLowRank, PackedMatrix, RotaryTable, scalar};
 #[cfg(target_arch = "x86_64")]
-use crate::{avx2, avx512};
+use crate::{avx2, avx512, avxvnni};
 
 /// Elements that are worth a task of their own in the element-wise operations.
 const TASK_ELEMENTS: usize = 1 << 14;
@@ -67,6 +67,8 @@ impl Kernels {
         let table = match level {
             #[cfg(target_arch = "x86_64")]
             CpuLevel::Avx2 => &avx2::TABLE,
+            #[cfg(target_arch = "x86_64")]
+            CpuLevel::AvxVnni => &avxvnni::TABLE,
             #[cfg(target_arch = "x86_64")]
             CpuLevel::Avx512Vnni => &avx512::TABLE,
             _ => &scalar::TABLE,

@@ -1,7 +1,7 @@
 //! CPU products chosen at run time, and the small operations of a decoder block.
 //!
 //! [`Kernels`] holds the functions of one CPU level. Every operation is written once over `vector::Level`, the
-//! instructions of a level, and compiled for each level as a whole; `scalar`, `avx2` and `avx512` supply the
+//! instructions of a level, and compiled for each level as a whole; `scalar`, `avx2`, `avxvnni` and `avx512` supply the
 //! instructions and instantiate the table of functions.
 #![allow(unsafe_code, reason = "instructions of a CPU level exist only as unsafe functions")]
 
@@ -13,6 +13,8 @@ mod attention;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod avxvnni;
 mod codec;
 mod grid_parameters;
 mod integer_encoding;
