@@ -6,17 +6,24 @@ use std::ops::{Deref, DerefMut};
 pub(crate) struct ScratchWords(Vec<u32>);
 
 thread_local! {
-    /// The longest words of this thread that are not in use.
-    static KEPT: RefCell<Vec<u32>> = const { RefCell::new(Vec::new()) };
+    /// Words of this thread that are not in use.
+    static KEPT: RefCell<Vec<Vec<u32>>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Words that a thread keeps; more are given back.
-const MOST_KEPT: usize = 4 << 20;
+/// Words that a thread keeps in one piece; longer ones are given back.
+const MOST_WORDS: usize = 4 << 20;
+
+/// Pieces that a thread keeps: x for the two parts of a product, for A, and what is packed at a time.
+const MOST_PIECES: usize = 4;
 
 impl ScratchWords {
     /// `len` words.
     pub(crate) fn new(len: usize) -> Self {
-        let mut words = KEPT.take();
+        let mut words = KEPT.with_borrow_mut(|kept| {
+            let fits = (0..kept.len()).filter(|&piece| kept[piece].capacity() >= len);
+            let smallest = fits.min_by_key(|&piece| kept[piece].capacity());
+            smallest.map(|piece| kept.swap_remove(piece)).unwrap_or_default()
+        });
         words.resize(len, 0);
         ScratchWords(words)
     }
@@ -24,13 +31,17 @@ impl ScratchWords {
 
 impl Drop for ScratchWords {
     fn drop(&mut self) {
-        if self.0.capacity() <= MOST_KEPT {
-            KEPT.with_borrow_mut(|kept| {
-                if kept.capacity() < self.0.capacity() {
-                    std::mem::swap(kept, &mut self.0);
-                }
-            });
+        if self.0.capacity() > MOST_WORDS {
+            return;
         }
+        KEPT.with_borrow_mut(|kept| {
+            kept.push(std::mem::take(&mut self.0));
+            if kept.len() > MOST_PIECES
+                && let Some(smallest) = (0..kept.len()).min_by_key(|&piece| kept[piece].capacity())
+            {
+                kept.swap_remove(smallest);
+            }
+        });
     }
 }
 

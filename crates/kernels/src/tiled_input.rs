@@ -80,7 +80,7 @@ impl TiledInput {
         pool.for_each_chunk(&mut words, stride, |tile, words| {
             let (start, end) = (tile * count / tiles, (tile + 1) * count / tiles);
             let row_words = packer.row_words();
-            let mut packed = vec![0u32; ROWS_TOGETHER * row_words];
+            let mut packed = ScratchWords::new(ROWS_TOGETHER * row_words);
             for first in (0..end - start).step_by(ROWS_TOGETHER) {
                 let rows = ROWS_TOGETHER.min(end - start - first);
                 let x = x[(start + first) * columns..].chunks_exact(columns);
