@@ -15,8 +15,9 @@ use std::time::Instant;
 
 use kintsugi_kernels::{Kernels, PackedMatrix, Precision};
 use kintsugi_runtime::{CpuLevel, ThreadPool};
+use kintsugi_testkit::kernel_cases::Factors;
 use kintsugi_testkit::matrices;
-use kintsugi_weights::{ElementType, GroupSize, LinearWeight, LowRank, WeightMatrix};
+use kintsugi_weights::{ElementType, GroupSize, LinearWeight, WeightMatrix};
 
 const SIZE: usize = 4096;
 /// Together beyond any cache.
@@ -136,18 +137,18 @@ fn best_of(mut work: impl FnMut()) -> f64 {
 fn residual(rows: usize, pool: &ThreadPool) {
     let count = if rows > 64 { 1 } else { MATRICES };
     let plain = weight(4, 128);
-    let ranks = [0, 16, 64];
-    let sets = ranks.map(|rank| {
-        let low_rank = (rank > 0).then(|| {
-            let b = matrices::weights(2, SIZE, rank);
-            LowRank::new(SIZE, SIZE, rank, b, matrices::weights(3, rank, SIZE), ElementType::Bf16)
-        });
+    let bf16 = Factors::Dense(ElementType::Bf16);
+    let codes = |bits, group_size| Factors::Codes { bits, group_size };
+    let kinds =
+        [(0, bf16, ""), (16, bf16, "bf16"), (64, bf16, "bf16"), (64, codes(8, 64), "int8"), (64, codes(4, 32), "int4")];
+    let sets = kinds.map(|(rank, factors, _)| {
+        let low_rank = (rank > 0).then(|| factors.matrices(2, SIZE, SIZE, rank));
         packed(&LinearWeight { low_rank, ..plain.clone() }, Precision::Fast, count, pool)
     });
-    let mut candidates: Vec<Candidate> = ranks
+    let mut candidates: Vec<Candidate> = kinds
         .iter()
         .enumerate()
-        .map(|(index, rank)| Candidate::new(CpuLevel::best(), &format!("fast rank {rank}"), index))
+        .map(|(index, (rank, _, name))| Candidate::new(CpuLevel::best(), &format!("fast rank {rank} {name}"), index))
         .collect();
     let x = matrices::activations(1, rows, SIZE);
     let mut y = vec![0.0; rows * SIZE];
@@ -156,7 +157,7 @@ fn residual(rows: usize, pool: &ThreadPool) {
             candidate.run(&sets[candidate.matrices], &x, &mut y, pool);
         }
     }
-    println!("\nint4 group 128 with a low-rank part in bf16, {SIZE}×{SIZE}, {rows} rows");
+    println!("\nint4 group 128 with a low-rank part, {SIZE}×{SIZE}, {rows} rows");
     let base = median(&mut candidates[0].seconds);
     for candidate in &mut candidates {
         let seconds = median(&mut candidate.seconds);
@@ -266,7 +267,7 @@ fn read_all(buffer: &[u64], pool: &ThreadPool) {
             // SAFETY: this CPU has AVX-512.
             CpuLevel::Avx512Vnni => return unsafe { sum_avx512(piece) },
             // SAFETY: this CPU has AVX2.
-            CpuLevel::Avx2 => return unsafe { sum_avx2(piece) },
+            CpuLevel::Avx2 | CpuLevel::AvxVnni => return unsafe { sum_avx2(piece) },
             CpuLevel::Scalar => {}
         }
         black_box(piece.iter().fold(0u64, |sum, value| sum.wrapping_add(*value)));
@@ -315,9 +316,11 @@ fn ceilings() -> Vec<(&'static str, f64, fn())> {
                 ("vpmaddubsw and vpaddw", (LOOPS * 12 * 64) as f64, || unsafe { maddubs_avx2() }),
                 // SAFETY: as above.
                 ("vfmadd231ps zmm", (LOOPS * 12 * 32) as f64, || unsafe { fma_avx512() }),
+                // SAFETY: as above, with BF16 where this CPU has it.
+                ("vdpbf16ps", (LOOPS * 12 * 64) as f64, || unsafe { dpbf16_avx512() }),
             ];
         }
-        CpuLevel::Avx2 => {
+        CpuLevel::Avx2 | CpuLevel::AvxVnni => {
             return vec![
                 // SAFETY: this CPU has AVX2 and FMA.
                 ("vpmaddubsw and vpaddw", (LOOPS * 12 * 64) as f64, || unsafe { maddubs_avx2() }),
@@ -356,6 +359,22 @@ fn fma_avx512() {
     for _ in 0..LOOPS {
         for i in 0..12 {
             sums[i] = _mm512_fmadd_ps(sums[i], a, b);
+        }
+    }
+    black_box(sums);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn dpbf16_avx512() {
+    use std::arch::x86_64::*;
+    // SAFETY: both types are 512 plain bits.
+    let as_bf16 = |words: __m512i| unsafe { std::mem::transmute::<__m512i, __m512bh>(words) };
+    let (a, b) = black_box((as_bf16(_mm512_set1_epi16(0x3f00)), as_bf16(_mm512_set1_epi16(0x3e80))));
+    let mut sums = [_mm512_setzero_ps(); 12];
+    for _ in 0..LOOPS {
+        for i in 0..12 {
+            sums[i] = _mm512_dpbf16_ps(sums[i], a, b);
         }
     }
     black_box(sums);

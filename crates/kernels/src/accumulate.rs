@@ -1,5 +1,6 @@
 use crate::codec::Codec;
 use crate::grid_parameters::GridParameters;
+use crate::prefetch::prefetch_ahead;
 use crate::vector::{LANES, Level, Vector};
 
 /// Adds the products of a few panels with a few rows of x to a tile of outputs. One per (level, encoding,
@@ -52,6 +53,10 @@ pub(crate) unsafe fn accumulate<C: Codec, const ROWS: usize, const PANELS: usize
                 let mut panels = [job.panels; PANELS];
                 for panel in 0..PANELS {
                     panels[panel] = job.panels.add(panel * job.panel_stride + block_start);
+                    // More rows wait for their multiplications and not for codes.
+                    if ROWS <= 2 {
+                        prefetch_ahead(panels[panel], C::BYTES);
+                    }
                 }
                 let mut x = [job.x; ROWS];
                 for row in 0..ROWS {

@@ -17,6 +17,8 @@ pub(crate) trait IntegerLevel: Level {
     const ROWS: usize;
     /// How large the sum of the largest code of each step of four columns may be in a run.
     const RUN_LIMIT: usize;
+    /// How many sums must grow side by side to keep the multipliers busy.
+    const SUMS_UNDER_WAY: usize;
     /// What [`bytes`](Self::bytes) and [`look_up`](Self::look_up) add to the number that they stand for.
     const BYTE_CENTRE: i32;
 
@@ -36,6 +38,7 @@ pub(crate) trait IntegerLevel: Level {
     fn look_up(self, table: Self::Codes, fields: Self::Codes) -> Self::Codes;
 
     fn splat_sum(self, value: i32) -> Self::Sums;
+    fn add_sums(self, a: Self::Sums, b: Self::Sums) -> Self::Sums;
     /// What a run that follows `sums` starts with.
     fn open(self, sums: Self::Sums) -> Self::Partial;
     /// The products of unsigned codes up to 15 with four columns of x.

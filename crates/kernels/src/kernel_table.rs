@@ -19,7 +19,7 @@ pub(crate) struct KernelTable {
     /// The [`Accumulate`] for so many rows and panels: up to `tile_rows` rows and one panel, or one or two rows and
     /// `few_row_panels`.
     pub(crate) accumulate: fn(PanelEncoding, Arithmetic, rows: usize, panels: usize) -> Accumulate,
-    /// Products of many rows in f32.
+    /// Products of many rows in f32 and bf16.
     pub(crate) strip: StripProducts,
     /// Products of int8 activations.
     pub(crate) integers: IntegerProducts,
@@ -44,19 +44,19 @@ pub(crate) struct KernelTable {
 
 /// The table of a level: each generic body instantiated under the level's `target_feature`.
 ///
-/// `queries` is how many queries attention keeps in registers, `shapes` the `(rows, panels)` of products, `strip` the
-/// fewest rows that are worth a strip and the rows of its tiles. `integers` is the same for products in int8: the
+/// `bf16` are the products in bf16: of few rows and of many. `queries` is how many queries attention keeps in registers, `shapes` the `(rows, panels)` of products, `strip` the
+/// fewest rows that are worth a strip and the rows and halves of a panel of its tiles. `integers` is the same for products in int8: the
 /// registers of a panel and the most rows that fit into registers, then the fewest rows of a strip and the rows and
 /// registers of its tiles.
 macro_rules! kernel_table {
     (
         level: $level:ty,
         $(features: $features:literal,)?
-        bf16: $bf16:path,
+        bf16: ($bf16:path, $bf16_strip:path),
         tile_rows: $tile_rows:literal,
         few_row_panels: $panels:literal,
         queries: $queries:literal,
-        strip: ($least:expr, $strip_rows:literal),
+        strip: ($least:literal, $strip_rows:expr, $strip_halves:literal),
         shapes: [$($shape:tt)+],
         integers: ($registers:literal, $most:literal: [$($integer_rows:literal)+], $least_strip:literal, $tile:literal, $tile_registers:literal),
     ) => {
@@ -65,13 +65,19 @@ macro_rules! kernel_table {
             tile_rows: $tile_rows,
             few_row_panels: $panels,
             accumulate,
-            strip: $crate::strip::StripProducts { least_rows: $least, accumulate: accumulate_strip },
+            strip: $crate::strip::StripProducts {
+                least_rows: $least,
+                tile_rows: $strip_rows,
+                accumulate: accumulate_strip,
+            },
             pack_f32,
             integers: $crate::integer_product::IntegerProducts {
                 least_strip_rows: $least_strip,
                 most_rows: $most,
                 accumulate: accumulate_integers,
+                tile_rows: $tile,
                 accumulate_strip: accumulate_integer_strip,
+                centre: integer_centre,
             },
             pack_bf16,
             pack_i8,
@@ -107,13 +113,19 @@ macro_rules! kernel_table {
             }
         }
 
-        fn accumulate_strip(encoding: $crate::packed_matrix::PanelEncoding) -> $crate::strip::AccumulateStrip {
+        fn accumulate_strip(
+            encoding: $crate::packed_matrix::PanelEncoding,
+            arithmetic: $crate::packed_matrix::Arithmetic,
+        ) -> $crate::strip::AccumulateStrip {
             use $crate::codec;
-            use $crate::packed_matrix::PanelEncoding;
+            use $crate::packed_matrix::{Arithmetic, PanelEncoding};
             $(#[target_feature(enable = $features)])?
             unsafe fn product<E: codec::Encoding<$level>>(job: &$crate::strip::StripJob<'_>) {
                 // SAFETY: the caller has the level and a sound job.
-                unsafe { $crate::strip::accumulate_strip::<$level, E, $strip_rows>(job) }
+                unsafe { $crate::strip::accumulate_strip::<$level, E, { $strip_rows }, $strip_halves>(job) }
+            }
+            if arithmetic == Arithmetic::Bf16 {
+                return $bf16_strip(encoding);
             }
             match encoding {
                 PanelEncoding::Bits2 => product::<codec::Bits2>,
@@ -158,13 +170,13 @@ macro_rules! kernel_table {
 
         fn accumulate_integer_strip(
             encoding: $crate::packed_matrix::PanelEncoding,
-        ) -> $crate::integer_product::AccumulateIntegers {
+        ) -> $crate::integer_strip::AccumulateIntegerStrip {
             use $crate::codec;
             use $crate::integer_encoding::IntegerEncoding;
-            use $crate::integer_product::{IntegerJob, accumulate_strip};
+            use $crate::integer_strip::{IntegerStripJob, accumulate_strip};
             use $crate::packed_matrix::PanelEncoding;
             $(#[target_feature(enable = $features)])?
-            unsafe fn product<E: IntegerEncoding<$level>>(job: &IntegerJob<'_>) {
+            unsafe fn product<E: IntegerEncoding<$level>>(job: &IntegerStripJob<'_>) {
                 // SAFETY: the caller has the level and a sound job.
                 unsafe { accumulate_strip::<$level, E, $tile, $tile_registers>(job) }
             }
@@ -173,6 +185,21 @@ macro_rules! kernel_table {
                 PanelEncoding::Bits4 => product::<codec::Bits4>,
                 PanelEncoding::Table4 => product::<codec::Table4>,
                 PanelEncoding::Bits8 => product::<codec::Bits8>,
+                PanelEncoding::F32 | PanelEncoding::F16 | PanelEncoding::Bf16 => {
+                    unreachable!("{encoding:?} has no products in int8")
+                }
+            }
+        }
+
+        fn integer_centre(encoding: $crate::packed_matrix::PanelEncoding) -> i32 {
+            use $crate::codec;
+            use $crate::integer_encoding::IntegerEncoding;
+            use $crate::packed_matrix::PanelEncoding;
+            match encoding {
+                PanelEncoding::Bits2 => <codec::Bits2 as IntegerEncoding<$level>>::CENTRE,
+                PanelEncoding::Bits4 => <codec::Bits4 as IntegerEncoding<$level>>::CENTRE,
+                PanelEncoding::Table4 => <codec::Table4 as IntegerEncoding<$level>>::CENTRE,
+                PanelEncoding::Bits8 => <codec::Bits8 as IntegerEncoding<$level>>::CENTRE,
                 PanelEncoding::F32 | PanelEncoding::F16 | PanelEncoding::Bf16 => {
                     unreachable!("{encoding:?} has no products in int8")
                 }

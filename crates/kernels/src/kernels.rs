@@ -13,7 +13,7 @@ use crate::product::{UpdatedRows, accumulate_updates, multiply};
 use crate::shared_rows::SharedRows;
 use crate::{PackedLowRank, PackedMatrix, RotaryTable, scalar};
 #[cfg(target_arch = "x86_64")]
-use crate::{avx2, avx512};
+use crate::{avx2, avx512, avxvnni};
 
 /// Elements that are worth a task of their own in the element-wise operations.
 const TASK_ELEMENTS: usize = 1 << 14;
@@ -68,6 +68,8 @@ impl Kernels {
             #[cfg(target_arch = "x86_64")]
             CpuLevel::Avx2 => &avx2::TABLE,
             #[cfg(target_arch = "x86_64")]
+            CpuLevel::AvxVnni => &avxvnni::TABLE,
+            #[cfg(target_arch = "x86_64")]
             CpuLevel::Avx512Vnni => &avx512::TABLE,
             _ => &scalar::TABLE,
         };
@@ -106,7 +108,7 @@ impl Kernels {
     }
 
     /// Packs a Linear for [`product`](Self::product): its matrix with B of its compensation in the same panels, A
-    /// of the compensation, and its bias.
+    /// of the compensation, and its bias. Factors that are made of codes stay codes.
     ///
     /// # Errors
     /// `ERR_SHAPE_MISMATCH` when the matrix has no rows or no columns, or bias or compensation do not fit it.

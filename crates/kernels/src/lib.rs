@@ -1,7 +1,7 @@
 //! CPU products chosen at run time, and the small operations of a decoder block.
 //!
 //! [`Kernels`] holds the functions of one CPU level. Every operation is written once over `vector::Level`, the
-//! instructions of a level, and compiled for each level as a whole; `scalar`, `avx2` and `avx512` supply the
+//! instructions of a level, and compiled for each level as a whole; `scalar`, `avx2`, `avxvnni` and `avx512` supply the
 //! instructions and instantiate the table of functions.
 #![allow(unsafe_code, reason = "instructions of a CPU level exist only as unsafe functions")]
 
@@ -13,11 +13,14 @@ mod attention;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod avxvnni;
 mod codec;
 mod grid_parameters;
 mod integer_encoding;
 mod integer_level;
 mod integer_product;
+mod integer_strip;
 mod kernel_table;
 mod kernels;
 mod kv_pages;
@@ -26,12 +29,15 @@ mod pack;
 mod packed_input;
 mod packed_low_rank;
 mod packed_matrix;
+mod prefetch;
 mod product;
 mod rotary_table;
 mod scalar;
+mod scratch_words;
 mod self_check;
 mod shared_rows;
 mod strip;
+mod tiled_input;
 mod vector;
 
 pub use activation::Activation;

@@ -1,16 +1,15 @@
-use std::cell::RefCell;
-
 use bytemuck::{Pod, Zeroable};
 use kintsugi_runtime::ThreadPool;
 
 use crate::grid_parameters::GridParameters;
 use crate::kernel_table::KernelTable;
 use crate::packed_matrix::{Arithmetic, ColumnLayout, Section};
+use crate::scratch_words::ScratchWords;
 
 /// Rows of x as the panels of one matrix read them: in the column order of its layout, every block padded with
 /// zeros, in the type of its products, and with the sum over each block (and its scale, in int8).
 pub(crate) struct PackedInput {
-    words: Vec<u32>,
+    words: ScratchWords,
     stride: usize,
     x_words: usize,
 }
@@ -30,23 +29,6 @@ unsafe impl Zeroable for QuantizedBlock {}
 // SAFETY: as above; the type is `Copy` and has no pointers.
 unsafe impl Pod for QuantizedBlock {}
 
-thread_local! {
-    /// Memory of the last input of this thread: taking it from the system anew for each product would cost as much
-    /// as a small product.
-    static SCRATCH: RefCell<Vec<u32>> = const { RefCell::new(Vec::new()) };
-}
-
-/// Words that a thread keeps; a longer input gives its memory back.
-const SCRATCH_WORDS: usize = 4 << 20;
-
-impl Drop for PackedInput {
-    fn drop(&mut self) {
-        if self.words.capacity() <= SCRATCH_WORDS {
-            SCRATCH.set(std::mem::take(&mut self.words));
-        }
-    }
-}
-
 impl PackedInput {
     /// Packs `x`, `[count, columns]`, for the products with a section.
     pub(crate) fn new(
@@ -57,41 +39,16 @@ impl PackedInput {
         columns: usize,
         pool: &ThreadPool,
     ) -> Self {
-        let layout = &section.layout;
-        let padded = layout.padded_columns();
-        // Block sums are needed where the matrix has zero points or offsets.
-        let block_sums = section.grid.is_some_and(GridParameters::needs_block_sums);
-        let (x_words, sums) = match arithmetic {
-            Arithmetic::F32 => (padded, if block_sums { layout.blocks.len() } else { 0 }),
-            Arithmetic::Bf16 => (padded / 2, if block_sums { layout.blocks.len() } else { 0 }),
-            Arithmetic::Int8 => (padded / 4, 2 * layout.blocks.len()),
-        };
-        let unit = section.integers.map_or(1.0, |integers| integers.unit);
+        let packer = RowPacker::new(table, section, arithmetic);
+        let x_words = packer.x_words;
         // An odd number of cache lines: rows at a power of two would all fall into the same few sets of the cache.
-        let stride = (x_words + sums).div_ceil(16) | 1;
-        let stride = stride * 16;
-        let mut words = SCRATCH.take();
-        words.resize(x.len() / columns * stride, 0);
+        let stride = (packer.row_words().div_ceil(16) | 1) * 16;
+        let mut words = ScratchWords::new(x.len() / columns * stride);
         let rows_per_task = (Self::TASK_COLUMNS / columns).max(1);
         pool.for_each_chunk(&mut words, rows_per_task * stride, |task, words| {
             let x = x[task * rows_per_task * columns..].chunks_exact(columns);
             for (words, x) in words.chunks_exact_mut(stride).zip(x) {
-                let (values, rest) = words.split_at_mut(x_words);
-                let sums = &mut rest[..sums];
-                // SAFETY: the table is of a level that this CPU has.
-                unsafe {
-                    match arithmetic {
-                        Arithmetic::F32 => {
-                            let values = bytemuck::cast_slice_mut(values);
-                            (table.pack_f32)(layout, x, values, bytemuck::cast_slice_mut(sums));
-                        }
-                        Arithmetic::Bf16 => (table.pack_bf16)(layout, x, values, bytemuck::cast_slice_mut(sums)),
-                        Arithmetic::Int8 => {
-                            let values = bytemuck::cast_slice_mut(values);
-                            (table.pack_i8)(layout, unit, x, values, bytemuck::cast_slice_mut(sums));
-                        }
-                    }
-                }
+                packer.pack(x, &mut words[..packer.row_words()]);
             }
         });
         PackedInput { words, stride, x_words }
@@ -118,6 +75,53 @@ impl PackedInput {
     /// Words from a row to the next, of x and of block sums.
     pub(crate) fn stride(&self) -> usize {
         self.stride
+    }
+}
+
+/// Packs single rows of x for the products with a section: the columns, then what is known of each block.
+pub(crate) struct RowPacker<'a> {
+    table: &'a KernelTable,
+    layout: &'a ColumnLayout,
+    arithmetic: Arithmetic,
+    unit: f32,
+    /// Words of the columns.
+    pub(crate) x_words: usize,
+    /// Words for each block: its scale and sum in int8, elsewhere its sum where the matrix has zero points or offsets.
+    pub(crate) block_words: usize,
+}
+
+impl<'a> RowPacker<'a> {
+    pub(crate) fn new(table: &'a KernelTable, section: &'a Section, arithmetic: Arithmetic) -> Self {
+        let layout = &section.layout;
+        let block_sums = usize::from(section.grid.is_some_and(GridParameters::needs_block_sums));
+        let block_words = if arithmetic == Arithmetic::Int8 { 2 } else { block_sums };
+        let unit = section.integers.map_or(1.0, |integers| integers.unit);
+        let x_words = layout.padded_columns() / arithmetic.columns_per_word();
+        RowPacker { table, layout, arithmetic, unit, x_words, block_words }
+    }
+
+    /// Words of a row.
+    pub(crate) fn row_words(&self) -> usize {
+        self.x_words + self.layout.blocks.len() * self.block_words
+    }
+
+    /// Packs a row.
+    pub(crate) fn pack(&self, x: &[f32], words: &mut [u32]) {
+        let (values, blocks) = words.split_at_mut(self.x_words);
+        let (table, layout) = (self.table, self.layout);
+        // SAFETY: the table is of a level that this CPU has.
+        unsafe {
+            match self.arithmetic {
+                Arithmetic::F32 => {
+                    (table.pack_f32)(layout, x, bytemuck::cast_slice_mut(values), bytemuck::cast_slice_mut(blocks));
+                }
+                Arithmetic::Bf16 => (table.pack_bf16)(layout, x, values, bytemuck::cast_slice_mut(blocks)),
+                Arithmetic::Int8 => {
+                    let values = bytemuck::cast_slice_mut(values);
+                    (table.pack_i8)(layout, self.unit, x, values, bytemuck::cast_slice_mut(blocks));
+                }
+            }
+        }
     }
 }
 

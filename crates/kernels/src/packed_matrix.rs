@@ -115,6 +115,15 @@ impl Arithmetic {
             Arithmetic::Int8 => "int8",
         }
     }
+
+    /// Columns of x in a 32-bit word.
+    pub(crate) const fn columns_per_word(self) -> usize {
+        match self {
+            Arithmetic::F32 => 1,
+            Arithmetic::Bf16 => 2,
+            Arithmetic::Int8 => 4,
+        }
+    }
 }
 
 impl PackedMatrix {

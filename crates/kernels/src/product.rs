@@ -5,10 +5,12 @@ use kintsugi_runtime::ThreadPool;
 use crate::accumulate::PanelJob;
 use crate::grid_parameters::GridParameters;
 use crate::integer_product::IntegerJob;
+use crate::integer_strip::IntegerStripJob;
 use crate::packed_input::PackedInput;
 use crate::packed_matrix::{Arithmetic, PackedMatrix, Section};
 use crate::shared_rows::SharedRows;
 use crate::strip::StripJob;
+use crate::tiled_input::TiledInput;
 use crate::vector::LANES;
 use crate::{Kernels, PackedLowRank};
 
@@ -18,6 +20,9 @@ const ROWS_AT_ONCE: usize = 128;
 
 /// Multiplications that are worth a task of their own: some microseconds.
 const TASK_MULTIPLICATIONS: usize = 1 << 18;
+
+/// Bytes of panels that are worth a task of their own: with one row of x they take longer than its multiplications.
+const TASK_BYTES: usize = 1 << 17;
 
 /// Most rows of x that any level takes at once.
 const MAX_TILE: usize = 8;
@@ -146,9 +151,47 @@ struct Operands<'a> {
     /// The row of y of each row of x; `None` where that is the row itself.
     places: Option<Vec<usize>>,
     arithmetic: Arithmetic,
-    input: PackedInput,
+    input: Input,
     /// A x, where there is a compensation.
-    projected: Option<PackedInput>,
+    projected: Option<Input>,
+}
+
+/// Rows of x, packed.
+enum Input {
+    /// For products of a few rows at a time.
+    Rows(PackedInput),
+    /// For products of all rows with one panel after another, in strips.
+    Tiles(TiledInput),
+}
+
+impl Input {
+    fn new(
+        kernels: &Kernels,
+        section: &Section,
+        arithmetic: Arithmetic,
+        x: &[f32],
+        columns: usize,
+        pool: &ThreadPool,
+    ) -> Self {
+        let table = kernels.table();
+        let (least, tile_rows) = match arithmetic {
+            Arithmetic::Int8 => (table.integers.least_strip_rows, table.integers.tile_rows),
+            Arithmetic::F32 | Arithmetic::Bf16 => (table.strip.least_rows, table.strip.tile_rows),
+        };
+        if x.len() / columns < least {
+            return Input::Rows(PackedInput::new(table, section, arithmetic, x, columns, pool));
+        }
+        Input::Tiles(TiledInput::new(table, section, arithmetic, x, columns, tile_rows, pool))
+    }
+
+    /// # Panics
+    /// Where x is packed in tiles.
+    fn rows(&self) -> &PackedInput {
+        match self {
+            Input::Rows(input) => input,
+            Input::Tiles(_) => unreachable!("tiles are multiplied panel by panel"),
+        }
+    }
 }
 
 impl<'a> Operands<'a> {
@@ -161,24 +204,28 @@ impl<'a> Operands<'a> {
     ) -> Self {
         let count = x.len() / weight.columns;
         let arithmetic = kernels.arithmetic(weight);
-        let input = PackedInput::new(kernels.table(), &weight.main, arithmetic, x, weight.columns, pool);
+        let input = Input::new(kernels, &weight.main, arithmetic, x, weight.columns, pool);
         let projected = weight.compensation.as_ref().map(|part| {
             let a = Operands::new(kernels, &part.a, x, None, pool);
             let projected = multiply_by_runs(kernels, &[a], pool).pop().unwrap_or_default();
-            PackedInput::new(kernels.table(), &part.b, Arithmetic::F32, &projected, part.a.rows, pool)
+            // Whoever multiplies a few rows at a time does so with both parts.
+            let section = &part.b;
+            if arithmetic == Arithmetic::Int8 || matches!(input, Input::Tiles(_)) {
+                return Input::new(kernels, section, Arithmetic::F32, &projected, part.a.rows, pool);
+            }
+            Input::Rows(PackedInput::new(kernels.table(), section, Arithmetic::F32, &projected, part.a.rows, pool))
         });
         Operands { weight, count, places, arithmetic, input, projected }
     }
 
     /// Whether panels are multiplied one by one, with all rows.
-    fn panel_by_panel(&self, kernels: &Kernels) -> bool {
-        self.arithmetic == Arithmetic::Int8
-            || self.arithmetic == Arithmetic::F32 && self.count >= kernels.table().strip.least_rows
+    fn panel_by_panel(&self) -> bool {
+        self.arithmetic == Arithmetic::Int8 || matches!(self.input, Input::Tiles(_))
     }
 
     /// Panels that are multiplied at once.
     fn panels_at_once(&self, kernels: &Kernels) -> usize {
-        if self.count <= 2 && !self.panel_by_panel(kernels) { kernels.table().few_row_panels } else { 1 }
+        if self.count <= 2 && !self.panel_by_panel() { kernels.table().few_row_panels } else { 1 }
     }
 
     /// Runs of panels that are multiplied at once.
@@ -189,7 +236,8 @@ impl<'a> Operands<'a> {
     /// How many tasks the product is worth, where that many units can be shared out.
     fn tasks(&self, units: usize) -> usize {
         let multiplications = self.weight.panel_count() * LANES * self.weight.columns * self.count;
-        (multiplications / TASK_MULTIPLICATIONS).clamp(1, units)
+        let bytes = self.weight.panel_count() * self.weight.panel_bytes;
+        (multiplications / TASK_MULTIPLICATIONS).max(bytes / TASK_BYTES).clamp(1, units)
     }
 
     /// One of the tasks.
@@ -200,7 +248,7 @@ impl<'a> Operands<'a> {
         for unit in task * units / tasks..(task + 1) * units / tasks {
             let first = unit * at_once;
             let last = panels.min(first + at_once);
-            if self.panel_by_panel(kernels) {
+            if self.panel_by_panel() {
                 self.multiply_panel(kernels, first, y, output);
             } else if last - first == at_once {
                 self.multiply_panels(kernels, first, at_once, y, output);
@@ -212,34 +260,11 @@ impl<'a> Operands<'a> {
 
     /// The products of one panel in f32 over a run of blocks, `[count]`.
     fn add_run(&self, kernels: &Kernels, panel: usize, blocks: Range<usize>, sums: &mut [[f32; LANES]]) {
-        let main = &self.weight.main;
-        assert!(self.arithmetic == Arithmetic::F32 && panel < self.weight.panel_count() && sums.len() == self.count);
-        let (table, layout) = (kernels.table(), &main.layout);
-        let steps: usize = layout.steps[..blocks.start].iter().map(|&steps| steps as usize).sum();
-        let bytes = steps * main.encoding.step_bytes() + blocks.start * main.grid.map_or(0, GridParameters::bytes);
-        let from = |start: usize, sums: &mut [[f32; LANES]]| {
-            let whole = self.panel_job(main, &self.input, panel, start, sums);
-            // SAFETY: the run lies in the panel and in the rows of x, behind the blocks before it.
-            let (panels, x) = unsafe { (whole.panels.add(bytes), whole.x.add(steps * layout.step_columns)) };
-            // There are no block sums where none are read.
-            let block_sums = whole.block_sums.wrapping_add(blocks.start);
-            PanelJob { panels, x, block_sums, steps: &layout.steps[blocks.clone()], ..whole }
-        };
-        if self.count >= table.strip.least_rows {
-            let job = StripJob { panel: from(0, sums), rows: self.count };
-            // SAFETY: as in `add_section`.
-            unsafe { (table.strip.accumulate)(main.encoding)(&job) };
-            return;
-        }
-        for start in (0..self.count).step_by(table.tile_rows) {
-            let rows = table.tile_rows.min(self.count - start);
-            let job = from(start, &mut sums[start..]);
-            // SAFETY: as in `add_section`.
-            unsafe { (table.accumulate)(main.encoding, self.arithmetic, rows, 1)(&job) };
-        }
+        assert_eq!(self.arithmetic, Arithmetic::F32, "runs are in f32");
+        self.add_rows(kernels, &self.weight.main, self.arithmetic, &self.input, panel, blocks, sums);
     }
 
-    /// All rows with one panel: in int8, or many rows in f32.
+    /// All rows with one panel: in int8, or many rows.
     fn multiply_panel(&self, kernels: &Kernels, panel: usize, y: &SharedRows<'_>, output: Output) {
         let mut tile = Tile([[0.0; LANES]; MAX_TILE]);
         let mut more = Vec::new();
@@ -252,18 +277,10 @@ impl<'a> Operands<'a> {
         if self.arithmetic == Arithmetic::Int8 {
             self.add_integers(kernels, panel, sums);
         } else {
-            self.add_strip(kernels, &self.weight.main, &self.input, panel, sums);
+            self.add_all_rows(kernels, &self.weight.main, self.arithmetic, &self.input, panel, sums);
         }
         if let (Some(part), Some(projected)) = (&self.weight.compensation, &self.projected) {
-            if self.count >= kernels.table().strip.least_rows {
-                self.add_strip(kernels, &part.b, projected, panel, sums);
-            } else {
-                for start in (0..self.count).step_by(kernels.table().tile_rows) {
-                    let rows = kernels.table().tile_rows.min(self.count - start);
-                    let sums = &mut sums[start..];
-                    self.add_section(kernels, &part.b, Arithmetic::F32, projected, panel, 1, start, rows, sums);
-                }
-            }
+            self.add_all_rows(kernels, &part.b, Arithmetic::F32, projected, panel, sums);
         }
         self.write(panel, 1, 0, self.count, sums, y, output);
     }
@@ -274,26 +291,40 @@ impl<'a> Operands<'a> {
         let (Some(integers), Some(grid)) = (&main.integers, main.grid) else { return };
         assert!(panel < self.weight.panel_count() && sums.len() == self.count);
         let (products, rows) = (&kernels.table().integers, self.count);
-        let passes = if rows < products.least_strip_rows { rows.div_ceil(products.most_rows) } else { 1 };
+        let panel = self.weight.panels.as_slice()[panel * self.weight.panel_bytes + main.offset..].as_ptr();
+        let input = match &self.input {
+            Input::Rows(input) => input,
+            Input::Tiles(input) => {
+                let job = IntegerStripJob {
+                    panel,
+                    steps: &main.layout.steps,
+                    grid,
+                    table: &integers.table,
+                    x: input.words(),
+                    tile_stride: input.stride(),
+                    rows,
+                    tile: sums.as_mut_ptr().cast(),
+                };
+                // SAFETY: as below.
+                unsafe { (products.accumulate_strip)(main.encoding)(&job) };
+                return;
+            }
+        };
+        let passes = rows.div_ceil(products.most_rows);
         for pass in 0..passes {
             let start = pass * rows / passes;
             let rows = (pass + 1) * rows / passes - start;
             let job = IntegerJob {
-                panel: self.weight.panels.as_slice()[panel * self.weight.panel_bytes + main.offset..].as_ptr(),
+                panel,
                 steps: &main.layout.steps,
                 grid,
                 table: &integers.table,
-                x: self.input.row(start),
-                blocks: self.input.quantized_blocks(start),
-                x_stride: self.input.stride(),
-                rows,
+                x: input.row(start),
+                blocks: input.quantized_blocks(start),
+                x_stride: input.stride(),
                 tile: sums[start..].as_mut_ptr().cast(),
             };
-            let accumulate = if rows <= products.most_rows {
-                (products.accumulate)(main.encoding, rows)
-            } else {
-                (products.accumulate_strip)(main.encoding)
-            };
+            let accumulate = (products.accumulate)(main.encoding, rows);
             // SAFETY: the table is of a level that this CPU has; each panel holds the section at its offset, in blocks of
             // the length that int8 has, the input was packed in the layout of the section, and panel and sums are checked
             // above.
@@ -301,20 +332,69 @@ impl<'a> Operands<'a> {
         }
     }
 
-    /// Adds the products of one panel of a section in f32, `[count]`.
-    fn add_strip(
+    /// Adds the products of one panel of a section in f32 or bf16, `[count]`.
+    fn add_all_rows(
         &self,
         kernels: &Kernels,
         section: &Section,
-        input: &PackedInput,
+        arithmetic: Arithmetic,
+        input: &Input,
         panel: usize,
         sums: &mut [[f32; LANES]],
     ) {
+        self.add_rows(kernels, section, arithmetic, input, panel, 0..section.layout.steps.len(), sums);
+    }
+
+    /// Adds the products of one panel of a section in f32 or bf16 over some of its blocks, `[count]`.
+    fn add_rows(
+        &self,
+        kernels: &Kernels,
+        section: &Section,
+        arithmetic: Arithmetic,
+        input: &Input,
+        panel: usize,
+        blocks: Range<usize>,
+        sums: &mut [[f32; LANES]],
+    ) {
         assert!(panel < self.weight.panel_count() && sums.len() == self.count);
-        let panel = self.panel_job(section, input, panel, 0, sums);
-        let job = StripJob { panel, rows: self.count };
-        // SAFETY: as in `add_section`.
-        unsafe { (kernels.table().strip.accumulate)(section.encoding)(&job) };
+        let (table, layout) = (kernels.table(), &section.layout);
+        let columns =
+            layout.steps[..blocks.start].iter().map(|&steps| steps as usize).sum::<usize>() * layout.step_columns;
+        let words = columns / arithmetic.columns_per_word();
+        let bytes = columns / layout.step_columns * section.encoding.step_bytes()
+            + blocks.start * section.grid.map_or(0, GridParameters::bytes);
+        match input {
+            Input::Rows(input) => {
+                for start in (0..self.count).step_by(table.tile_rows) {
+                    let rows = table.tile_rows.min(self.count - start);
+                    let whole = self.panel_job(section, input, panel, start, &mut sums[start..]);
+                    // SAFETY: the blocks lie in the panel and in the rows of x, behind those before them.
+                    let (panels, x) = unsafe { (whole.panels.add(bytes), whole.x.add(words)) };
+                    // There are no block sums where none are read.
+                    let block_sums = whole.block_sums.wrapping_add(blocks.start);
+                    let job = PanelJob { panels, x, block_sums, steps: &layout.steps[blocks.clone()], ..whole };
+                    // SAFETY: as in `add_section`.
+                    unsafe { (table.accumulate)(section.encoding, arithmetic, rows, 1)(&job) };
+                }
+            }
+            Input::Tiles(input) => {
+                let block_sums = usize::from(section.grid.is_some_and(GridParameters::needs_block_sums));
+                let start = panel * self.weight.panel_bytes + section.offset + bytes;
+                let job = StripJob {
+                    panel: self.weight.panels.as_slice()[start..].as_ptr(),
+                    steps: &layout.steps[blocks.clone()],
+                    grid: section.grid,
+                    table: section.table.values(),
+                    // Blocks of a tile follow one another.
+                    x: input.words().wrapping_add((words + blocks.start * block_sums) * table.strip.tile_rows),
+                    tile_stride: input.stride(),
+                    rows: self.count,
+                    tile: sums.as_mut_ptr().cast(),
+                };
+                // SAFETY: as in `add_section`, with rows packed in tiles.
+                unsafe { (table.strip.accumulate)(section.encoding, arithmetic)(&job) };
+            }
+        }
     }
 
     /// All rows with some panels: tiles of as equal a size as can be.
@@ -327,9 +407,9 @@ impl<'a> Operands<'a> {
             let mut add = |section, arithmetic, input| {
                 self.add_section(kernels, section, arithmetic, input, first, panels, start, rows, &mut sums.0);
             };
-            add(&self.weight.main, self.arithmetic, &self.input);
+            add(&self.weight.main, self.arithmetic, self.input.rows());
             if let (Some(part), Some(projected)) = (&self.weight.compensation, &self.projected) {
-                add(&part.b, Arithmetic::F32, projected);
+                add(&part.b, Arithmetic::F32, projected.rows());
             }
             self.write(first, panels, start, rows, &sums.0, y, output);
         }

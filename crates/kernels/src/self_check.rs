@@ -1,6 +1,6 @@
 use kintsugi_runtime::{CpuLevel, ThreadPool};
 use kintsugi_weights::{
-    CodeTable, DenseMatrix, DenseValues, ElementType, GroupSize, LinearWeight, LowRank, QuantizedMatrix,
+    CodeTable, DenseMatrix, DenseValues, ElementType, FactorCodes, GroupSize, LinearWeight, LowRank, QuantizedMatrix,
     QuantizedParts, WeightMatrix, reference_product,
 };
 
@@ -33,6 +33,8 @@ const INT8_ROUNDING: f64 = 1.0 / 127.0;
 
 const ROWS: usize = 70;
 const COLUMNS: usize = 300;
+/// Of factors in codes: more than a panel.
+const RANK: usize = 40;
 
 /// Multiplies a handful of weights of every kind and compares with the f64 reference: what `doctor` reports.
 pub fn self_check(kernels: &Kernels, pool: &ThreadPool) -> Vec<SelfCheck> {
@@ -98,7 +100,7 @@ fn cases() -> Vec<(String, LinearWeight)> {
         cases.push((format!("{name} {ROWS}×{COLUMNS}"), LinearWeight::plain(matrix)));
     }
     for bits in [2, 3, 4, 5, 6, 8] {
-        if let Some(matrix) = quantized(bits) {
+        if let Some(matrix) = quantized(bits, ROWS, COLUMNS) {
             let matrix = WeightMatrix::Quantized(matrix);
             cases.push((format!("int{bits} group 128 {ROWS}×{COLUMNS}"), LinearWeight::plain(matrix.clone())));
             let (b, a) = (noise(8, ROWS * 5, 0.1), noise(9, 5 * COLUMNS, 0.1));
@@ -111,7 +113,19 @@ fn cases() -> Vec<(String, LinearWeight)> {
         let matrix = parts.and_then(|parts| QuantizedMatrix::new(parts).ok())?;
         Some((format!("{name} group 128 {ROWS}×{COLUMNS}"), LinearWeight::plain(WeightMatrix::Quantized(matrix))))
     };
-    let parts = || quantized(4).map(|matrix| QuantizedParts { zero_points: None, ..matrix.into_parts() });
+    let symmetric = |rows, columns| {
+        let matrix = quantized(4, rows, columns)?;
+        QuantizedMatrix::new(QuantizedParts { zero_points: None, ..matrix.into_parts() }).ok()
+    };
+    if let (Some(matrix), Some(b), Some(a)) =
+        (symmetric(ROWS, COLUMNS), symmetric(ROWS, RANK), symmetric(RANK, COLUMNS))
+    {
+        let low_rank = Some(LowRank::of_codes(FactorCodes { b, a }));
+        let weight = LinearWeight { low_rank, ..LinearWeight::plain(WeightMatrix::Quantized(matrix)) };
+        cases.push((format!("int4 group 128 rank {RANK} in int4 {ROWS}×{COLUMNS}"), weight));
+    }
+    let parts =
+        || quantized(4, ROWS, COLUMNS).map(|matrix| QuantizedParts { zero_points: None, ..matrix.into_parts() });
     let with_offsets = parts().map(|parts| {
         let offsets = Some(noise(14, parts.scales.len(), 0.1));
         QuantizedParts { offsets, ..parts }
@@ -123,21 +137,21 @@ fn cases() -> Vec<(String, LinearWeight)> {
 }
 
 /// Random codes on an asymmetric grid.
-fn quantized(bits: u8) -> Option<QuantizedMatrix> {
-    let groups = GroupSize::Columns(128).groups(COLUMNS);
+fn quantized(bits: u8, rows: usize, columns: usize) -> Option<QuantizedMatrix> {
+    let groups = GroupSize::Columns(128).groups(columns);
     let integers = |seed, count| -> Vec<u8> {
         noise(seed, count, 1.0).iter().map(|value| ((value + 1.0) * 128.0) as u8 >> (8 - bits)).collect()
     };
-    let scales = noise(12, ROWS * groups, 0.1).iter().map(|scale| ElementType::F16.round(scale.abs() + 0.01)).collect();
+    let scales = noise(12, rows * groups, 0.1).iter().map(|scale| ElementType::F16.round(scale.abs() + 0.01)).collect();
     QuantizedMatrix::new(QuantizedParts {
-        rows: ROWS,
-        columns: COLUMNS,
+        rows,
+        columns,
         bits,
         group_size: GroupSize::Columns(128),
-        codes: integers(11, ROWS * COLUMNS),
+        codes: integers(11, rows * columns),
         scales,
         scale_type: ElementType::F16,
-        zero_points: Some(integers(13, ROWS * groups)),
+        zero_points: Some(integers(13, rows * groups)),
         ..QuantizedParts::default()
     })
     .ok()

@@ -2,13 +2,15 @@ use std::sync::OnceLock;
 
 use crate::{Error, ErrorCode, Result};
 
-/// What the instruction set of a kernel is called. Levels are ordered: a CPU that has one has those before it.
+/// What the instruction set of a kernel is called, in the order of speed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum CpuLevel {
     /// Portable Rust, vectorized by the compiler for the baseline of the target.
     Scalar,
     /// AVX2, FMA and F16C (x86-64-v3).
     Avx2,
+    /// The same with AVX-VNNI: CPUs that multiply int8 in one instruction and have no AVX-512.
+    AvxVnni,
     /// AVX-512 F, BW, VL, DQ and VNNI; BF16 products where the CPU has them.
     Avx512Vnni,
 }
@@ -22,13 +24,14 @@ pub struct CpuFeatures {
 
 impl CpuLevel {
     /// Every level, lowest first.
-    pub const ALL: [CpuLevel; 3] = [CpuLevel::Scalar, CpuLevel::Avx2, CpuLevel::Avx512Vnni];
+    pub const ALL: [CpuLevel; 4] = [CpuLevel::Scalar, CpuLevel::Avx2, CpuLevel::AvxVnni, CpuLevel::Avx512Vnni];
 
     /// The name that `KINTSUGI_CPU` takes and `doctor` prints.
     pub const fn name(self) -> &'static str {
         match self {
             CpuLevel::Scalar => "scalar",
             CpuLevel::Avx2 => "avx2",
+            CpuLevel::AvxVnni => "avxvnni",
             CpuLevel::Avx512Vnni => "avx512vnni",
         }
     }
@@ -40,7 +43,22 @@ impl CpuLevel {
 
     /// Whether this machine can run the level.
     pub fn is_available(self) -> bool {
-        self <= Self::best()
+        #[cfg(target_arch = "x86_64")]
+        {
+            use std::arch::is_x86_feature_detected as has;
+            let avx2 = || has!("avx2") && has!("fma") && has!("f16c");
+            let avx512 = || has!("avx512f") && has!("avx512bw") && has!("avx512vl") && has!("avx512dq");
+            match self {
+                CpuLevel::Scalar => true,
+                CpuLevel::Avx2 => avx2(),
+                CpuLevel::AvxVnni => avx2() && has!("avxvnni"),
+                CpuLevel::Avx512Vnni => avx2() && avx512() && has!("avx512vnni"),
+            }
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        {
+            self == CpuLevel::Scalar
+        }
     }
 
     /// Every level that this machine can run, lowest first.
@@ -51,22 +69,7 @@ impl CpuLevel {
     /// The highest level that this machine can run.
     pub fn best() -> CpuLevel {
         static BEST: OnceLock<CpuLevel> = OnceLock::new();
-        *BEST.get_or_init(|| {
-            #[cfg(target_arch = "x86_64")]
-            {
-                use std::arch::is_x86_feature_detected as has;
-                let avx2 = has!("avx2") && has!("fma") && has!("f16c");
-                let avx512 =
-                    has!("avx512f") && has!("avx512bw") && has!("avx512vl") && has!("avx512dq") && has!("avx512vnni");
-                if avx2 && avx512 {
-                    return CpuLevel::Avx512Vnni;
-                }
-                if avx2 {
-                    return CpuLevel::Avx2;
-                }
-            }
-            CpuLevel::Scalar
-        })
+        *BEST.get_or_init(|| Self::available().last().unwrap_or(CpuLevel::Scalar))
     }
 
     /// The level that products use: the one that `KINTSUGI_CPU` forces, else the best.

@@ -15,6 +15,8 @@ impl IntegerLevel for Avx2 {
     const ROWS: usize = 8;
     // Two products are added to a lane at a time.
     const RUN_LIMIT: usize = i16::MAX as usize / (2 * 127);
+    // Additions take a cycle.
+    const SUMS_UNDER_WAY: usize = 1;
     const BYTE_CENTRE: i32 = 0;
 
     #[inline(always)]
@@ -61,6 +63,12 @@ impl IntegerLevel for Avx2 {
     fn splat_sum(self, value: i32) -> __m256i {
         // SAFETY: as in `fields`.
         unsafe { _mm256_set1_epi32(value) }
+    }
+
+    #[inline(always)]
+    fn add_sums(self, a: __m256i, b: __m256i) -> __m256i {
+        // SAFETY: as in `fields`.
+        unsafe { _mm256_add_epi32(a, b) }
     }
 
     #[inline(always)]

@@ -5,3 +5,4 @@ mod table;
 mod vector;
 
 pub(crate) use table::TABLE;
+pub(crate) use vector::Avx2;

@@ -1,4 +1,5 @@
 use std::arch::x86_64::*;
+use std::marker::PhantomData;
 
 use crate::strip::HALF;
 use crate::vector::{Half, LANES, Level, Vector};
@@ -15,9 +16,13 @@ pub(crate) struct F32x16(__m256, __m256);
 #[derive(Clone, Copy)]
 pub(crate) struct U32x32(__m256i, __m256i, __m256i, __m256i);
 
-/// AVX2, FMA and F16C. A value exists only where the CPU has them.
+/// AVX2, FMA and F16C, and `I` for products of int8. A value exists only where the CPU has them.
 #[derive(Clone, Copy)]
-pub(crate) struct Avx2(());
+pub(crate) struct Avx2<I = Maddubs>(PhantomData<I>);
+
+/// Products of int8 by instructions of AVX2 alone.
+#[derive(Clone, Copy)]
+pub(crate) struct Maddubs;
 
 /// An intrinsic on each of the four registers of its arguments.
 macro_rules! lanewise {
@@ -147,7 +152,7 @@ impl Half for F32x16 {
     }
 }
 
-impl Level for Avx2 {
+impl<I: Copy> Level for Avx2<I> {
     type Vector = F32x32;
     type Half = F32x16;
     type Words = U32x32;
@@ -155,7 +160,7 @@ impl Level for Avx2 {
 
     #[inline(always)]
     unsafe fn assume() -> Self {
-        Avx2(())
+        Avx2(PhantomData)
     }
 
     #[inline(always)]

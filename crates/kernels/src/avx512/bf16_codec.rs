@@ -76,7 +76,7 @@ unsafe fn multiply<E: Bf16Encoding, const PAIR: u32, const ROWS: usize, const PA
 }
 
 #[inline(always)]
-fn as_bf16(words: __m512i) -> __m512bh {
+pub(super) fn as_bf16(words: __m512i) -> __m512bh {
     // SAFETY: both types are 512 plain bits.
     unsafe { std::mem::transmute(words) }
 }

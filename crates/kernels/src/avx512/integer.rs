@@ -12,6 +12,8 @@ impl IntegerLevel for Avx512 {
     const ROWS: usize = 16;
     // Four products are added to a lane at a time.
     const RUN_LIMIT: usize = i32::MAX as usize / (4 * 127);
+    // A product takes four or five cycles, and up to two start in each.
+    const SUMS_UNDER_WAY: usize = 8;
     const BYTE_CENTRE: i32 = 128;
 
     #[inline(always)]
@@ -60,6 +62,12 @@ impl IntegerLevel for Avx512 {
     fn splat_sum(self, value: i32) -> __m512i {
         // SAFETY: as in `fields`.
         unsafe { _mm512_set1_epi32(value) }
+    }
+
+    #[inline(always)]
+    fn add_sums(self, a: __m512i, b: __m512i) -> __m512i {
+        // SAFETY: as in `fields`.
+        unsafe { _mm512_add_epi32(a, b) }
     }
 
     #[inline(always)]

@@ -9,7 +9,7 @@ pub(crate) struct F32x32(pub(super) __m512, pub(super) __m512);
 
 /// 16 lanes in a register.
 #[derive(Clone, Copy)]
-pub(crate) struct F32x16(__m512);
+pub(crate) struct F32x16(pub(super) __m512);
 
 /// 32 words in two registers.
 #[derive(Clone, Copy)]

@@ -11,6 +11,7 @@ impl IntegerLevel for Scalar {
     const ROWS: usize = ROWS;
     // Four products of up to 127 · 255 are added to an i32.
     const RUN_LIMIT: usize = i32::MAX as usize / (4 * 127);
+    const SUMS_UNDER_WAY: usize = 1;
     const BYTE_CENTRE: i32 = 128;
 
     #[inline(always)]
@@ -55,6 +56,11 @@ impl IntegerLevel for Scalar {
     #[inline(always)]
     fn splat_sum(self, value: i32) -> [i32; ROWS] {
         [value; ROWS]
+    }
+
+    #[inline(always)]
+    fn add_sums(self, a: [i32; ROWS], b: [i32; ROWS]) -> [i32; ROWS] {
+        std::array::from_fn(|row| a[row] + b[row])
     }
 
     #[inline(always)]
