@@ -85,6 +85,8 @@ test('the tests use every dependency with the features that the addon has', (t) 
   const inTests = compiled('--workspace', '--edges', 'normal,build,dev')
   const twice = [...compiled('--package', 'kintsugi-node', '--edges', 'normal,build')].filter((it) => !inTests.has(it))
   t.deepEqual(twice, [])
+  // `napi build` names the target of this machine, and so must all others.
+  t.regex(readFileSync(join(ROOT, '.cargo/config.toml'), 'utf8'), /^target = "host-tuple"$/m)
 })
 
 /** Paths below the root that each TypeScript source imports, packages left out. */
