@@ -73,6 +73,22 @@ test('libraries that belong to one crate stay there', (t) => {
   }
 })
 
+/** `crate version features` of everything that a build compiles. */
+function compiled(...selection: string[]): Set<string> {
+  const command = ['tree', '--locked', '--prefix', 'none', '--no-dedupe', '--format', '{p} {f}', ...selection]
+  return new Set(execFileSync('cargo', command, { cwd: ROOT, encoding: 'utf8', maxBuffer: 1 << 26 }).split('\n'))
+}
+
+// Another feature anywhere, and cargo compiles the crate and all that stand on it once for the addon and once more for
+// the tests. What the addon needs, its own manifest asks for (see getrandom in crates/node).
+test('the tests use every dependency with the features that the addon has', (t) => {
+  const inTests = compiled('--workspace', '--edges', 'normal,build,dev')
+  const twice = [...compiled('--package', 'kintsugi-node', '--edges', 'normal,build')].filter((it) => !inTests.has(it))
+  t.deepEqual(twice, [])
+  // `napi build` names the target of this machine, and so must all others.
+  t.regex(readFileSync(join(ROOT, '.cargo/config.toml'), 'utf8'), /^target = "host-tuple"$/m)
+})
+
 /** Paths below the root that each TypeScript source imports, packages left out. */
 function imports(): Map<string, string[]> {
   const found = new Map<string, string[]>()

@@ -12,6 +12,7 @@ export const TINY = asset('tinystories-656k')
 export const SHAKESPEARE = asset('adapters/shakespeare')
 export const CALIBRATION_TEXT = asset('text/calibration-wikipedia.txt')
 export const WIKITEXT = asset('text/eval-wikitext.txt')
+export const SHAKESPEARE_TEXT = asset('text/eval-shakespeare.txt')
 export const STORIES = asset('text/eval-stories.txt')
 
 /** A calibration that takes a moment. */

@@ -7,7 +7,7 @@ runs="${2:-1000000}"
 features=()
 case "$target" in tokenizer | ledger) features=(--features jobs) ;; esac
 host="$(rustc -vV | sed -n 's/^host: //p')"
-export RUSTC_BOOTSTRAP=1
+export RUSTC_BOOTSTRAP=1 CARGO_TARGET_DIR="$PWD/target"
 export RUSTFLAGS="-Zsanitizer=address -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
 -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
 -Cllvm-args=-sanitizer-coverage-trace-compares -Ccodegen-units=1 --cfg fuzzing"
