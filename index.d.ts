@@ -60,6 +60,40 @@ export declare class BindingQuantizedLinear {
   dispose(): void
 }
 
+/** Where calibration statistics come from; `src/calibration.ts` fills in the defaults and gives one of both files. */
+export interface BindingCalibration {
+  /** Plain text, whatever its name. */
+  text?: string
+  /** A file whose ending says what it holds. */
+  file?: string
+  field: string
+  sequences: number
+  length: number
+  seed?: number
+  /** Sequences that take no part in the statistics; the usual number by default. */
+  holdOut?: number
+  /** `auto`, `memory` or `disk`. */
+  activations: string
+  subset: boolean
+}
+
+/** Options of `compensate`; `src/compensate.ts` fills in the defaults. */
+export interface BindingCompensateOptions {
+  original: string
+  compressed: string
+  out: string
+  calibration: BindingCalibration
+  eora: BindingEora
+  /** Bytes. */
+  memory?: number
+  /** `f32` or `exact`; `src/compensate.ts` refuses `fast`. */
+  precision: string
+  /** `cpu` or `candle`. */
+  backend: string
+  fresh: boolean
+  dryRun: boolean
+}
+
 /** Options of `compress`; `src/compress.ts` fills in the defaults. */
 export interface BindingCompressOptions {
   source: string
@@ -83,22 +117,11 @@ export interface BindingCompressOptions {
   damping: number
   /** `auto`, `bf16`, `f16` or `f32`. */
   scaleType: string
-  /** Plain text, whatever its name. */
-  calibrationText?: string
-  /** A file whose ending says what it holds. */
-  calibrationFile?: string
-  calibrationField: string
-  calibrationSequences: number
-  calibrationLength: number
-  calibrationSeed?: number
-  /** `auto`, `memory` or `disk`. */
-  activations: string
-  subset: boolean
+  calibration?: BindingCalibration
   saveStatistics?: string
   /** Bytes. */
   memory?: number
-  /** 0 for none. */
-  eoraRank: number
+  eora?: BindingEora
   /** `f32` or `exact`; `src/compress.ts` refuses `fast`. */
   precision: string
   /** `cpu` or `candle`. */
@@ -117,6 +140,19 @@ export interface BindingConvertOptions {
   /** 0 for the whole row. */
   groupSize?: number
   dryRun: boolean
+}
+
+/** How a compensation is solved; `src/eora.ts` fills in the defaults. */
+export interface BindingEora {
+  rank: number
+  solver: string
+  factorBits: number
+  meanRank?: number
+  budgetBytes?: number
+  minRank: number
+  rankMultiple: number
+  /** `outputs` or `equal`. */
+  rankWeights: string
 }
 
 /** Options of `fold`; `src/fold.ts` fills in the defaults. */
@@ -159,7 +195,11 @@ export interface BindingLoadOptions {
   /** `cpu` or `candle`. */
   backend: string
   /** Use the `eora/` factors of the checkpoint. */
-  compensation: boolean
+  ownCompensation: boolean
+  /** Another PEFT folder with factors. */
+  compensationFolder?: string
+  /** Most directions of each. */
+  eoraRank?: number
   /** Name and folder of each LoRA adapter. */
   adapters: Record<string, string>
 }
@@ -243,6 +283,9 @@ export interface BindingQuantizedLinearOptions {
   /** `f32`, `exact` or `fast`. */
   precision: string
 }
+
+/** Compensates a compressed checkpoint; the promise gives the report, or the plan of a dry run. */
+export declare function compensate(options: BindingCompensateOptions, control: BindingControl): Promise<unknown>
 
 /** Compresses a checkpoint; the promise gives the report, or the plan of a dry run. */
 export declare function compress(options: BindingCompressOptions, control: BindingControl): Promise<unknown>

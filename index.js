@@ -773,11 +773,12 @@ if (
   }
 }
 
-const { BindingControl, BindingGeneration, BindingModel, BindingQuantizedLinear, compress, convert, doctor, fold, inspect, loadModel, merge, mergeMethods, remerge, weightsFromMetrics } = nativeBinding
+const { BindingControl, BindingGeneration, BindingModel, BindingQuantizedLinear, compensate, compress, convert, doctor, fold, inspect, loadModel, merge, mergeMethods, remerge, weightsFromMetrics } = nativeBinding
 export { BindingControl }
 export { BindingGeneration }
 export { BindingModel }
 export { BindingQuantizedLinear }
+export { compensate }
 export { compress }
 export { convert }
 export { doctor }

@@ -30,7 +30,8 @@ test('GPTQ with EoRA: report, folder and progress', async (t) => {
   const { recipe, summary, linears } = report
   t.like(recipe, { source: TINY, out, method: 'gptq', bits: 4, groupSize: 64, actOrder: true, staticGroups: true })
   const { text: file, ...taken } = SHORT_CALIBRATION
-  t.deepEqual(recipe.calibration, { ...taken, file, kind: 'text', field: 'text', seed: null, subset: false })
+  const usual = { kind: 'text', field: 'text', seed: null, holdOut: 1, subset: false } as const
+  t.deepEqual(recipe.calibration, { ...taken, file, ...usual })
   t.is(linears.length, LINEARS)
   t.is(summary.calibrationTokens, SHORT_CALIBRATION.sequences * SHORT_CALIBRATION.length)
   for (const { name, rank, bits, error } of linears) {

@@ -25,6 +25,14 @@ test('quickstart.ts', async (t) => {
   t.true(existsSync(join(out, 'eora/adapter_model.safetensors')))
 })
 
+test('compensate.ts repairs what was compressed elsewhere', async (t) => {
+  const { stdout } = await example('compensate.ts')
+  t.regex(stdout, /14 Linears proven the best of their rank/)
+  const found = [...stdout.matchAll(/^(?:without|rank 4|rank 16): perplexity ([\d.]+)$/gm)].map(([, value]) => Number(value))
+  t.is(found.length, 3)
+  t.true(found[2]! < found[1]! && found[1]! < found[0]!, found.join(' '))
+})
+
 test('merge.ts compares methods', async (t) => {
   t.timeout(180_000)
   const { stdout } = await example('merge.ts')

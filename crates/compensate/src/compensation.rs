@@ -68,15 +68,18 @@ pub fn compensate(
     options: &CompensationOptions,
     pool: &ThreadPool,
 ) -> Result<Compensation> {
-    let residual = Residual::new(weight, compressed, calibration, pool)?;
-    let directions = options.method.directions(&residual, options.rank, pool)?;
-    let (best, certificate) = if options.method.is_optimal() {
-        let relative = |energy: f64| residual.relative(energy);
-        let proof = Certificate::new(residual.energy(), directions.captured(), directions.excess, relative);
-        (bounds(residual.energy(), &directions), Some(proof))
-    } else {
-        (bounds(residual.energy(), &Fast.directions(&residual, options.rank, pool)?), None)
-    };
+    let mut residual = Residual::new(weight, compressed, calibration, pool)?;
+    // The bound is that of the best directions, whatever the method believes.
+    let optimal = options.method.is_optimal();
+    let best_method = if optimal { options.method } else { &Fast };
+    let mut best = best_method.directions(&residual, options.rank, pool)?;
+    if residual.sharpen(best.captured(), pool) {
+        best = best_method.directions(&residual, options.rank, pool)?;
+    }
+    let bounds = bounds(residual.energy(), &best);
+    let relative = |energy: f64| residual.relative(energy);
+    let certificate = optimal.then(|| Certificate::new(residual.energy(), best.captured(), best.excess, relative));
+    let directions = if optimal { best } else { options.method.directions(&residual, options.rank, pool)? };
     let factors = match options.precision {
         _ if directions.rank == 0 => None,
         FactorPrecision::Float(element) => Some(float_factors(&residual, &directions, element, pool)?),
@@ -89,7 +92,7 @@ pub fn compensate(
     let profile = RankProfile {
         original: residual.original(),
         calibration: energies.filter(|_| worthwhile).unwrap_or_else(|| vec![residual.energy()]),
-        best,
+        best: bounds,
         hold_out: hold_out.map(|hold_out| HoldOutProfile::new(&residual, factors.as_ref(), weight, hold_out, pool)),
     };
     let error = profile.error(profile.largest_rank());

@@ -50,19 +50,6 @@ impl FactorPrecision {
             }
         }
     }
-
-    /// Bits that one direction of a Linear takes: a column of B and a row of A.
-    pub fn bits_per_rank(self, rows: usize, columns: usize) -> u64 {
-        let values = (rows + columns) as u64;
-        match self {
-            FactorPrecision::Float(element) => values * element.bits() as u64,
-            // Scales of B are shared by the ranks of a group.
-            FactorPrecision::Codes(bits) => {
-                let scales = (rows as u64).div_ceil(Self::GROUP as u64) + columns.div_ceil(Self::GROUP) as u64;
-                values * u64::from(bits) + scales * 16
-            }
-        }
-    }
 }
 
 /// Rounds values to floats of a type.
@@ -189,7 +176,7 @@ mod tests {
     fn other_widths_are_refused() {
         assert_eq!(FactorPrecision::of_bits(4).unwrap(), FactorPrecision::Codes(4));
         assert_eq!(FactorPrecision::of_bits(3).unwrap_err().code, ErrorCode::OptionInvalid);
-        assert_eq!(FactorPrecision::of_bits(16).unwrap().bits_per_rank(10, 6), 256);
-        assert_eq!(FactorPrecision::of_bits(4).unwrap().bits_per_rank(128, 65), 193 * 4 + 4 * 16);
+        assert_eq!(FactorPrecision::of_bits(16).unwrap().stored_bits(10, 6, 3), 3 * 256);
+        assert_eq!(FactorPrecision::of_bits(4).unwrap().stored_bits(128, 65, 2), 2 * 193 * 4 + (128 + 2 * 2) * 16);
     }
 }

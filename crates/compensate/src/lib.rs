@@ -11,6 +11,7 @@ mod hold_out;
 mod input_metric;
 mod lorc;
 mod output_directions;
+mod output_energies;
 mod rank_allocation;
 mod rank_profile;
 mod residual;

@@ -4,6 +4,8 @@ use std::collections::BinaryHeap;
 use kintsugi_runtime::{Error, ErrorCode, Result};
 use serde::{Deserialize, Serialize};
 
+use crate::FactorPrecision;
+
 /// How much all compensations of a model may take together.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -33,11 +35,18 @@ pub struct RankCandidate {
     pub energies: Vec<f64>,
     /// What an energy counts beside those of others.
     pub weight: f64,
-    /// Bits of one more rank.
-    pub bits_per_rank: u64,
+    /// Outputs and inputs.
+    pub shape: (usize, usize),
+    /// What the factors are stored in.
+    pub precision: FactorPrecision,
 }
 
 impl RankCandidate {
+    /// Bits of its factors.
+    fn bits(&self, rank: usize) -> u64 {
+        self.precision.stored_bits(self.shape.0, self.shape.1, rank)
+    }
+
     /// Its largest rank.
     fn largest(&self, limits: RankLimits) -> usize {
         self.energies.len().saturating_sub(1).min(limits.max)
@@ -62,26 +71,29 @@ pub fn allocate_ranks(candidates: &[RankCandidate], budget: RankBudget, limits: 
             .hint("Use a positive step, and a least rank below the largest one"));
     }
     let total: u128 = match budget {
-        RankBudget::MeanRank(rank) => {
-            let bits: f64 = candidates.iter().map(|candidate| candidate.bits_per_rank as f64).sum();
-            (bits * rank.max(0.0)).floor() as u128
+        RankBudget::MeanRank(mean) => {
+            let (below, part) = (mean.max(0.0).floor(), mean.max(0.0).fract());
+            let all = |rank: f64| candidates.iter().map(|c| c.bits(rank as usize) as f64).sum::<f64>();
+            (all(below) + part * (all(below + 1.0) - all(below))).floor() as u128
         }
         RankBudget::Bytes(bytes) => u128::from(bytes) * 8,
     };
     let mut ranks: Vec<usize> = candidates.iter().map(|candidate| candidate.largest(limits).min(limits.min)).collect();
-    let cost = |place: usize, ranks: usize| ranks as u128 * u128::from(candidates[place].bits_per_rank);
+    let cost = |place: usize, rank: usize| u128::from(candidates[place].bits(rank));
     let mut spent: u128 = ranks.iter().enumerate().map(|(place, &rank)| cost(place, rank)).sum();
-    let mut open: BinaryHeap<Step> =
-        (0..candidates.len()).filter_map(|place| best_step(candidates, place, ranks[place], limits)).collect();
+    let mut open: BinaryHeap<Step> = (0..candidates.len())
+        .filter_map(|place| best_step(candidates, place, ranks[place], limits, u128::MAX))
+        .collect();
     while let Some(step) = open.pop() {
-        let more = cost(step.place, step.to - ranks[step.place]);
-        if spent + more > total {
-            // Others may still fit.
-            continue;
+        let (place, more) = (step.place, cost(step.place, step.to) - cost(step.place, ranks[step.place]));
+        let left = total.saturating_sub(spent);
+        if more <= left {
+            spent += more;
+            ranks[place] = step.to;
         }
-        spent += more;
-        ranks[step.place] = step.to;
-        open.extend(best_step(candidates, step.place, step.to, limits));
+        // Of a step that is too large a part may fit.
+        let room = if more <= left { u128::MAX } else { left };
+        open.extend(best_step(candidates, place, ranks[place], limits, room));
     }
     Ok(ranks)
 }
@@ -94,8 +106,9 @@ struct Step {
     gain: f64,
 }
 
-/// The step from a rank on that removes the most energy per bit; the first of equals.
-fn best_step(candidates: &[RankCandidate], place: usize, from: usize, limits: RankLimits) -> Option<Step> {
+/// The step from a rank on that removes the most energy per bit, of those that take no more bits than there is room
+/// for; the first of equals.
+fn best_step(candidates: &[RankCandidate], place: usize, from: usize, limits: RankLimits, room: u128) -> Option<Step> {
     let candidate = &candidates[place];
     let largest = candidate.largest(limits);
     let mut best: Option<Step> = None;
@@ -103,8 +116,9 @@ fn best_step(candidates: &[RankCandidate], place: usize, from: usize, limits: Ra
     while to < largest {
         to = ((to / limits.multiple + 1) * limits.multiple).min(largest);
         let removed = (candidate.energies[from] - candidate.energies[to]) * candidate.weight;
-        let gain = removed / ((to - from) as f64 * candidate.bits_per_rank as f64);
-        if gain > best.as_ref().map_or(0.0, |best| best.gain) {
+        let bits = candidate.bits(to) - candidate.bits(from);
+        let gain = removed / bits as f64;
+        if u128::from(bits) <= room && gain > best.as_ref().map_or(0.0, |best| best.gain) {
             best = Some(Step { place, to, gain });
         }
     }
@@ -135,10 +149,11 @@ impl Eq for Step {}
 mod tests {
     use super::*;
 
-    fn candidate(gains: &[f64], weight: f64, bits_per_rank: u64) -> RankCandidate {
+    /// One whose ranks take `size` times 16 bits.
+    fn candidate(gains: &[f64], weight: f64, size: usize) -> RankCandidate {
         let mut energies = vec![gains.iter().sum::<f64>() + 1.0];
         gains.iter().for_each(|gain| energies.push(energies[energies.len() - 1] - gain));
-        RankCandidate { energies, weight, bits_per_rank }
+        RankCandidate { energies, weight, shape: (size, 0), precision: FactorPrecision::default() }
     }
 
     fn limits(multiple: usize, min: usize, max: usize) -> RankLimits {
@@ -152,12 +167,12 @@ mod tests {
     #[test]
     fn with_equal_costs_no_division_is_better() {
         let candidates = [
-            candidate(&[9.0, 4.0, 1.0, 0.5], 1.0, 8),
-            candidate(&[7.0, 6.0, 5.0], 0.5, 8),
-            candidate(&[2.0, 2.0, 2.0, 2.0, 2.0], 1.0, 8),
+            candidate(&[9.0, 4.0, 1.0, 0.5], 1.0, 1),
+            candidate(&[7.0, 6.0, 5.0], 0.5, 1),
+            candidate(&[2.0, 2.0, 2.0, 2.0, 2.0], 1.0, 1),
         ];
         for budget in 0..=12usize {
-            let found = allocate_ranks(&candidates, RankBudget::Bytes(budget as u64), limits(1, 0, 64)).unwrap();
+            let found = allocate_ranks(&candidates, RankBudget::Bytes(2 * budget as u64), limits(1, 0, 64)).unwrap();
             assert!(found.iter().sum::<usize>() <= budget);
             let mut best = f64::INFINITY;
             for a in 0..=4 {
@@ -190,8 +205,22 @@ mod tests {
     }
 
     #[test]
+    fn scales_that_ranks_share_are_paid_once() {
+        let gains = vec![1.0; 100];
+        let coded = |_| RankCandidate { precision: FactorPrecision::Codes(4), ..candidate(&gains, 1.0, 64) };
+        let candidates: Vec<RankCandidate> = (0..4).map(coded).collect();
+        for bytes in [100, 1000, 4000, 9000] {
+            let ranks = allocate_ranks(&candidates, RankBudget::Bytes(bytes), limits(8, 0, 100)).unwrap();
+            let bits: u64 = candidates.iter().zip(&ranks).map(|(candidate, &rank)| candidate.bits(rank)).sum();
+            assert!(bits <= bytes * 8, "{bytes}: {ranks:?}");
+            assert!(bytes < 4000 || ranks.contains(&64), "{bytes}: {ranks:?}");
+            assert!(bytes < 1000 || ranks.iter().any(|&rank| rank >= 8), "{bytes}: {ranks:?}");
+        }
+    }
+
+    #[test]
     fn ranks_that_remove_nothing_cost_nothing() {
-        let candidates = [candidate(&[1.0, 0.0, -0.5, 3.0], 1.0, 8), candidate(&[0.0; 3], 1.0, 8)];
+        let candidates = [candidate(&[1.0, 0.0, -0.5, 3.0], 1.0, 1), candidate(&[0.0; 3], 1.0, 1)];
         let ranks = allocate_ranks(&candidates, RankBudget::Bytes(100), limits(1, 0, 9)).unwrap();
         assert_eq!(ranks, [4, 0], "what comes behind a bad step may pay for it");
     }

@@ -3,7 +3,8 @@ use kintsugi_linalg::quadratic_trace_of;
 use kintsugi_runtime::{Error, ErrorCode, Result, ThreadPool};
 use kintsugi_weights::{DenseMatrix, RowSource};
 
-use crate::residual_error::weight_energy;
+use crate::output_energies::{Energy, OutputEnergies};
+use crate::residual_error::wide_row;
 
 /// What compression took from a Linear: `Δ = W − Ŵ`, with the statistics of its inputs.
 pub struct Residual<'a> {
@@ -11,11 +12,14 @@ pub struct Residual<'a> {
     columns: usize,
     delta: Vec<f64>,
     calibration: &'a Calibration,
-    energy: f64,
+    energy: Energy,
     original: f64,
 }
 
 impl<'a> Residual<'a> {
+    /// Share of an energy in f32 that its error does not show in.
+    const LEAST_REST: f64 = 0.05;
+
     /// The difference of both matrices, and its energy.
     ///
     /// # Errors
@@ -47,11 +51,31 @@ impl<'a> Residual<'a> {
                 .subject("compressed weight")
                 .hint("The compressed checkpoint is damaged; load it from its source again"));
         }
-        let second_moment = calibration.second_moment();
+        let energies = OutputEnergies::new(calibration);
         let fill = |i: usize, row: &mut [f64]| row.copy_from_slice(&delta[i * columns..(i + 1) * columns]);
-        let energy = quadratic_trace_of(rows, fill, second_moment, pool);
-        let original = weight_energy(weight, calibration, pool);
+        let energy = energies.of(rows, fill, pool);
+        let original = energies.of(rows, |i, row| wide_row(weight, i, row), pool).value;
+        drop(energies);
         Ok(Residual { rows, columns, delta, calibration, energy, original })
+    }
+
+    /// Bytes beside the weights and the statistics: Δ, and the second moments in f32 while energies are computed.
+    pub fn bytes(rows: usize, columns: usize) -> u64 {
+        (rows as u64).saturating_mul(8 * columns as u64).saturating_add(OutputEnergies::bytes(columns))
+    }
+
+    /// Computes `‖Δ X‖²` again in f64 where it is known in f32 and too little is left of it for that: directions that
+    /// capture `captured` leave a difference. Gives whether it has changed.
+    pub(crate) fn sharpen(&mut self, captured: f64, pool: &ThreadPool) -> bool {
+        let enough = self.energy.value - captured >= Self::LEAST_REST * self.energy.value;
+        if !self.energy.narrow || enough {
+            return false;
+        }
+        let (delta, columns) = (&self.delta, self.columns);
+        let fill = |i: usize, row: &mut [f64]| row.copy_from_slice(&delta[i * columns..(i + 1) * columns]);
+        let value = quadratic_trace_of(self.rows, fill, self.calibration.second_moment(), pool);
+        self.energy = Energy { value, narrow: false };
+        true
     }
 
     /// Number of outputs.
@@ -76,7 +100,7 @@ impl<'a> Residual<'a> {
 
     /// `‖Δ X‖²`.
     pub fn energy(&self) -> f64 {
-        self.energy
+        self.energy.value
     }
 
     /// `‖W X‖²`.

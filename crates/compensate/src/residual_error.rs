@@ -47,13 +47,15 @@ pub fn residual_error(
 }
 
 /// `‖W X‖²`.
-pub(crate) fn weight_energy(weight: &DenseMatrix, calibration: &Calibration, pool: &ThreadPool) -> f64 {
-    let fill = |i: usize, row: &mut [f64]| {
-        let mut values = vec![0.0; row.len()];
-        weight.row_to_f32(i, &mut values);
-        widen(&values, row);
-    };
-    quadratic_trace_of(weight.rows(), fill, calibration.second_moment(), pool)
+fn weight_energy(weight: &DenseMatrix, calibration: &Calibration, pool: &ThreadPool) -> f64 {
+    quadratic_trace_of(weight.rows(), |i, row| wide_row(weight, i, row), calibration.second_moment(), pool)
+}
+
+/// Writes row `i` of a weight.
+pub(crate) fn wide_row(weight: &DenseMatrix, i: usize, row: &mut [f64]) {
+    let mut values = vec![0.0; row.len()];
+    weight.row_to_f32(i, &mut values);
+    widen(&values, row);
 }
 
 fn widen(values: &[f32], out: &mut [f64]) {

@@ -8,16 +8,39 @@ pub trait Scalar: faer::traits::ComplexField + Copy {
     const ZERO: Self;
     /// Multiplicative identity.
     const ONE: Self;
+
+    /// Half of it.
+    #[must_use]
+    fn halved(self) -> Self;
+
+    /// The same number in f64.
+    fn wide(self) -> f64;
 }
 
 impl Scalar for f32 {
     const ZERO: f32 = 0.0;
     const ONE: f32 = 1.0;
+
+    fn halved(self) -> Self {
+        self * 0.5
+    }
+
+    fn wide(self) -> f64 {
+        f64::from(self)
+    }
 }
 
 impl Scalar for f64 {
     const ZERO: f64 = 0.0;
     const ONE: f64 = 1.0;
+
+    fn halved(self) -> Self {
+        self * 0.5
+    }
+
+    fn wide(self) -> f64 {
+        self
+    }
 }
 
 /// A matrix over borrowed numbers; transposing and cutting cost nothing.

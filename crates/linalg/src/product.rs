@@ -121,11 +121,12 @@ pub fn quadratic_trace_of(
     quadratic_forms(rows, fill, s, pool).iter().sum::<f64>().max(0.0)
 }
 
-/// `m S mᵀ` of each of `rows` rows m, which `fill(i, row)` writes: the diagonal of `M S Mᵀ`.
-pub fn quadratic_forms(
+/// `m S mᵀ` of each of `rows` rows m, which `fill(i, row)` writes: the diagonal of `M S Mᵀ`. Products in the type of the
+/// matrices, sums over a row in f64.
+pub fn quadratic_forms<T: Scalar>(
     rows: usize,
-    fill: impl Fn(usize, &mut [f64]) + Sync + Send,
-    s: &UpperTriangle<f64>,
+    fill: impl Fn(usize, &mut [T]) + Sync + Send,
+    s: &UpperTriangle<T>,
     pool: &ThreadPool,
 ) -> Vec<f64> {
     let n = s.side();
@@ -134,21 +135,21 @@ pub fn quadratic_forms(
     }
     let bands = pool.map(rows.div_ceil(BAND), |index| {
         let height = BAND.min(rows - index * BAND);
-        let mut band = vec![0.0; height * n];
+        let mut band = vec![T::ZERO; height * n];
         band.chunks_exact_mut(n).enumerate().for_each(|(row, values)| fill(index * BAND + row, values));
-        let mut weighted = vec![0.0; height * n];
+        let mut weighted = vec![T::ZERO; height * n];
         let view = MatrixView::new(&band, height, n);
         for (first, rows, block, right) in bands_of(s) {
             let (own, behind) = (view.column_range(first..first + rows), first + rows..n);
-            let mut add = |columns, right: MatrixView<'_, f64>| {
+            let mut add = |columns, right: MatrixView<'_, T>| {
                 add_product(MatrixViewMut::new(&mut weighted, height, n).column_range(columns), own, right);
             };
             add(first..first + rows, MatrixView::new(&block, rows, rows));
             add(behind, right);
         }
         // Every pair of columns was counted once, the diagonal half.
-        let of_row = |(weighted, values): (&[f64], &[f64])| {
-            2.0 * weighted.iter().zip(values).map(|(weighted, value)| weighted * value).sum::<f64>()
+        let of_row = |(weighted, values): (&[T], &[T])| {
+            2.0 * weighted.iter().zip(values).map(|(weighted, value)| weighted.wide() * value.wide()).sum::<f64>()
         };
         weighted.chunks_exact(n).zip(band.chunks_exact(n)).map(of_row).collect::<Vec<f64>>()
     });
@@ -157,14 +158,14 @@ pub fn quadratic_forms(
 
 /// The bands of a symmetric matrix: first row, rows, the block on the diagonal as the upper triangular matrix that,
 /// added to its transpose, gives the block, and what lies right of it.
-fn bands_of(s: &UpperTriangle<f64>) -> impl Iterator<Item = (usize, usize, Vec<f64>, MatrixView<'_, f64>)> {
+fn bands_of<T: Scalar>(s: &UpperTriangle<T>) -> impl Iterator<Item = (usize, usize, Vec<T>, MatrixView<'_, T>)> {
     (0..s.bands()).map(move |index| {
         let (first, band) = s.band(index);
         let rows = band.rows();
-        let mut block = vec![0.0; rows * rows];
+        let mut block = vec![T::ZERO; rows * rows];
         for (i, block) in block.chunks_exact_mut(rows).enumerate() {
             block[i..].copy_from_slice(&s.row(first + i)[..rows - i]);
-            block[i] *= 0.5;
+            block[i] = block[i].halved();
         }
         (first, rows, block, band.column_range(rows..band.columns()))
     })

@@ -129,6 +129,12 @@ impl<T: Scalar> UpperTriangle<T> {
         parts
     }
 
+    /// The same matrix with elements of another type.
+    pub fn map<U: Scalar>(&self, convert: impl Fn(T) -> U) -> UpperTriangle<U> {
+        let band = |band: &Vec<T>| band.iter().map(|&value| convert(value)).collect();
+        UpperTriangle { side: self.side, bands: self.bands.iter().map(band).collect() }
+    }
+
     /// Makes another matrix of this one, row by row, and frees each band as soon as it was read. `convert` gets the
     /// number of a row, the row from its diagonal element on, and where the new one goes.
     pub fn convert<U: Scalar>(self, mut convert: impl FnMut(usize, &[T], &mut [U])) -> UpperTriangle<U> {

@@ -108,15 +108,14 @@ impl EoraRecipe {
         RankLimits { multiple: allocation.multiple, min: allocation.min_rank, max: self.rank }
     }
 
-    /// Bits of one direction of a Linear.
-    pub(crate) fn bits_per_rank(&self, rows: usize, columns: usize) -> u64 {
-        let precision = FactorPrecision::of_bits(self.factor_bits).unwrap_or_default();
-        precision.bits_per_rank(rows, columns)
-    }
-
     /// Bits of the factors of a Linear.
     pub(crate) fn factor_bits(&self, rows: usize, columns: usize, rank: usize) -> u64 {
-        FactorPrecision::of_bits(self.factor_bits).unwrap_or_default().stored_bits(rows, columns, rank)
+        self.precision().stored_bits(rows, columns, rank)
+    }
+
+    /// What the factors are stored in; bf16 for a width that [`EoraRecipe::validate`] refuses.
+    pub(crate) fn precision(&self) -> FactorPrecision {
+        FactorPrecision::of_bits(self.factor_bits).unwrap_or_default()
     }
 
     /// The one rank for all Linears of a model that takes no more than the budget: what a block is deployed with before
@@ -127,8 +126,8 @@ impl EoraRecipe {
             RankBudget::MeanRank(mean) => mean.floor() as usize,
             RankBudget::Bytes(bytes) => {
                 let of_linear = |linear: &LinearSpec, rank: usize| {
-                    let rank = rank.min(linear.rows).min(linear.columns) as u64;
-                    u128::from(rank) * u128::from(self.bits_per_rank(linear.rows, linear.columns))
+                    let rank = rank.min(linear.rows).min(linear.columns);
+                    u128::from(self.factor_bits(linear.rows, linear.columns, rank))
                 };
                 let fits = |rank: usize| {
                     let of_block: u128 = spec.linears.iter().map(|linear| of_linear(linear, rank)).sum();

@@ -1,7 +1,9 @@
 use kintsugi_calibration::{CHUNK_TOKENS, Calibration};
 use kintsugi_checkpoint::Checkpoint;
+use kintsugi_compensate::Residual;
 use kintsugi_compress::{AxisRule, tile_rows};
 use kintsugi_kernels::PAGE_POSITIONS;
+use kintsugi_linalg::BlockKrylov;
 use kintsugi_model::{CpuBackend, DecoderSpec, LinearSpec, PositionRule, TapPoint};
 use kintsugi_runtime::{Error, ErrorCode, Result, ThreadPool, available_memory_bytes};
 use kintsugi_weights::ElementType;
@@ -65,8 +67,8 @@ pub struct MemoryParts {
     /// What is left of the Linears that are done: a byte per weight, and scales.
     pub quantized: u64,
     /// The largest need of a solver. GPTQ: 4 k² for the factor and 128·13·k·t for tiles,
-    /// whose rows are those of a group at least where groups lie along the outputs. EoRA: residual, its QR, and
-    /// 40·min(m, k)² for the eigenproblem. Errors: 1024·k·t. AWQ: five f32 copies of the Linears that share an input.
+    /// whose rows are those of a group at least where groups lie along the outputs. EoRA: residual, second moments in f32,
+    /// and a block-Krylov space or 40·min(m, k)² for the eigenproblem. Errors: 1024·k·t. AWQ: five f32 copies of the Linears that share an input.
     pub solver: u64,
     /// The activations of all calibration tokens, 0 when they lie on disk.
     pub activations: u64,
@@ -317,6 +319,23 @@ impl Shapes<'_> {
         self.spec.linears.iter().find(reads).map_or(0, |linear| linear.columns as u64)
     }
 
+    /// The compensation of a Linear: Δ, and beside it the largest of three moments. Energies: second moments in f32.
+    /// Directions of a block-Krylov space: its basis and what becomes of a block; of all: the eigenproblem of the smaller
+    /// side, behind a QR where Δ is tall. Factors: both in f64 and f32, three times over the inputs.
+    fn compensation(&self, linear: &LinearSpec) -> u64 {
+        let (m, k, rank) = (linear.rows, linear.columns, self.rank(linear));
+        if rank == 0 {
+            return 0;
+        }
+        let [rows, columns, wide_rank] = [m, k, rank].map(|size| size as u64);
+        let side = rows.min(columns);
+        let complete = 40 * side * side + if m > k { 3 * 8 * rows * columns } else { 8 * rows * columns };
+        let factors = wide_rank * (rows + columns) * 36;
+        let krylov = BlockKrylov::working_bytes(m, rank) + BlockKrylov::block_size(m, rank) as u64 * columns * 16;
+        let directions = if BlockKrylov::pays(m.min(k), rank) { krylov } else { complete };
+        Residual::bytes(m, k) + directions.max(factors)
+    }
+
     fn solver(&self, linear: &LinearSpec) -> u64 {
         let (m, k, t) = (linear.rows as u64, linear.columns as u64, self.threads as u64);
         let tile_rows =
@@ -325,13 +344,7 @@ impl Shapes<'_> {
         let bands = if self.recipe.group_axis == AxisRule::Input { 0 } else { 8 * k * tiles + m * k };
         let gptq = if self.recipe.solves_gptq() { Calibration::bytes(linear.columns) + 13 * k * tiles } else { 0 };
         let errors = t * (1024 * k + 256 * 256 * 8);
-        let side = m.min(k);
-        let (residual, reduced) = (m * k * 8, m > k);
-        let eora = match self.rank(linear) {
-            0 => 0,
-            _ if reduced => (4 * residual).max(2 * residual + 40 * side * side),
-            _ => residual + (residual + side * side * 8).max(40 * side * side),
-        };
+        let eora = self.compensation(linear);
         // Packed and encoded for the file, one byte per weight at most.
         gptq.max(bands).max(errors).max(eora).max(m * k)
     }

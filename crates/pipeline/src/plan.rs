@@ -110,7 +110,7 @@ impl Plan {
 fn planned_linear(recipe: &Recipe, name: String, (rows, columns): (usize, usize)) -> PlannedLinear {
     let options = recipe.quantize_options(&name, ElementType::F16);
     let rank = recipe.eora.as_ref().map_or(0, |eora| eora.rank.min(rows).min(columns));
-    let factor_bits = recipe.eora.as_ref().map_or(0, |eora| eora.bits_per_rank(rows, columns) * rank as u64);
+    let factor_bits = recipe.eora.as_ref().map_or(0, |eora| eora.factor_bits(rows, columns, rank));
     let (bits, grid_bits) = match recipe.bit_budget {
         // At most; whatever the widths, they take together what the budget says.
         Some(budget) => (None, (budget.min(17.0) * (rows * columns) as f64) as u64),

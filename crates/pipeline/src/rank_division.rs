@@ -63,7 +63,8 @@ impl RankDivision {
         let candidate = |linear: &SolvedLinear<'_>| RankCandidate {
             energies: linear.profile.map_or_else(|| vec![0.0], |profile| profile.calibration.clone()),
             weight: linear.profile.map_or(0.0, weight),
-            bits_per_rank: recipe.bits_per_rank(linear.rows, linear.columns),
+            shape: (linear.rows, linear.columns),
+            precision: recipe.precision(),
         };
         let candidates: Vec<RankCandidate> = linears.iter().map(candidate).collect();
         let allocated = allocate_ranks(&candidates, allocation.budget, recipe.limits(allocation))?;
@@ -93,9 +94,7 @@ impl RankDivision {
         let better = error(&allocated, deciding) < error(&uniform, deciding);
         let (of_uniform, of_allocated) = (error(&uniform, reported), error(&allocated, reported));
         let ranks = if better { allocated } else { uniform };
-        let bits = |(linear, &rank): (&SolvedLinear<'_>, &usize)| {
-            recipe.bits_per_rank(linear.rows, linear.columns) * rank as u64
-        };
+        let bits = |(linear, &rank): (&SolvedLinear<'_>, &usize)| recipe.factor_bits(linear.rows, linear.columns, rank);
         let report = AllocationReport {
             chosen: if better { "allocated" } else { "uniform" },
             uniform_rank,

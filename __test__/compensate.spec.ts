@@ -1,0 +1,107 @@
+import { existsSync, readFileSync } from 'node:fs'
+import { join } from 'node:path'
+
+import test from 'ava'
+import { compensate, type CompensationReport, compress, loadModel, type Progress } from 'kintsugi'
+
+import { failsWith, LLAMA, SHORT_CALIBRATION, STORIES, temporaryFolder, textSlice, TINY } from './fixtures.js'
+
+const LINEARS = 14
+const calibration = SHORT_CALIBRATION
+const text = textSlice(STORIES, 20_000)
+
+async function perplexity(folder: string, options: Parameters<typeof loadModel>[1]): Promise<number> {
+  using model = await loadModel(folder, options)
+  return (await model.perplexity(text, { length: 128 })).perplexity
+}
+
+test('a compressed checkpoint gets its factors, and less of them at load', async (t) => {
+  const folder = temporaryFolder(t)
+  const [compressed, out] = [join(folder, 'w2'), join(folder, 'eora')]
+  await compress(TINY, { out: compressed, method: 'rtn', bits: 2, groupSize: 32 })
+  const options = { out, calibration, eora: { rank: 16 } }
+  const plan = await compensate(TINY, compressed, { ...options, dryRun: true })
+  t.is(plan.linears.length, LINEARS)
+  t.false(existsSync(out))
+
+  const job = compensate(TINY, compressed, options)
+  const seen: Progress[] = []
+  for await (const reading of job.progress()) seen.push(reading)
+  const report = await job
+  t.is(seen.at(-1)!.done, seen.at(-1)!.total)
+  t.like(report.recipe, { original: TINY, compressed, out })
+  t.deepEqual(report.recipe.eora, { rank: 16, solver: 'fast', factorBits: 16, allocation: null })
+  t.is(report.summary.bytes, plan.bytes)
+  t.is(report.summary.calibrationTokens, calibration.sequences * calibration.length)
+  t.like(report.summary.compensation, { certified: LINEARS, uncertified: 0, meanRank: 16, allocation: null })
+  for (const { name, error, holdOut, certificate } of report.linears) {
+    t.true(error!.bound <= error!.compensated && error!.compensated < error!.quantized, name)
+    t.true(holdOut!.compensated < holdOut!.quantized, name)
+    t.true(certificate!.holds, name)
+  }
+  const written = JSON.parse(readFileSync(join(out, 'report.json'), 'utf8')) as CompensationReport
+  t.deepEqual(written, JSON.parse(JSON.stringify(report)))
+  const config = JSON.parse(readFileSync(join(out, 'adapter_config.json'), 'utf8'))
+  t.like(config, { peft_type: 'LORA', r: 16, lora_alpha: 16, base_model_name_or_path: 'w2' })
+  t.deepEqual(config.alpha_pattern, config.rank_pattern)
+
+  const none = await perplexity(compressed, {})
+  const part = await perplexity(compressed, { compensation: out, eoraRank: 4 })
+  const all = await perplexity(compressed, { compensation: out })
+  t.true(all < part && part < none, `${all} ${part} ${none}`)
+  t.is(await perplexity(compressed, { compensation: out, eoraRank: 0 }), none)
+  // The same factors as an adapter stay outside of the products.
+  using model = await loadModel(compressed, { adapters: { eora: out } })
+  const beside = await model.perplexity(text, { length: 128, adapter: 'eora' })
+  t.true(Math.abs(beside.perplexity / all - 1) < 5e-4, `${beside.perplexity} ${all}`)
+})
+
+test('a budget is divided, factors may be codes', async (t) => {
+  const folder = temporaryFolder(t)
+  const compressed = join(folder, 'w2')
+  await compress(TINY, { out: compressed, method: 'rtn', bits: 2, groupSize: 32 })
+  const uniform = await compensate(TINY, compressed, { out: join(folder, 'a'), calibration, eora: { rank: 8 } })
+  const eora = { meanRank: 8, rankMultiple: 4 }
+  const divided = await compensate(TINY, compressed, { out: join(folder, 'b'), calibration, eora })
+  t.is(divided.recipe.eora.rank, 32)
+  t.true(divided.summary.bytes <= uniform.summary.bytes)
+  const allocation = divided.summary.compensation!.allocation!
+  t.is(allocation.uniformRank, 8)
+  t.is(allocation.chosen === 'allocated', new Set(divided.linears.map(({ rank }) => rank)).size > 1)
+  const bytes = uniform.summary.bytes
+  const coded = await compensate(TINY, compressed, {
+    out: join(folder, 'c'),
+    calibration,
+    eora: { budgetBytes: bytes, rank: 32, factorBits: 4 },
+  })
+  t.true(coded.summary.bytes <= bytes)
+  t.true(coded.summary.compensation!.meanRank > 8)
+  t.true(existsSync(join(folder, 'c', 'factor_scales.safetensors')))
+  t.true((await perplexity(compressed, { compensation: join(folder, 'c') })) > 0)
+})
+
+test('what cannot be is refused and leaves nothing', async (t) => {
+  const folder = temporaryFolder(t)
+  const [compressed, out] = [join(folder, 'w4'), join(folder, 'eora')]
+  await compress(TINY, { out: compressed, method: 'rtn', bits: 4, groupSize: 32 })
+  const right = { out, calibration, eora: { rank: 4 } }
+  const refuses = async (work: () => PromiseLike<unknown>, code: Parameters<typeof failsWith>[2], subject?: string) => {
+    await failsWith(t, work, code, subject)
+    t.false(existsSync(out) || existsSync(`${out}.partial`))
+  }
+  await refuses(() => compensate(compressed, TINY, right), 'ERR_QUANTIZATION_UNSUPPORTED')
+  await refuses(() => compensate(LLAMA, compressed, right), 'ERR_CHECKPOINT_SHAPE')
+  await refuses(() => compensate(TINY, TINY, right), 'ERR_ADAPTER_INVALID')
+  await refuses(() => compensate(TINY, compressed, { ...right, eora: {} }), 'ERR_OPTION_INVALID', 'eora.rank')
+  await refuses(
+    () => compensate(TINY, compressed, { ...right, eora: { meanRank: 8, budgetBytes: 9 } }),
+    'ERR_OPTION_INVALID',
+    'eora.budgetBytes',
+  )
+  await refuses(
+    () => compensate(TINY, compressed, { ...right, calibration: {} }),
+    'ERR_OPTION_INVALID',
+    'calibration.file',
+  )
+  await failsWith(t, () => loadModel(compressed, { compensation: folder }), 'ERR_ADAPTER_INVALID')
+})
