@@ -5,7 +5,7 @@ cd "$(dirname "$0")"
 target="${1:?give the name of a target in fuzz/targets}"
 runs="${2:-1000000}"
 features=()
-case "$target" in tokenizer | ledger) features=(--features jobs) ;; esac
+case "$target" in ledger) features=(--features jobs) ;; esac
 host="$(rustc -vV | sed -n 's/^host: //p')"
 export RUSTC_BOOTSTRAP=1 CARGO_TARGET_DIR="$PWD/target"
 export RUSTFLAGS="-Zsanitizer=address -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \

@@ -14,7 +14,6 @@ differ: compare both columns with that script's.
 
 import math
 import pathlib
-import subprocess
 import sys
 import tempfile
 
@@ -23,6 +22,8 @@ import numpy
 import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
+
+from quantized_in_transformers import kintsugi
 
 ROOT = pathlib.Path(__file__).parents[2]
 SOURCE = ROOT / "assets/llama-7m"
@@ -116,8 +117,7 @@ def main():
     for kind in (sys.argv[1] if len(sys.argv) > 1 else "Q8_0,Q6_K,Q4_K,Q4_1,Q4_0").split(","):
         with tempfile.TemporaryDirectory() as scratch:
             path = f"{scratch}/model.gguf"
-            command = ["cargo", "run", "-q", "--release", "-p", "kintsugi-checkpoint", "--example", "write_gguf", "--"]
-            subprocess.run([*command, SOURCE, path, kind], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+            kintsugi("convert", SOURCE, "-o", path, "--format", f"gguf:{kind}", "--allow-requantize")
             model, types = load(path)
         plain, (tokens, rows) = perplexity(model, ids), greedy(model, prompt)
         for place, code in types.items():

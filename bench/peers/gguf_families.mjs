@@ -5,12 +5,13 @@
 //     PEERS=PEERS node bench/peers/gguf_families.mjs        (see gguf_llama_cpp.mjs)
 //
 // Exits with 1 when a difference is larger than 0.01.
-import { execFileSync } from 'node:child_process'
 import { cpSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { createRequire } from 'node:module'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { fileURLToPath, pathToFileURL } from 'node:url'
+
+import { convert } from '../../dist/index.js'
 
 // Left out: what llama.cpp has not (windows of these sizes, dynamic scaling, biases of Qwen 3, unscaled scores), and
 // models whose long factors it chooses by the size of the context.
@@ -38,8 +39,7 @@ try {
     const tokenizer = { version: '1.0', added_tokens: [], pre_tokenizer: step, decoder: step }
     writeFileSync(join(folder, 'tokenizer.json'), JSON.stringify({ ...tokenizer, model: { type: 'BPE', vocab, merges: [] } }))
     const path = `${folder}.gguf`
-    const cargo = ['run', '-q', '--release', '-p', 'kintsugi-checkpoint', '--example', 'write_gguf', '--']
-    execFileSync('cargo', [...cargo, folder, path, 'F32'], { cwd: root })
+    await convert(folder, { out: path, format: 'gguf:F32' })
     const model = await llama.loadModel({ modelPath: path })
     const context = await model.createContext({ contextSize: 64, threads: 1 })
     const options = { temperature: 1, topK: 0, topP: 1, minP: 0 }

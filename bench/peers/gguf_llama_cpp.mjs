@@ -1,19 +1,19 @@
 // Writes a checkpoint as GGUF in several types and runs each file here and in llama.cpp (node-llama-cpp, its prebuilt
 // CPU binary): greedy tokens of a prompt, and perplexity over the same windows of the same tokens.
 //
+//     npm run build
 //     npm install --prefix PEERS node-llama-cpp@3.22.1
 //     PEERS=PEERS node bench/peers/gguf_llama_cpp.mjs [CHECKPOINT] [TYPES] [WINDOWS]
 //
 // Exits with 1 when the tokens of a file of floats differ, or perplexities are more than 1 % apart. Of codes llama.cpp
 // multiplies activations that it rounds to 8 bits, so that tokens can part where two are about as likely.
-import { execFileSync } from 'node:child_process'
-import { mkdtempSync, readFileSync, rmSync } from 'node:fs'
+import { mkdtempSync, readFileSync, rmSync, statSync } from 'node:fs'
 import { createRequire } from 'node:module'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { fileURLToPath, pathToFileURL } from 'node:url'
 
-import { loadModel } from '../../dist/index.js'
+import { convert, loadModel } from '../../dist/index.js'
 
 const root = fileURLToPath(new URL('../..', import.meta.url))
 const peers = createRequire(join(process.env.PEERS ?? root, 'package.json'))
@@ -78,8 +78,7 @@ console.log('| type | bytes | perplexity here | in llama.cpp | difference | same
 try {
   for (const type of types) {
     const path = join(folder, `${type}.gguf`)
-    const cargo = ['run', '-q', '--release', '-p', 'kintsugi-checkpoint', '--example', 'write_gguf', '--']
-    const bytes = execFileSync('cargo', [...cargo, checkpoint, path, type], { cwd: root, encoding: 'utf8' })
+    await convert(checkpoint, { out: path, format: `gguf:${type}`, allowRequantize: true })
     const theirs = await peer(path, text)
     const here = await ours(path, text, LENGTH)
     const parting = theirs.tokens.findIndex((token, i) => token !== here.tokens[i])
@@ -87,7 +86,7 @@ try {
     if (parting >= 0) notes.push(`${type}, token ${parting}: ${here.tokens[parting]} here, ${theirs.tokens[parting]} there`)
     const difference = theirs.perplexity / here.perplexity - 1
     failed ||= (same !== TOKENS && /^B?F/.test(type)) || !(Math.abs(difference) < 0.01)
-    const cells = [type, Number.parseInt(bytes, 10).toLocaleString('en'), here.perplexity.toFixed(4)]
+    const cells = [type, statSync(path).size.toLocaleString('en'), here.perplexity.toFixed(4)]
     cells.push(theirs.perplexity.toFixed(4), `${(100 * difference).toFixed(3)} %`, `${same} of ${TOKENS}`)
     console.log(`| ${cells.join(' | ')} |`)
     if (here.count !== theirs.count) throw new Error(`${here.count} tokens here, ${theirs.count} there`)

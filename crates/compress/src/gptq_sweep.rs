@@ -136,7 +136,7 @@ impl Sweep<'_> {
                 if let SweepGroups::Input { fixed: true, size, count } = self.groups {
                     let groups = values.chunks(size).zip(self.energies.chunks(size));
                     for (group, (values, energies)) in groups.enumerate() {
-                        let inputs = GroupInputs { energies, moment: Some((self.moment, group * size)) };
+                        let inputs = GroupInputs { energies, moment: Some((self.moment, group * size)), factors: None };
                         tile.set_grid(count, row, group, self.rule.fit(values, Some(inputs)));
                     }
                 }
@@ -199,7 +199,7 @@ impl Sweep<'_> {
         let mut solved = vec![[0.0f32; LANES]; count];
         let mut values = vec![0.0f32; count];
         let energies: Vec<f64> = self.order[range.clone()].iter().map(|&column| self.energies[column]).collect();
-        let inputs = GroupInputs { energies: &energies, moment: None };
+        let inputs = GroupInputs { energies: &energies, moment: None, factors: None };
         for strip in 0..strips {
             for j in 0..count {
                 let mut sum = tile.moves[(range.start + j) * strips + strip];
@@ -289,7 +289,7 @@ impl Sweep<'_> {
             let codes = tile.codes[position * strips..(position + 1) * strips].as_flattened_mut();
             let mut energy = 0.0;
             for (group, targets) in targets.as_flattened()[..rows].chunks(size).enumerate() {
-                let inputs = GroupInputs { energies: &energies[..targets.len()], moment: None };
+                let inputs = GroupInputs { energies: &energies[..targets.len()], moment: None, factors: None };
                 let grid = self.rule.fit(targets, Some(inputs));
                 tile.grids[group * columns + column] = grid;
                 for (row, &target) in (group * size..).zip(targets) {

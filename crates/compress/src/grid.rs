@@ -34,6 +34,8 @@ pub struct GroupInputs<'a> {
     pub energies: &'a [f64],
     /// All of S, where the group is a run of neighbours, and the first of them.
     pub moment: Option<(&'a UpperTriangle<f64>, usize)>,
+    /// What each weight is multiplied by and its input still has to be divided by, if anything.
+    pub factors: Option<&'a [f32]>,
 }
 
 /// Exponent of the error without statistics.
@@ -105,7 +107,11 @@ impl GridRule {
 
     /// The error that clipping minimises; any number that is not below `limit` once it is clear that the error is not.
     fn clip_error(&self, grid: Grid, weights: &[f32], inputs: Option<GroupInputs<'_>>, limit: f64) -> f64 {
-        let errors = weights.iter().map(|&weight| weight - grid.value(grid.code(weight)));
+        let factors = inputs.and_then(|inputs| inputs.factors);
+        let errors = weights.iter().enumerate().map(|(at, &weight)| {
+            let error = weight - grid.value(grid.code(weight));
+            factors.map_or(error, |factors| error / factors[at])
+        });
         match (self.clip, inputs) {
             (Clip::Outputs, Some(GroupInputs { moment: Some((moment, first)), .. })) => {
                 let errors: Vec<f64> = errors.map(f64::from).collect();
@@ -273,7 +279,7 @@ mod tests {
             .collect();
         let energies: Vec<f64> = (first..first + count).map(|j| moment[j * (width + 1)]).collect();
         let moment = UpperTriangle::of(&moment, width);
-        let inputs = GroupInputs { energies: &energies, moment: Some((&moment, first)) };
+        let inputs = GroupInputs { energies: &energies, moment: Some((&moment, first)), factors: None };
         let (mut gained, mut cases) = (0, 0);
         for bits in [2, 3, 4, 8] {
             for symmetric in [false, true] {

@@ -54,22 +54,51 @@ pub(crate) fn round(
     axis: GroupAxis,
     pool: &ThreadPool,
 ) -> Result<QuantizedMatrix> {
-    let statistics = calibration.map(|calibration| (calibration.energies(), calibration.second_moment()));
-    let statistics = statistics.as_ref().map(|(energies, moment)| (energies.as_slice(), *moment));
+    let statistics = calibration.map(Statistics::of);
     let mut codes = vec![0u8; weight.rows() * weight.columns()];
     let grids = match axis {
-        GroupAxis::Input => round_rows(weight, statistics, options, &mut codes, pool),
-        GroupAxis::Output => round_columns(weight, statistics, options, &mut codes, pool),
+        GroupAxis::Input => round_rows(weight, statistics.as_ref(), options, &mut codes, pool),
+        GroupAxis::Output => round_columns(weight, statistics.as_ref(), options, &mut codes, pool),
     };
     assemble(weight, options, axis, codes, &grids, None)
 }
 
-type Statistics<'a> = (&'a [f64], &'a UpperTriangle<f64>);
+/// [`rtn`] with groups along the inputs of a weight whose columns have been multiplied by `factors`. The calibration is
+/// that of the inputs before they are divided by them.
+///
+/// # Errors
+/// Those of [`rtn`].
+pub(crate) fn rtn_scaled(
+    weight: &DenseMatrix,
+    calibration: &Calibration,
+    factors: &[f32],
+    options: &QuantizeOptions,
+    pool: &ThreadPool,
+) -> Result<QuantizedMatrix> {
+    check_input(weight, Some(calibration), options)?;
+    let statistics = Statistics { factors: Some(factors), ..Statistics::of(calibration) };
+    let mut codes = vec![0u8; weight.rows() * weight.columns()];
+    let grids = round_rows(weight, Some(&statistics), options, &mut codes, pool);
+    assemble(weight, options, GroupAxis::Input, codes, &grids, None)
+}
+
+/// What is known of the inputs of a Linear; see [`GroupInputs`].
+struct Statistics<'a> {
+    energies: Vec<f64>,
+    moment: &'a UpperTriangle<f64>,
+    factors: Option<&'a [f32]>,
+}
+
+impl<'a> Statistics<'a> {
+    fn of(calibration: &'a Calibration) -> Self {
+        Statistics { energies: calibration.energies(), moment: calibration.second_moment(), factors: None }
+    }
+}
 
 /// Groups along the inputs: gives the grids `[rows, groups]`.
 fn round_rows(
     weight: &DenseMatrix,
-    statistics: Option<Statistics<'_>>,
+    statistics: Option<&Statistics<'_>>,
     options: &QuantizeOptions,
     codes: &mut [u8],
     pool: &ThreadPool,
@@ -83,9 +112,11 @@ fn round_rows(
         let mut values = vec![0.0; columns];
         weight.row_to_f32(row, &mut values);
         for (group, (codes, values)) in codes.chunks_mut(size).zip(values.chunks(size)).enumerate() {
-            let inputs = statistics.map(|(energies, moment)| GroupInputs {
-                energies: &energies[group * size..][..values.len()],
-                moment: Some((moment, group * size)),
+            let range = group * size..group * size + values.len();
+            let inputs = statistics.map(|inputs| GroupInputs {
+                energies: &inputs.energies[range.clone()],
+                moment: Some((inputs.moment, range.start)),
+                factors: inputs.factors.map(|factors| &factors[range.clone()]),
             });
             let grid = rule.fit(values, inputs);
             for (code, &value) in codes.iter_mut().zip(values) {
@@ -100,7 +131,7 @@ fn round_rows(
 /// Groups along the outputs: gives the grids `[groups, columns]`.
 fn round_columns(
     weight: &DenseMatrix,
-    statistics: Option<Statistics<'_>>,
+    statistics: Option<&Statistics<'_>>,
     options: &QuantizeOptions,
     codes: &mut [u8],
     pool: &ThreadPool,
@@ -119,9 +150,9 @@ fn round_columns(
         let by_column = transposed(&values, height, columns);
         let mut energies = vec![0.0; height];
         for (column, values) in by_column.chunks_exact(height).enumerate() {
-            let inputs = statistics.map(|(of_inputs, _)| {
-                energies.fill(of_inputs[column]);
-                GroupInputs { energies: &energies, moment: None }
+            let inputs = statistics.map(|inputs| {
+                energies.fill(inputs.energies[column]);
+                GroupInputs { energies: &energies, moment: None, factors: None }
             });
             let grid = rule.fit(values, inputs);
             for (codes, &value) in codes.chunks_exact_mut(columns).zip(values) {
@@ -135,7 +166,9 @@ fn round_columns(
 
 #[cfg(test)]
 mod tests {
+    use kintsugi_calibration::CalibrationBuilder;
     use kintsugi_runtime::ErrorCode;
+    use kintsugi_testkit::matrices;
     use kintsugi_weights::{CODE_BITS, ElementType, GroupSize};
 
     use super::*;
@@ -218,6 +251,28 @@ mod tests {
         let weight = DenseMatrix::from_f32(2, 32, values.clone());
         let options = QuantizeOptions { group_size: GroupSize::Columns(16), ..Default::default() };
         assert_eq!(rtn(&weight, None, &options, &ThreadPool::with_threads(1)).unwrap().to_f32(), values);
+    }
+
+    #[test]
+    fn factors_stand_for_inputs_that_are_divided_by_them() {
+        let pool = ThreadPool::with_threads(2);
+        let (rows, columns) = (9, 150);
+        // Powers of two, so that neither way rounds what the other does not.
+        let factors: Vec<f32> = (0..columns).map(|column| [0.25, 1.0, 8.0][column % 3]).collect();
+        let inputs = matrices::activations(7, 300, columns);
+        let divided: Vec<f32> = inputs.iter().zip(factors.iter().cycle()).map(|(x, factor)| x / factor).collect();
+        let [before, after] = [inputs, divided].map(|inputs| {
+            let mut builder = CalibrationBuilder::new(columns);
+            builder.push(&inputs, &pool).unwrap();
+            builder.finish(&pool)
+        });
+        let weight = weights(rows, columns);
+        for clip in [Clip::Weights, Clip::Outputs] {
+            let options = QuantizeOptions { bits: 3, group_size: GroupSize::Columns(64), clip, ..Default::default() };
+            let found = rtn_scaled(&weight, &before, &factors, &options, &pool).unwrap();
+            assert_eq!(found, rtn(&weight, Some(&after), &options, &pool).unwrap(), "{clip:?}");
+            assert_ne!(found, rtn(&weight, Some(&before), &options, &pool).unwrap(), "{clip:?}");
+        }
     }
 
     #[test]

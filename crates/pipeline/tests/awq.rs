@@ -50,3 +50,14 @@ fn figures_of_the_model_with_outliers_are_reached() {
         assert!(better(&report, &rtn) >= 0.95, "{name}");
     }
 }
+
+#[test]
+fn linears_of_the_small_model_gain() {
+    let scratch = tempfile::tempdir().unwrap();
+    let source = assets("tinystories-656k");
+    let out = |name: &str| scratch.path().join(name);
+    let rtn = run(&recipe(&source, &out("rtn"), "rtn", 4, 0));
+    let report = run(&awq(&source, &out("awq"), 4, "rtn"));
+    println!("{:?} {:?}", rtn.summary.mean_error, report.summary.mean_error);
+    assert!(better(&report, &rtn) >= 0.95);
+}

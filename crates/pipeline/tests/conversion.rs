@@ -248,3 +248,48 @@ fn every_family_is_widened_as_it_keeps_its_plain_matrices() {
         assert!(!kept.contains("quantization_config"), "{name}");
     }
 }
+
+#[test]
+fn every_family_becomes_a_gguf_file_that_holds_its_weights_and_is_the_same_each_time() {
+    let scratch = tempfile::tempdir().unwrap();
+    // That of the vectors is of whole words, which GGUF has no kind for.
+    let letters: serde_json::Map<String, serde_json::Value> =
+        (0..64u8).map(|id| (char::from(b'!' + id).to_string(), id.into())).collect();
+    let step =
+        serde_json::json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true });
+    let mut written = Vec::new();
+    for entry in std::fs::read_dir(assets("../__test__/vectors/families")).unwrap() {
+        let family = entry.unwrap().path();
+        let name = family.file_name().unwrap().to_string_lossy().into_owned();
+        let folder = scratch.path().join(&name);
+        std::fs::create_dir(&folder).unwrap();
+        for file in ["config.json", "model.safetensors"] {
+            std::fs::copy(family.join(file), folder.join(file)).unwrap();
+        }
+        let config: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(folder.join("config.json")).unwrap()).unwrap();
+        let rows = config["vocab_size"].as_u64().unwrap() as usize;
+        let vocab: serde_json::Map<_, _> = letters.clone().into_iter().take(rows).collect();
+        let model = serde_json::json!({ "type": "BPE", "vocab": vocab, "merges": [] });
+        let tokenizer = serde_json::json!(
+            { "version": "1.0", "added_tokens": [], "pre_tokenizer": step, "decoder": step, "model": model }
+        );
+        std::fs::write(folder.join("tokenizer.json"), tokenizer.to_string()).unwrap();
+
+        let files = ["one", "two"].map(|file| scratch.path().join(format!("{name}-{file}.gguf")));
+        let reports: Result<Vec<_>> = files.iter().map(|file| run(&to(&folder, file.clone(), "gguf:F32"))).collect();
+        match reports {
+            Ok(reports) => {
+                for linear in &reports[0].linears {
+                    assert!(linear.exact, "{name}: {} {}", linear.name, linear.error);
+                }
+                assert!(std::fs::read(&files[0]).unwrap() == std::fs::read(&files[1]).unwrap(), "{name}: other bytes");
+                written.push(name);
+            }
+            Err(error) => assert_eq!(error.code, ErrorCode::ConfigUnsupported, "{name}: {error:?}"),
+        }
+    }
+    for name in ["gpt-neox", "gpt2", "llama", "phi3", "qwen2-moe"] {
+        assert!(written.iter().any(|written| written == name), "{name}: {written:?}");
+    }
+}

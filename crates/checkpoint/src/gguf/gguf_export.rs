@@ -104,7 +104,7 @@ pub fn write_gguf(
     progress.begin("plan", 0);
     let (mut metadata, planned) = match source.gguf() {
         Some(tensors) => plan_gguf(tensors.file(), plan, &mut summary)?,
-        None => plan_folder(source, plan, destination, &mut summary, cancel)?,
+        None => plan_folder(source, plan, &mut summary, cancel)?,
     };
     let entries: Vec<GgufEntry> = planned.iter().map(|planned| planned.entry.clone()).collect();
     metadata.set("general.file_type", GgufValue::U32(file_type(main_type(&entries).unwrap_or(plan.linears))));
@@ -195,7 +195,6 @@ struct FolderPlan<'a> {
 fn plan_folder(
     source: &Checkpoint,
     plan: &GgufPlan,
-    destination: &Path,
     summary: &mut GgufSummary,
     cancel: &CancelToken,
 ) -> Result<(GgufMetadata, Vec<Planned>)> {
@@ -205,8 +204,9 @@ fn plan_folder(
     let architecture = GgufArchitecture::of_family(class, &subject)?;
     check_activation(config, architecture)?;
     let mut metadata = metadata_of(config, architecture)?;
-    let name = destination.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-    set_identity(&mut metadata, config, &name);
+    // The destination may have a name for the time of writing, and the same model must give the same bytes.
+    let folder = source.path().canonicalize().unwrap_or_else(|_| source.path().to_path_buf());
+    set_identity(&mut metadata, config, &folder.file_name().unwrap_or_default().to_string_lossy());
     let divisors = set_rotary_scaling(config, architecture, &mut metadata)?;
     let size = |suffix: &str| metadata.unsigned(&format!("{}.{suffix}", architecture.name));
     let heads = size("attention.head_count")?.unwrap_or(0) as usize;
