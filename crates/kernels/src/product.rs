@@ -3,6 +3,7 @@ use std::ops::Range;
 use kintsugi_runtime::ThreadPool;
 
 use crate::accumulate::PanelJob;
+use crate::aligned_bytes::AlignedBytes;
 use crate::grid_parameters::GridParameters;
 use crate::integer_product::IntegerJob;
 use crate::integer_strip::IntegerStripJob;
@@ -22,7 +23,7 @@ const ROWS_AT_ONCE: usize = 128;
 const TASK_MULTIPLICATIONS: usize = 1 << 18;
 
 /// Bytes of panels that are worth a task of their own: with one row of x they take longer than its multiplications.
-const TASK_BYTES: usize = 1 << 17;
+const TASK_BYTES: usize = 1 << 18;
 
 /// Most rows of x that any level takes at once.
 const MAX_TILE: usize = 8;
@@ -237,7 +238,9 @@ impl<'a> Operands<'a> {
     fn tasks(&self, units: usize) -> usize {
         let multiplications = self.weight.panel_count() * LANES * self.weight.columns * self.count;
         let bytes = self.weight.panel_count() * self.weight.panel_bytes;
-        (multiplications / TASK_MULTIPLICATIONS).max(bytes / TASK_BYTES).clamp(1, units)
+        // With few rows the panels take the time, else the multiplications.
+        let tasks = if self.count <= 2 { bytes / TASK_BYTES } else { multiplications / TASK_MULTIPLICATIONS };
+        tasks.clamp(1, units)
     }
 
     /// One of the tasks.
@@ -267,12 +270,13 @@ impl<'a> Operands<'a> {
     /// All rows with one panel: in int8, or many rows.
     fn multiply_panel(&self, kernels: &Kernels, panel: usize, y: &SharedRows<'_>, output: Output) {
         let mut tile = Tile([[0.0; LANES]; MAX_TILE]);
-        let mut more = Vec::new();
+        let mut more;
         let sums = if self.count <= MAX_TILE {
             &mut tile.0[..self.count]
         } else {
-            more.resize(self.count, [0.0; LANES]);
-            &mut more[..]
+            // Registers are as long as a line of the cache, and none should straddle two.
+            more = AlignedBytes::zeroed(self.count * size_of::<[f32; LANES]>());
+            bytemuck::cast_slice_mut(more.as_mut_slice())
         };
         if self.arithmetic == Arithmetic::Int8 {
             self.add_integers(kernels, panel, sums);
