@@ -25,6 +25,9 @@ const TASK_MULTIPLICATIONS: usize = 1 << 18;
 /// Bytes of panels that are worth a task of their own: with one row of x they take longer than its multiplications.
 const TASK_BYTES: usize = 1 << 18;
 
+/// Panels from which on it pays to lay out floats tile by tile: they are laid out once, and read once for each panel.
+const LEAST_TILED_PANELS: usize = 4;
+
 /// Most rows of x that any level takes at once.
 const MAX_TILE: usize = 8;
 
@@ -172,11 +175,13 @@ impl Input {
         arithmetic: Arithmetic,
         x: &[f32],
         columns: usize,
+        panels: usize,
         pool: &ThreadPool,
     ) -> Self {
         let table = kernels.table();
         let (least, tile_rows) = match arithmetic {
             Arithmetic::Int8 => (table.integers.least_strip_rows, table.integers.tile_rows),
+            Arithmetic::F32 | Arithmetic::Bf16 if panels < LEAST_TILED_PANELS => (usize::MAX, 0),
             Arithmetic::F32 | Arithmetic::Bf16 => (table.strip.least_rows, table.strip.tile_rows),
         };
         if x.len() / columns < least {
@@ -205,14 +210,15 @@ impl<'a> Operands<'a> {
     ) -> Self {
         let count = x.len() / weight.columns;
         let arithmetic = kernels.arithmetic(weight);
-        let input = Input::new(kernels, &weight.main, arithmetic, x, weight.columns, pool);
+        let input = Input::new(kernels, &weight.main, arithmetic, x, weight.columns, weight.panel_count(), pool);
         let projected = weight.compensation.as_ref().map(|part| {
             let a = Operands::new(kernels, &part.a, x, None, pool);
             let projected = multiply_by_runs(kernels, &[a], pool).pop().unwrap_or_default();
             // Whoever multiplies a few rows at a time does so with both parts.
             let section = &part.b;
             if arithmetic == Arithmetic::Int8 || matches!(input, Input::Tiles(_)) {
-                return Input::new(kernels, section, Arithmetic::F32, &projected, part.a.rows, pool);
+                let panels = weight.panel_count();
+                return Input::new(kernels, section, Arithmetic::F32, &projected, part.a.rows, panels, pool);
             }
             Input::Rows(PackedInput::new(kernels.table(), section, Arithmetic::F32, &projected, part.a.rows, pool))
         });

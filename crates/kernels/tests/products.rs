@@ -222,7 +222,6 @@ fn a_batch_longer_than_what_is_packed_at_once_is_the_same_row_by_row() {
         let weight = case.weight();
         let x = case.input(300);
         for kernels in every_kernels() {
-            let level = kernels.level();
             for precision in PRECISIONS {
                 let packed = kernels.pack(&weight, precision, &pool).unwrap();
                 let whole = product(&kernels, &packed, &x, &pool);
