@@ -25,8 +25,8 @@ const TASK_MULTIPLICATIONS: usize = 1 << 18;
 /// Bytes of panels that are worth a task of their own: with one row of x they take longer than its multiplications.
 const TASK_BYTES: usize = 1 << 18;
 
-/// Panels from which on it pays to lay out floats tile by tile: they are laid out once, and read once for each panel.
-const LEAST_TILED_PANELS: usize = 4;
+/// Panels from which on it pays to lay out floats tile by tile: they are laid out once, and read once for each panel. A single one is not worth it.
+const LEAST_TILED_PANELS: usize = 2;
 
 /// Most rows of x that any level takes at once.
 const MAX_TILE: usize = 8;
