@@ -20,8 +20,8 @@ pub enum CpuLevel {
 pub struct CpuFeatures {
     /// `vdpbf16ps`: two bf16 products per lane in one instruction.
     pub avx512_bf16: bool,
-    /// Whether that is quicker than two products in f32. On Zen 4 and 5 it is twice as quick; Sapphire Rapids was measured
-    /// to start one in two cycles, and two products in f32 in each.
+    /// Whether that is quicker than two products in f32. Measured with loops of either: on Zen 4 it is twice as quick, on
+    /// Sapphire Rapids half. Other CPUs of each vendor are taken to be alike.
     pub fast_bf16: bool,
 }
 
