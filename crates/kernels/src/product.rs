@@ -25,6 +25,9 @@ const TASK_MULTIPLICATIONS: usize = 1 << 18;
 /// Bytes of panels that are worth a task of their own: with one row of x they take longer than its multiplications.
 const TASK_BYTES: usize = 1 << 18;
 
+/// The same for runs of columns: all the other threads wait for these.
+const RUNS_TASK_BYTES: usize = TASK_BYTES / 4;
+
 /// Panels from which on it pays to lay out floats tile by tile: they are laid out once, and read once for each panel. A single one is not worth it.
 const LEAST_TILED_PANELS: usize = 2;
 
@@ -96,7 +99,7 @@ fn multiply_all(kernels: &Kernels, operands: &[Operands<'_>], y: &SharedRows<'_>
     let tasks: Vec<(&Operands<'_>, usize, usize)> = operands
         .iter()
         .flat_map(|operands| {
-            let tasks = operands.tasks(operands.units(kernels));
+            let tasks = operands.tasks(operands.units(kernels), TASK_BYTES);
             (0..tasks).map(move |task| (operands, task, tasks))
         })
         .collect();
@@ -115,7 +118,7 @@ fn multiply_by_runs(kernels: &Kernels, operands: &[Operands<'_>], pool: &ThreadP
     let mut tasks = Vec::new();
     for (operands, runs) in operands.iter().zip(&runs) {
         let all = operands.weight.panel_count() * runs.len();
-        let count = operands.tasks(all);
+        let count = operands.tasks(all, RUNS_TASK_BYTES);
         tasks.extend((0..count).map(|task| (operands, runs, task * all / count..(task + 1) * all / count)));
     }
     let sums = pool.map(tasks.len(), |task| {
@@ -241,11 +244,11 @@ impl<'a> Operands<'a> {
     }
 
     /// How many tasks the product is worth, where that many units can be shared out.
-    fn tasks(&self, units: usize) -> usize {
+    fn tasks(&self, units: usize, task_bytes: usize) -> usize {
         let multiplications = self.weight.panel_count() * LANES * self.weight.columns * self.count;
         let bytes = self.weight.panel_count() * self.weight.panel_bytes;
         // With few rows the panels take the time, else the multiplications.
-        let tasks = if self.count <= 2 { bytes / TASK_BYTES } else { multiplications / TASK_MULTIPLICATIONS };
+        let tasks = if self.count <= 2 { bytes / task_bytes } else { multiplications / TASK_MULTIPLICATIONS };
         tasks.clamp(1, units)
     }
 
