@@ -1,6 +1,5 @@
 use crate::codec::Codec;
 use crate::grid_parameters::GridParameters;
-use crate::prefetch::prefetch_ahead;
 use crate::vector::{LANES, Level, Vector};
 
 /// Adds the products of a few panels with a few rows of x to a tile of outputs. One per (level, encoding,
@@ -55,7 +54,7 @@ pub(crate) unsafe fn accumulate<C: Codec, const ROWS: usize, const PANELS: usize
                     panels[panel] = job.panels.add(panel * job.panel_stride + block_start);
                     // More rows wait for their multiplications and not for codes.
                     if ROWS <= 2 {
-                        prefetch_ahead(panels[panel], C::BYTES);
+                        C::Level::PREFETCH.ahead_of(panels[panel], C::BYTES);
                     }
                 }
                 let mut x = [job.x; ROWS];

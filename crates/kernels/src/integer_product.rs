@@ -4,7 +4,6 @@ use crate::integer_level::IntegerLevel;
 use crate::integer_strip::AccumulateIntegerStrip;
 use crate::packed_input::QuantizedBlock;
 use crate::packed_matrix::PanelEncoding;
-use crate::prefetch::prefetch_ahead;
 use crate::vector::{LANES, Vector};
 
 /// Adds the products of one panel with some rows of int8 activations to a tile of outputs.
@@ -175,7 +174,7 @@ where
                 let mut partial = [open::<L, E, ROWS, REGISTERS>(level, &none); UNROLLED_STEPS];
                 partial[0] = open::<L, E, ROWS, REGISTERS>(level, &sums);
                 for _ in 0..run / UNROLLED_STEPS {
-                    prefetch_ahead(panel, UNROLLED_STEPS * 4 * LANES);
+                    L::PREFETCH.ahead_of(panel, UNROLLED_STEPS * 4 * LANES);
                     for step_index in 0..UNROLLED_STEPS {
                         let sums = &mut partial[step_index % chains::<L>(ROWS * REGISTERS)];
                         step::<L, E, ROWS, REGISTERS>(level, state, panel, &x, step_index, sums);

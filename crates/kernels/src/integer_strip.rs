@@ -68,7 +68,7 @@ where
             }
             let grid = job.grid.load(level, panel).map(Vector::to_array);
             panel = panel.add(job.grid.bytes());
-            prefetch(panel, steps as usize * 4 * LANES);
+            prefetch::<true>(panel, steps as usize * 4 * LANES);
             let block_words = (quads + TileBlock::INTEGER_WORDS) * ROWS;
             for tile in 0..tiles {
                 let start = tile * job.rows / tiles;
@@ -193,7 +193,7 @@ impl TileJob<'_> {
             for quads in unrolled {
                 if self.first == 0 {
                     let at = x.offset_from(self.x) as usize;
-                    prefetch(self.next.wrapping_add(at).cast(), UNROLLED_QUADS * TILE * 4);
+                    prefetch::<true>(self.next.wrapping_add(at).cast(), UNROLLED_QUADS * TILE * 4);
                 }
                 for index in 0..UNROLLED_QUADS {
                     self.add_quad::<L, E, ROWS, REGISTERS>(level, &quads[index], x.add(index * TILE), &mut partial);

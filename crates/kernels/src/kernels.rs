@@ -26,8 +26,8 @@ const TASK_MULTIPLICATIONS: usize = 1 << 17;
 pub enum Precision {
     /// Activations and sums in f32.
     F32,
-    /// Activations rounded to bf16 where the CPU multiplies bf16 and the weights are exact in it (codes and bf16),
-    /// f32 elsewhere; sums and low-rank parts in f32 in any case.
+    /// Activations rounded to bf16 where the CPU multiplies bf16 faster than f32 and the weights are exact in it (codes
+    /// and bf16), f32 elsewhere; sums and low-rank parts in f32 in any case.
     Exact,
     /// Activations rounded to int8, with a scale in each row for each run of up to 128 columns of a group, where
     /// weights are codes that stand for integers; as `Exact` where they are not (plain floats, NF4, groups along the
@@ -42,13 +42,14 @@ pub enum Precision {
 #[derive(Clone, Copy)]
 pub struct Kernels {
     level: CpuLevel,
-    features: CpuFeatures,
+    /// Whether products in bf16 are worth it.
+    bf16: bool,
     table: &'static KernelTable,
 }
 
 impl std::fmt::Debug for Kernels {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Kernels").field("level", &self.level).field("features", &self.features).finish()
+        f.debug_struct("Kernels").field("level", &self.level).field("bf16", &self.bf16).finish()
     }
 }
 
@@ -73,7 +74,14 @@ impl Kernels {
             CpuLevel::Avx512Vnni => &avx512::TABLE,
             _ => &scalar::TABLE,
         };
-        Ok(Kernels { level, features: CpuFeatures::detect(), table })
+        Ok(Kernels { level, bf16: CpuFeatures::detect().fast_bf16, table })
+    }
+
+    /// The same operations, with products in bf16 on every CPU that has them, quicker than f32 or not: so that they can be
+    /// tested on more machines.
+    #[must_use]
+    pub fn with_bf16(self) -> Kernels {
+        Kernels { bf16: CpuFeatures::detect().avx512_bf16, ..self }
     }
 
     /// The operations of the level that `KINTSUGI_CPU` forces, else of the best.
@@ -95,7 +103,7 @@ impl Kernels {
         if weight.main.integers.is_some() {
             return Arithmetic::Int8;
         }
-        let bf16 = self.level == CpuLevel::Avx512Vnni && self.features.avx512_bf16;
+        let bf16 = self.level == CpuLevel::Avx512Vnni && self.bf16;
         if weight.precision != Precision::F32 && bf16 && weight.main.encoding.fits_bf16() {
             Arithmetic::Bf16
         } else {

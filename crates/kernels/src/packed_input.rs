@@ -132,7 +132,9 @@ pub(crate) fn pack_f32(layout: &ColumnLayout, x: &[f32], out: &mut [f32], block_
     for (index, (block, &steps)) in layout.blocks.iter().zip(&layout.steps).enumerate() {
         let padded = steps as usize * layout.step_columns;
         let (values, padding) = out[at..at + padded].split_at_mut(block.columns);
-        padding.fill(0.0);
+        if !padding.is_empty() {
+            padding.fill(0.0);
+        }
         match &layout.order {
             None => values.copy_from_slice(&x[block.start..block.start + block.columns]),
             Some(order) => {
@@ -187,7 +189,10 @@ pub(crate) fn pack_i8(layout: &ColumnLayout, unit: f32, x: &[f32], out: &mut [i8
     for ((block, &steps), quantized) in layout.blocks.iter().zip(&layout.steps).zip(blocks) {
         let padded = steps as usize * layout.step_columns;
         let (values, padding) = out[at..at + padded].split_at_mut(block.columns);
-        padding.fill(0);
+        // Not a call for nothing in each block.
+        if !padding.is_empty() {
+            padding.fill(0);
+        }
         let columns = block.start..block.start + block.columns;
         let x = match &layout.order {
             None => &x[columns],

@@ -3,6 +3,7 @@ use std::ops::Range;
 use kintsugi_runtime::ThreadPool;
 
 use crate::accumulate::PanelJob;
+use crate::aligned_bytes::AlignedBytes;
 use crate::grid_parameters::GridParameters;
 use crate::integer_product::IntegerJob;
 use crate::integer_strip::IntegerStripJob;
@@ -22,7 +23,13 @@ const ROWS_AT_ONCE: usize = 128;
 const TASK_MULTIPLICATIONS: usize = 1 << 18;
 
 /// Bytes of panels that are worth a task of their own: with one row of x they take longer than its multiplications.
-const TASK_BYTES: usize = 1 << 17;
+const TASK_BYTES: usize = 1 << 18;
+
+/// The same for runs of columns: all the other threads wait for these.
+const RUNS_TASK_BYTES: usize = TASK_BYTES / 4;
+
+/// Panels from which on it pays to lay out floats tile by tile: they are laid out once, and read once for each panel. A single one is not worth it.
+const LEAST_TILED_PANELS: usize = 2;
 
 /// Most rows of x that any level takes at once.
 const MAX_TILE: usize = 8;
@@ -92,7 +99,7 @@ fn multiply_all(kernels: &Kernels, operands: &[Operands<'_>], y: &SharedRows<'_>
     let tasks: Vec<(&Operands<'_>, usize, usize)> = operands
         .iter()
         .flat_map(|operands| {
-            let tasks = operands.tasks(operands.units(kernels));
+            let tasks = operands.tasks(operands.units(kernels), TASK_BYTES);
             (0..tasks).map(move |task| (operands, task, tasks))
         })
         .collect();
@@ -111,7 +118,7 @@ fn multiply_by_runs(kernels: &Kernels, operands: &[Operands<'_>], pool: &ThreadP
     let mut tasks = Vec::new();
     for (operands, runs) in operands.iter().zip(&runs) {
         let all = operands.weight.panel_count() * runs.len();
-        let count = operands.tasks(all);
+        let count = operands.tasks(all, RUNS_TASK_BYTES);
         tasks.extend((0..count).map(|task| (operands, runs, task * all / count..(task + 1) * all / count)));
     }
     let sums = pool.map(tasks.len(), |task| {
@@ -171,11 +178,13 @@ impl Input {
         arithmetic: Arithmetic,
         x: &[f32],
         columns: usize,
+        panels: usize,
         pool: &ThreadPool,
     ) -> Self {
         let table = kernels.table();
         let (least, tile_rows) = match arithmetic {
             Arithmetic::Int8 => (table.integers.least_strip_rows, table.integers.tile_rows),
+            Arithmetic::F32 | Arithmetic::Bf16 if panels < LEAST_TILED_PANELS => (usize::MAX, 0),
             Arithmetic::F32 | Arithmetic::Bf16 => (table.strip.least_rows, table.strip.tile_rows),
         };
         if x.len() / columns < least {
@@ -204,14 +213,15 @@ impl<'a> Operands<'a> {
     ) -> Self {
         let count = x.len() / weight.columns;
         let arithmetic = kernels.arithmetic(weight);
-        let input = Input::new(kernels, &weight.main, arithmetic, x, weight.columns, pool);
+        let input = Input::new(kernels, &weight.main, arithmetic, x, weight.columns, weight.panel_count(), pool);
         let projected = weight.compensation.as_ref().map(|part| {
             let a = Operands::new(kernels, &part.a, x, None, pool);
             let projected = multiply_by_runs(kernels, &[a], pool).pop().unwrap_or_default();
             // Whoever multiplies a few rows at a time does so with both parts.
             let section = &part.b;
             if arithmetic == Arithmetic::Int8 || matches!(input, Input::Tiles(_)) {
-                return Input::new(kernels, section, Arithmetic::F32, &projected, part.a.rows, pool);
+                let panels = weight.panel_count();
+                return Input::new(kernels, section, Arithmetic::F32, &projected, part.a.rows, panels, pool);
             }
             Input::Rows(PackedInput::new(kernels.table(), section, Arithmetic::F32, &projected, part.a.rows, pool))
         });
@@ -234,10 +244,12 @@ impl<'a> Operands<'a> {
     }
 
     /// How many tasks the product is worth, where that many units can be shared out.
-    fn tasks(&self, units: usize) -> usize {
+    fn tasks(&self, units: usize, task_bytes: usize) -> usize {
         let multiplications = self.weight.panel_count() * LANES * self.weight.columns * self.count;
         let bytes = self.weight.panel_count() * self.weight.panel_bytes;
-        (multiplications / TASK_MULTIPLICATIONS).max(bytes / TASK_BYTES).clamp(1, units)
+        // With few rows the panels take the time, else the multiplications.
+        let tasks = if self.count <= 2 { bytes / task_bytes } else { multiplications / TASK_MULTIPLICATIONS };
+        tasks.clamp(1, units)
     }
 
     /// One of the tasks.
@@ -267,12 +279,13 @@ impl<'a> Operands<'a> {
     /// All rows with one panel: in int8, or many rows.
     fn multiply_panel(&self, kernels: &Kernels, panel: usize, y: &SharedRows<'_>, output: Output) {
         let mut tile = Tile([[0.0; LANES]; MAX_TILE]);
-        let mut more = Vec::new();
+        let mut more;
         let sums = if self.count <= MAX_TILE {
             &mut tile.0[..self.count]
         } else {
-            more.resize(self.count, [0.0; LANES]);
-            &mut more[..]
+            // Registers are as long as a line of the cache, and none should straddle two.
+            more = AlignedBytes::zeroed(self.count * size_of::<[f32; LANES]>());
+            bytemuck::cast_slice_mut(more.as_mut_slice())
         };
         if self.arithmetic == Arithmetic::Int8 {
             self.add_integers(kernels, panel, sums);

@@ -3,7 +3,11 @@ use std::ops::{Deref, DerefMut};
 
 /// Words that the thread has had before: taking memory from the system anew for each product would cost as much as a
 /// small product. What is in them is not specified.
-pub(crate) struct ScratchWords(Vec<u32>);
+pub(crate) struct ScratchWords {
+    /// At least as many as are in use, so that shorter ones in between do not make longer ones be cleared anew.
+    words: Vec<u32>,
+    len: usize,
+}
 
 thread_local! {
     /// Words of this thread that are not in use.
@@ -24,18 +28,20 @@ impl ScratchWords {
             let smallest = fits.min_by_key(|&piece| kept[piece].capacity());
             smallest.map(|piece| kept.swap_remove(piece)).unwrap_or_default()
         });
-        words.resize(len, 0);
-        ScratchWords(words)
+        if words.len() < len {
+            words.resize(len, 0);
+        }
+        ScratchWords { words, len }
     }
 }
 
 impl Drop for ScratchWords {
     fn drop(&mut self) {
-        if self.0.capacity() > MOST_WORDS {
+        if self.words.capacity() > MOST_WORDS {
             return;
         }
         KEPT.with_borrow_mut(|kept| {
-            kept.push(std::mem::take(&mut self.0));
+            kept.push(std::mem::take(&mut self.words));
             if kept.len() > MOST_PIECES
                 && let Some(smallest) = (0..kept.len()).min_by_key(|&piece| kept[piece].capacity())
             {
@@ -49,12 +55,12 @@ impl Deref for ScratchWords {
     type Target = [u32];
 
     fn deref(&self) -> &[u32] {
-        &self.0
+        &self.words[..self.len]
     }
 }
 
 impl DerefMut for ScratchWords {
     fn deref_mut(&mut self) -> &mut [u32] {
-        &mut self.0
+        &mut self.words[..self.len]
     }
 }

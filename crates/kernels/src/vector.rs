@@ -1,3 +1,5 @@
+use crate::prefetch::{Cache, Prefetch};
+
 /// Lanes of a [`Vector`] and rows of a panel of a packed matrix.
 pub(crate) const LANES: usize = 32;
 
@@ -58,6 +60,8 @@ pub(crate) trait Level: Copy {
     type Words: Copy;
     /// What the codes of 4 bits stand for, in registers.
     type Table: Copy;
+    /// How codes are asked for ahead of their products, as measured.
+    const PREFETCH: Prefetch = Prefetch { distance: 2048, cache: Cache::First };
 
     /// # Safety
     /// The CPU must have the instructions of the level.

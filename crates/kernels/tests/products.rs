@@ -1,7 +1,7 @@
 //! Every case of the table at every level that this machine has, in every precision.
 
 use kintsugi_kernels::{Arithmetic, Kernels, PackedMatrix, Precision};
-use kintsugi_runtime::{CpuLevel, ErrorCode, ThreadPool};
+use kintsugi_runtime::{CpuFeatures, CpuLevel, ErrorCode, ThreadPool};
 use kintsugi_testkit::kernel_cases::{Factors, Format, KernelCase, ROW_COUNTS, coded_factor_cases, kernel_cases};
 use kintsugi_testkit::{Int8Activations, matrices};
 use kintsugi_weights::{
@@ -21,6 +21,16 @@ const FACTORS: [Factors; 7] = [
     Factors::Codes { bits: 8, group_size: 32 },
     Factors::Codes { bits: 8, group_size: 64 },
 ];
+
+/// Those of every level of this machine, and once more with products in bf16 where they are not the choice.
+fn every_kernels() -> Vec<Kernels> {
+    let mut kernels: Vec<Kernels> = CpuLevel::available().map(|level| Kernels::new(level).unwrap()).collect();
+    let features = CpuFeatures::detect();
+    if features.avx512_bf16 && !features.fast_bf16 {
+        kernels.push(Kernels::new(CpuLevel::best()).unwrap().with_bf16());
+    }
+    kernels
+}
 
 fn product(kernels: &Kernels, weight: &PackedMatrix, x: &[f32], pool: &ThreadPool) -> Vec<f32> {
     let mut y = vec![f32::NAN; x.len() / weight.columns() * weight.rows()];
@@ -108,8 +118,8 @@ fn every_case_is_within_its_budget_at_every_level() {
             .map(|(products, sums)| case.budget.activations * products + sums)
             .collect();
         let int8 = Int8Reference::new(&case, &weight, &x, &truth);
-        for level in CpuLevel::available() {
-            let kernels = Kernels::new(level).unwrap();
+        for kernels in every_kernels() {
+            let level = kernels.level();
             for precision in PRECISIONS {
                 let packed = kernels.pack(&weight, precision, &pool).unwrap();
                 let y = product(&kernels, &packed, &x, &pool);
@@ -143,8 +153,8 @@ fn a_row_is_the_same_bit_for_bit_whatever_shares_its_product_and_whoever_compute
     for case in kernel_cases() {
         let weight = case.weight();
         let x = case.input(most);
-        for level in CpuLevel::available() {
-            let kernels = Kernels::new(level).unwrap();
+        for kernels in every_kernels() {
+            let level = kernels.level();
             for precision in PRECISIONS {
                 let packed = kernels.pack(&weight, precision, &pools[0]).unwrap();
                 let whole = bits(&product(&kernels, &packed, &x, &pools[0]));
@@ -173,8 +183,8 @@ fn what_is_not_finite_stays_in_its_row_and_does_not_vanish() {
     for case in kernel_cases().into_iter().filter(|case| case.rows == 100 && case.columns >= 100) {
         let weight = case.weight();
         let clean = case.input(9);
-        for level in CpuLevel::available() {
-            let kernels = Kernels::new(level).unwrap();
+        for kernels in every_kernels() {
+            let level = kernels.level();
             for precision in PRECISIONS {
                 let packed = kernels.pack(&weight, precision, &pool).unwrap();
                 let expected = product(&kernels, &packed, &clean, &pool);
@@ -211,8 +221,7 @@ fn a_batch_longer_than_what_is_packed_at_once_is_the_same_row_by_row() {
     for case in dense.into_iter().chain(coded) {
         let weight = case.weight();
         let x = case.input(300);
-        for level in CpuLevel::available() {
-            let kernels = Kernels::new(level).unwrap();
+        for kernels in every_kernels() {
             for precision in PRECISIONS {
                 let packed = kernels.pack(&weight, precision, &pool).unwrap();
                 let whole = product(&kernels, &packed, &x, &pool);
@@ -242,8 +251,8 @@ fn prefixes_of_factors_are_within_the_budget_at_every_rank() {
                 .iter()
                 .map(|magnitude| case.budget.relative * magnitude + case.budget.absolute * case.columns as f64)
                 .collect();
-            for level in CpuLevel::available() {
-                let kernels = Kernels::new(level).unwrap();
+            for kernels in every_kernels() {
+                let level = kernels.level();
                 let packed = kernels.pack(&weight, Precision::F32, &pool).unwrap();
                 let share = worst(&product(&kernels, &packed, &x, &pool), &truth, &allowed);
                 assert!(share <= 1.0, "{} prefix {rank}, {}: {share:.2} of the budget", case.name(), level.name());
@@ -344,8 +353,8 @@ fn fast_products_do_not_saturate() {
             };
             let weight = LinearWeight::plain(WeightMatrix::Quantized(QuantizedMatrix::new(parts).unwrap()));
             let zero = zero.map_or(1 << (bits - 1), i64::from);
-            for level in CpuLevel::available() {
-                let kernels = Kernels::new(level).unwrap();
+            for kernels in every_kernels() {
+                let level = kernels.level();
                 let packed = kernels.pack(&weight, Precision::Fast, &pool).unwrap();
                 for count in [1, 3, 4, 9, 17] {
                     // Each pattern in each place of a pass.
@@ -373,8 +382,8 @@ fn what_has_no_int8_products_runs_as_exact() {
     for case in cases.filter(|case| case.rows == 100) {
         let weight = case.weight();
         let x = case.input(3);
-        for level in CpuLevel::available() {
-            let kernels = Kernels::new(level).unwrap();
+        for kernels in every_kernels() {
+            let level = kernels.level();
             let [exact, fast] = [Precision::Exact, Precision::Fast].map(|precision| {
                 let packed = kernels.pack(&weight, precision, &pool).unwrap();
                 bits(&product(&kernels, &packed, &x, &pool))
@@ -397,8 +406,8 @@ fn adapters_add_their_product() {
             let x = case.input(9);
             let expected = KernelCase::expected(&weight, &x, ElementType::F32);
             let magnitudes = KernelCase::magnitudes(&weight, &x);
-            for level in CpuLevel::available() {
-                let kernels = Kernels::new(level).unwrap();
+            for kernels in every_kernels() {
+                let level = kernels.level();
                 let packed = kernels.pack_low_rank(&factors, scaling, &pool).unwrap();
                 assert_eq!(packed.rank(), rank);
                 let mut y = vec![1.0f32; 9 * case.rows];
@@ -422,8 +431,8 @@ fn rows_with_adapters_of_their_own_are_the_same_bit_for_bit_as_alone() {
     let int4 = Factors::Codes { bits: 4, group_size: 32 };
     let kinds = [(bf16, 16), (int4, 1), (int4, 40), (bf16, 0)];
     let x = matrices::activations(1, 140, inputs);
-    for level in CpuLevel::available() {
-        let kernels = Kernels::new(level).unwrap();
+    for kernels in every_kernels() {
+        let level = kernels.level();
         let packed: Vec<_> = kinds
             .iter()
             .zip(0..)

@@ -74,7 +74,7 @@ impl Backend for CpuBackend {
     }
 
     fn identity(&self) -> String {
-        let bf16 = CpuFeatures::detect().avx512_bf16;
+        let bf16 = CpuFeatures::detect().fast_bf16;
         format!("cpu {} {:?}{}", self.kernels.level().name(), self.precision, if bf16 { " bf16" } else { "" })
     }
 

@@ -20,6 +20,9 @@ pub enum CpuLevel {
 pub struct CpuFeatures {
     /// `vdpbf16ps`: two bf16 products per lane in one instruction.
     pub avx512_bf16: bool,
+    /// Whether that is quicker than two products in f32. Measured with loops of either: on Zen 4 it is twice as quick, on
+    /// Sapphire Rapids half. Other CPUs of each vendor are taken to be alike.
+    pub fast_bf16: bool,
 }
 
 impl CpuLevel {
@@ -107,11 +110,15 @@ impl CpuFeatures {
     pub fn detect() -> CpuFeatures {
         #[cfg(target_arch = "x86_64")]
         {
-            CpuFeatures { avx512_bf16: std::arch::is_x86_feature_detected!("avx512bf16") }
+            use std::arch::x86_64::__cpuid;
+            let avx512_bf16 = std::arch::is_x86_feature_detected!("avx512bf16");
+            let vendor = __cpuid(0);
+            let vendor = [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes);
+            CpuFeatures { avx512_bf16, fast_bf16: avx512_bf16 && vendor.as_flattened() == b"AuthenticAMD" }
         }
         #[cfg(not(target_arch = "x86_64"))]
         {
-            CpuFeatures { avx512_bf16: false }
+            CpuFeatures { avx512_bf16: false, fast_bf16: false }
         }
     }
 }

@@ -1,5 +1,6 @@
 use std::arch::x86_64::*;
 
+use crate::prefetch::{Cache, Prefetch};
 use crate::strip::HALF;
 use crate::vector::{Half, LANES, Level, Vector};
 
@@ -131,6 +132,8 @@ impl Level for Avx512 {
     type Half = F32x16;
     type Words = U32x32;
     type Table = F32x16;
+
+    const PREFETCH: Prefetch = Prefetch { distance: 8192, cache: Cache::Second };
 
     #[inline(always)]
     unsafe fn assume() -> Self {
