@@ -77,7 +77,33 @@ test('a budget is divided, factors may be codes', async (t) => {
   t.true(coded.summary.bytes <= bytes)
   t.true(coded.summary.compensation!.meanRank > 8)
   t.true(existsSync(join(folder, 'c', 'factor_scales.safetensors')))
-  t.true((await perplexity(compressed, { compensation: join(folder, 'c') })) > 0)
+  const [none, plain, fine] = [await perplexity(compressed, {}), await perplexity(compressed, { compensation: join(folder, 'a') }), await perplexity(compressed, { compensation: join(folder, 'c') })]
+  t.true(fine < none && fine < plain * 1.02, `${fine} ${plain} ${none}`)
+})
+
+test('a cancelled job goes on to the same factors, saved statistics serve, a baseline proves nothing', async (t) => {
+  const folder = temporaryFolder(t)
+  const [compressed, statistics] = [join(folder, 'w2'), join(folder, 'statistics.safetensors')]
+  const options = { method: 'rtn', bits: 2, groupSize: 32, calibration, saveStatistics: statistics } as const
+  await compress(TINY, { ...options, out: compressed })
+  const [whole, out] = [join(folder, 'whole'), join(folder, 'out')]
+  await compensate(TINY, compressed, { out: whole, calibration, eora: { rank: 4 } })
+  const stop = new AbortController()
+  const job = compensate(TINY, compressed, { out, calibration, eora: { rank: 4 }, signal: stop.signal })
+  for await (const { done } of job.progress()) if (done > 0) stop.abort()
+  await Promise.allSettled([job])
+  if (!existsSync(out)) await compensate(TINY, compressed, { out, calibration, eora: { rank: 4 } })
+  const bytes = (path: string): Buffer => readFileSync(join(path, 'adapter_model.safetensors'))
+  t.true(bytes(out).equals(bytes(whole)))
+
+  const baseline = await compensate(TINY, compressed, {
+    out: join(folder, 'lorc'),
+    calibration: { file: statistics },
+    eora: { rank: 4, solver: 'lorc' },
+  })
+  t.true(baseline.linears.every(({ certificate, holdOut }) => certificate === null && holdOut === null))
+  t.like(baseline.summary.compensation, { certified: 0, uncertified: 0, holdOut: null })
+  t.true(baseline.summary.compensation!.worstRatio! > 1)
 })
 
 test('what cannot be is refused and leaves nothing', async (t) => {
@@ -93,6 +119,15 @@ test('what cannot be is refused and leaves nothing', async (t) => {
   await refuses(() => compensate(LLAMA, compressed, right), 'ERR_CHECKPOINT_SHAPE')
   await refuses(() => compensate(TINY, TINY, right), 'ERR_ADAPTER_INVALID')
   await refuses(() => compensate(TINY, compressed, { ...right, eora: {} }), 'ERR_OPTION_INVALID', 'eora.rank')
+  for (const [subject, eora] of [
+    ['eora.minRank', { rank: 8, minRank: 4 }],
+    ['eora.minRank', { meanRank: 8, minRank: 16 }],
+    ['eora.meanRank', { meanRank: 0 }],
+    ['eora.meanRank', { meanRank: 8, rank: 4 }],
+    ['eora.budgetBytes', { budgetBytes: 7 }],
+  ] as const) {
+    await refuses(() => compensate(TINY, compressed, { ...right, eora }), 'ERR_OPTION_INVALID', subject)
+  }
   await refuses(
     () => compensate(TINY, compressed, { ...right, eora: { meanRank: 8, budgetBytes: 9 } }),
     'ERR_OPTION_INVALID',

@@ -39,7 +39,7 @@ export type EoraSolver = 'fast' | 'exact' | 'diagonal' | 'lorc'
 export interface EoraRecipe {
   rank: number
   solver: EoraSolver
-  factorBits: number
+  factorBits: 16 | 8 | 4
   /** `null` for one rank. */
   allocation: null | {
     budget: { meanRank: number } | { bytes: number }
@@ -63,7 +63,7 @@ export interface Certificate {
   solved: number
   /** No factors of that rank leave less. */
   bound: number
-  /** Whether `solved` is within a thousandth of the bound. */
+  /** Whether `solved` is within a thousandth of the bound, up to 1e-7 of what there was to repair. */
   holds: boolean
 }
 
@@ -104,11 +104,11 @@ export const eoraSchema = object({
   rank: optional(integer({ min: 1, max: 2 ** 16 })),
   solver: withDefault(oneOf(['fast', 'exact', 'diagonal', 'lorc']), 'fast'),
   factorBits: withDefault(oneOf([16, 8, 4]), 16),
-  meanRank: optional(number({ min: 0, max: 2 ** 16 })),
+  meanRank: optional(number({ min: 1, max: 2 ** 16 })),
   budgetBytes: optional(integer({ min: 1 })),
-  minRank: withDefault(integer({ min: 0, max: 2 ** 16 }), 0),
-  rankMultiple: withDefault(integer({ min: 1, max: 2 ** 16 }), 8),
-  rankWeights: withDefault(oneOf(['outputs', 'equal']), 'outputs'),
+  minRank: optional(integer({ min: 0, max: 2 ** 16 })),
+  rankMultiple: optional(integer({ min: 1, max: 2 ** 16 })),
+  rankWeights: optional(oneOf(['outputs', 'equal'])),
 })
 
 /** What the addon takes for a compensation. */
@@ -122,7 +122,17 @@ export function eoraRequest(eora: ReturnType<typeof eoraSchema>): BindingEora {
       hint: 'Give one of both.',
     })
   }
-  const usual = meanRank === undefined ? budgetBytes && 256 : Math.ceil(4 * meanRank)
+  const budgeted = meanRank !== undefined || budgetBytes !== undefined
+  const idle = (['minRank', 'rankMultiple', 'rankWeights'] as const).find((name) => eora[name] !== undefined)
+  if (!budgeted && idle !== undefined) {
+    throw new KintsugiError({
+      code: 'ERR_OPTION_INVALID',
+      message: `${idle} says how a budget is divided, and there is none`,
+      subject: `eora.${idle}`,
+      hint: 'Give meanRank or budgetBytes, or leave it out.',
+    })
+  }
+  const usual = meanRank === undefined ? budgetBytes && 256 : Math.min(Math.ceil(4 * meanRank), 2 ** 16)
   if (rank === undefined && usual === undefined) {
     throw new KintsugiError({
       code: 'ERR_OPTION_INVALID',
@@ -131,5 +141,6 @@ export function eoraRequest(eora: ReturnType<typeof eoraSchema>): BindingEora {
       hint: 'Give rank, such as 32 or 64, or a budget: meanRank or budgetBytes.',
     })
   }
-  return withoutUndefined({ ...eora, rank: rank ?? usual! })
+  const division = { minRank: 0, rankMultiple: 8, rankWeights: 'outputs' }
+  return { ...division, ...withoutUndefined({ ...eora, rank: rank ?? usual! }) }
 }

@@ -56,13 +56,15 @@ export function withEoraOptions(command: Command, prefix = ''): Command {
     .option(`--${prefix}mean-rank <n>`, 'divide the bytes of this rank where they do most good', numberArgument)
     .option(`--${prefix}budget <size>`, 'the same with so many bytes, such as 200M', bytesArgument)
     .option(`--${prefix}min-rank <n>`, 'with a budget: least rank of a Linear (default: 0)', numberArgument)
+    .option(`--${prefix}rank-multiple <n>`, 'with a budget: what ranks are multiples of (default: 8)', numberArgument)
     .option(`--${prefix}rank-weights <name>`, 'with a budget: outputs or equal (default: outputs)')
 }
 
 /** The compensation that options of {@link withEoraOptions} ask for; `undefined` without any. */
 export function eoraArguments(given: EoraArguments): EoraOptions | undefined {
-  const { rank, solver, factorBits, meanRank, budget, minRank, rankWeights } = given
-  const options = withoutUndefined({ rank, solver, factorBits, meanRank, budgetBytes: budget, minRank, rankWeights })
+  const { budget, rank, solver, factorBits, meanRank, minRank, rankMultiple, rankWeights } = given
+  const division = { meanRank, budgetBytes: budget, minRank, rankMultiple, rankWeights }
+  const options = withoutUndefined({ rank, solver, factorBits, ...division })
   return Object.keys(options).length > 0 ? options : undefined
 }
 
@@ -74,6 +76,7 @@ export interface EoraArguments {
   meanRank?: number | undefined
   budget?: number | undefined
   minRank?: number | undefined
+  rankMultiple?: number | undefined
   rankWeights?: EoraOptions['rankWeights'] | undefined
 }
 

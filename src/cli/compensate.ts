@@ -1,6 +1,12 @@
 import type { Command } from 'commander'
 
-import { compensate, type CompensateOptions, type CompensationPlan, type CompensationReport } from '../index.js'
+import {
+  compensate,
+  type CompensateOptions,
+  type CompensationPlan,
+  type CompensationReport,
+  KintsugiError,
+} from '../index.js'
 import {
   bytesArgument,
   type CalibrationArguments,
@@ -42,15 +48,26 @@ export function registerCompensate(program: Command): void {
     .option('--fresh', 'discard what an interrupted job left instead of going on with it', false)
     .option('--dry-run', 'check everything and print the plan; write nothing', false)
     .option('--json', 'print one JSON document')
-    .addHelpText('after', `\nThe exit code is ${EXIT_UNCERTIFIED} when a solver that promises the best factors did not prove it.`)
+    .addHelpText(
+      'after',
+      `\nThe exit code is ${EXIT_UNCERTIFIED} when a solver that promises the best factors did not prove it.`,
+    )
   withEoraOptions(command)
   withCalibrationOptions(command)
   withModelOptions(command, 'f32 or exact').action(
     (original: string, compressed: string, given: CompensateArguments) =>
       runCommand(given.json, async ({ signal, follow }) => {
         const { out, memory, precision, backend, fresh, dryRun } = given
+        const calibration = calibrationArguments(given)
+        if (calibration === undefined) {
+          throw new KintsugiError({
+            code: 'ERR_OPTION_INVALID',
+            message: 'a compensation needs calibration',
+            subject: '--calibration',
+            hint: 'Give a text that resembles what the model will read, or saved statistics.',
+          })
+        }
         // The library says what is missing.
-        const calibration = calibrationArguments(given) ?? {}
         const eora = eoraArguments(given) ?? {}
         const options = withoutUndefined({ out, calibration, eora, memory, precision, backend, fresh, signal })
         if (dryRun) {

@@ -111,6 +111,7 @@ export function registerCompress(program: Command): void {
             meanRank: given.eoraMeanRank,
             budget: given.eoraBudget,
             minRank: given.eoraMinRank,
+            rankMultiple: given.eoraRankMultiple,
             rankWeights: given.eoraRankWeights,
           }),
         }),

@@ -1,5 +1,5 @@
 import type { CompensationSummary, CompressedLinear } from '../index.js'
-import { formatBytes, formatShare } from './format.js'
+import { formatShare } from './format.js'
 import { formatTable } from './table.js'
 
 const LARGEST_ERRORS_SHOWN = 5
@@ -20,12 +20,12 @@ export function describeCompensation(summary: CompensationSummary | null): [stri
   const { allocation, certified, uncertified, holdOut, worstRatio } = summary
   const proofs = certified + uncertified
   return [
-    ['mean rank', allocation ? `${summary.meanRank.toFixed(1)}, ${formatBytes(allocation.bytes)}` : undefined],
+    ['mean rank', allocation ? summary.meanRank.toFixed(1) : undefined],
     [
       'divided ranks',
       allocation
-        ? `${formatShare(allocation.allocated)} instead of ${formatShare(allocation.uniform)} with rank ${allocation.uniformRank}` +
-          (allocation.chosen === 'uniform' ? ', not taken' : '')
+        ? `${formatShare(allocation.allocated)} instead of ${formatShare(allocation.uniform)} ` +
+          `with rank ${allocation.uniformRank}${allocation.chosen === 'uniform' ? ', not taken' : ''}`
         : undefined,
     ],
     [

@@ -92,7 +92,9 @@ async function load(
   const source = await Checkpoint.open(checkpoint)
   const options = withoutUndefined({ precision, backend, compensation, eoraRank, adapters, signal })
   const loading = loadModel(source, options)
-  return [await follow(loading, 'load'), source.info.bitsPerWeight]
+  // What the folder says counts its whole compensation, and no other.
+  const known = compensation === undefined && eoraRank === undefined
+  return [await follow(loading, 'load'), known ? source.info.bitsPerWeight : null]
 }
 
 function request({ signal }: CommandContext, { length, adapter }: EvalArguments): PerplexityOptions {

@@ -149,6 +149,10 @@ fn no_whole_tensors(tensor: &str) -> Error {
 }
 
 impl AdapterFolder {
+    /// The files of a folder, as far as they are there.
+    pub(crate) const FILE_NAMES: [&'static str; 4] =
+        [PeftConfig::FILE_NAME, WEIGHTS, TORCH_WEIGHTS, FactorScales::FILE_NAME];
+
     /// Reads the config and the headers, and checks them against each other.
     ///
     /// # Errors
@@ -312,8 +316,8 @@ impl AdapterFolder {
         let factor_type = if a.element_type() == b.element_type() { a.element_type() } else { ElementType::F32 };
         let plain = LowRank::new(b.rows(), a.columns(), a.rows(), b.to_f32(), a.to_f32(), factor_type);
         match &self.scales {
-            Some(scales) => Ok(LowRank::of_codes(scales.codes(module, &plain)?)),
-            None => Ok(plain),
+            Some(scales) if scales.has(module) => Ok(LowRank::of_codes(scales.codes(module, &plain)?)),
+            _ => Ok(plain),
         }
     }
 }

@@ -7,6 +7,7 @@ use kintsugi_runtime::{Error, ErrorCode, Result};
 use kintsugi_weights::{Adapter, DenseMatrix, LinearWeight, WeightMatrix};
 use serde_json::{Map, Value};
 
+use crate::adapter_folder::AdapterFolder;
 use crate::gguf::{GgufTensors, GgufType, chat_template_of, is_gguf, only_file_of, tokenizer_of};
 use crate::linear_storage::{DENSE, LinearStorage, StoredAs, packed_markers};
 use crate::positional_file::read_bounded;
@@ -96,11 +97,15 @@ impl Checkpoint {
         }
     }
 
-    /// The files that the configuration and the weights are read from.
+    /// The files that the configuration, the weights and the compensation are read from.
     pub fn files(&self) -> Vec<PathBuf> {
         let mut files: Vec<PathBuf> = self.tensors().map(|tensor| tensor.file.clone()).collect();
         if let Weights::Folder { .. } = self.0.weights {
             files.push(self.path().join("config.json"));
+            let compensation = self.path().join(Self::COMPENSATION_FOLDER);
+            files.extend(
+                AdapterFolder::FILE_NAMES.map(|name| compensation.join(name)).into_iter().filter(|f| f.is_file()),
+            );
         }
         files.sort();
         files.dedup();

@@ -29,7 +29,7 @@ struct Grid {
 }
 
 impl FactorScales {
-    const FILE_NAME: &'static str = "factor_scales.safetensors";
+    pub(crate) const FILE_NAME: &'static str = "factor_scales.safetensors";
     const KEY: &'static str = "kintsugi.factors";
 
     /// Those of a PEFT folder; `None` when its factors are plain floats.
@@ -49,6 +49,11 @@ impl FactorScales {
             None => Err(invalid("the file does not say what codes its scales belong to", path.display())
                 .hint("Make the compensation again, or remove the file to read plain factors")),
         }
+    }
+
+    /// Whether the factors of a module are quantized: others may be plain beside them.
+    pub(crate) fn has(&self, module: &str) -> bool {
+        ["lora_A", "lora_B"].iter().any(|factor| self.tensors.get(&format!("{module}.{factor}.scales")).is_some())
     }
 
     /// The codes of the factors of a module, B `[out, rank]` and A `[rank, in]`, from their values.

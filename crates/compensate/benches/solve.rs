@@ -11,7 +11,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use kintsugi_calibration::{Calibration, CalibrationBuilder};
-use kintsugi_compensate::{CompensationOptions, FactorPrecision, compensate, compensation_method};
+use kintsugi_compensate::{CompensationOptions, FactorPrecision, Residual, compensate, compensation_method};
 use kintsugi_linalg::SplitMix64;
 use kintsugi_runtime::ThreadPool;
 use kintsugi_weights::{DenseMatrix, ElementType, GroupSize, QuantizedMatrix, QuantizedParts};
@@ -32,8 +32,10 @@ fn main() {
     if arguments.iter().any(|argument| argument == "--block") {
         return block(rank, pool);
     }
-    println!("| shape | solver | seconds | error before | after | above the bound at most |");
-    println!("|---|---|---|---|---|---|");
+    println!(
+        "| shape | solver | seconds | of them energies | directions | error before | after | above the bound at most |"
+    );
+    println!("|---|---|---|---|---|---|---|---|");
     let shape = |text: &String| text.split_once('x').and_then(|(m, k)| Some((m.parse().ok()?, k.parse().ok()?)));
     let mut shapes: Vec<(usize, usize)> = arguments.iter().filter_map(shape).collect();
     if shapes.is_empty() {
@@ -62,12 +64,18 @@ fn solve(
     let precision = FactorPrecision::Float(ElementType::Bf16);
     let options = CompensationOptions { method: compensation_method(solver).unwrap(), rank, precision };
     let started = Instant::now();
+    let residual = Residual::new(weight, rounded, calibration, pool).unwrap();
+    let energies = started.elapsed().as_secs_f64();
+    let directions = options.method.directions(&residual, rank, pool).unwrap();
+    let found = started.elapsed().as_secs_f64() - energies;
+    drop((residual, directions));
+    let started = Instant::now();
     let solved = compensate(weight, rounded, calibration, None, &options, pool).unwrap();
     let seconds = started.elapsed().as_secs_f64();
     let above = solved.certificate.map_or(f64::NAN, |proof| proof.solved / proof.bound - 1.0);
     let error = solved.error;
     println!(
-        "| {}×{} | {solver} | {seconds:.2} | {:.4} | {:.4} | {above:.1e} |",
+        "| {}×{} | {solver} | {seconds:.2} | {energies:.2} | {found:.2} | {:.4} | {:.4} | {above:.1e} |",
         weight.rows(),
         weight.columns(),
         error.quantized,
@@ -77,8 +85,10 @@ fn solve(
 }
 
 fn block(rank: usize, pool: &ThreadPool) {
-    println!("| shape | solver | seconds | error before | after | above the bound at most |");
-    println!("|---|---|---|---|---|---|");
+    println!(
+        "| shape | solver | seconds | of them energies | directions | error before | after | above the bound at most |"
+    );
+    println!("|---|---|---|---|---|---|---|---|");
     let mut seconds = 0.0;
     for readers in LLAMA_8B {
         let calibration = inputs(readers[0].1, pool);

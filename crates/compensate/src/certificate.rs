@@ -26,10 +26,11 @@ impl Certificate {
         excess <= (2.0 * Self::AIM * rest).max(Self::OF_RESIDUAL * Self::OF_RESIDUAL * energy)
     }
 
-    /// From energies: of the residual, what was captured, what can be missing, and of the original outputs.
-    pub(crate) fn new(energy: f64, captured: f64, excess: f64, relative: impl Fn(f64) -> f64) -> Self {
-        let solved = relative((energy - captured).max(0.0));
-        let bound = relative((energy - captured - excess).max(0.0));
+    /// From energies: of the residual, what the directions that will be used were measured to capture, and what the best
+    /// ones can capture at most.
+    pub(crate) fn new(energy: f64, measured: f64, most: f64, relative: impl Fn(f64) -> f64) -> Self {
+        let solved = relative((energy - measured).max(0.0));
+        let bound = relative((energy - most).max(0.0));
         let holds = solved <= bound * (1.0 + Self::ABOVE_BOUND) + Self::OF_RESIDUAL * relative(energy);
         Certificate { solved, bound, holds }
     }
@@ -44,7 +45,7 @@ mod tests {
         for (energy, captured) in [(1.0, 0.3), (1.0, 0.999), (1e12, 1e12 * (1.0 - 1e-9)), (1e-30, 0.0), (5.0, 5.0)] {
             for share in [0.0, 1e-15, 1e-9, 1e-5, 1e-4, 1e-2, 0.5] {
                 let excess = share * (energy - captured);
-                let certificate = Certificate::new(energy, captured, excess, f64::sqrt);
+                let certificate = Certificate::new(energy, captured, captured + excess, f64::sqrt);
                 assert!(!Certificate::suffices(energy, captured, excess) || certificate.holds, "{energy} {share}");
                 assert!(share < 1e-2 || energy - captured < 1e-10 * energy || !certificate.holds, "{energy} {share}");
             }

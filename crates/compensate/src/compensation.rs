@@ -7,6 +7,7 @@ use kintsugi_weights::{DenseMatrix, ElementType, FactorCodes, LowRank, RowSource
 
 use crate::factor_precision::{code_rows, round_floats};
 use crate::fast::Fast;
+use crate::input_metric::InputMetric;
 use crate::{
     Certificate, CompensationMethod, FactorPrecision, HoldOut, HoldOutProfile, OutputDirections, RankProfile, Residual,
     ResidualError,
@@ -77,8 +78,11 @@ pub fn compensate(
         best = best_method.directions(&residual, options.rank, pool)?;
     }
     let bounds = bounds(residual.energy(), &best);
-    let relative = |energy: f64| residual.relative(energy);
-    let certificate = optimal.then(|| Certificate::new(residual.energy(), best.captured(), best.excess, relative));
+    let certificate = optimal.then(|| {
+        let metric = InputMetric::SecondMoment(calibration.second_moment());
+        let measured = best.measured(&residual, &metric, pool);
+        Certificate::new(residual.energy(), measured, best.captured() + best.excess, |energy| residual.relative(energy))
+    });
     let directions = if optimal { best } else { options.method.directions(&residual, options.rank, pool)? };
     let factors = match options.precision {
         _ if directions.rank == 0 => None,

@@ -1,7 +1,7 @@
 use kintsugi_linalg::{BlockKrylov, MatrixView};
 use kintsugi_runtime::{Result, ThreadPool};
 
-use crate::input_metric::{InputMetric, OutputOperator};
+use crate::input_metric::{InputMetric, NarrowOperator, OutputOperator};
 use crate::{Certificate, CompensationMethod, OutputDirections, Residual};
 
 /// EoRA by a block-Krylov space that grows until its residuals prove the directions good enough; completely where
@@ -18,9 +18,33 @@ impl CompensationMethod for Fast {
     }
 
     fn directions(&self, residual: &Residual<'_>, rank: usize, pool: &ThreadPool) -> Result<OutputDirections> {
+        if let Some(found) = narrowly(residual, rank, pool)? {
+            return Ok(found);
+        }
         let metric = InputMetric::SecondMoment(residual.calibration().second_moment());
         leading(residual, &metric, residual.energy(), rank, pool)
     }
+}
+
+/// What roundings of f32 can amount to in what directions capture, as a share of it.
+const NARROW_ROUNDINGS: f64 = 1e-6;
+
+/// Leading directions in f32, half the time; `None` where that is not accurate enough.
+fn narrowly(residual: &Residual<'_>, rank: usize, pool: &ThreadPool) -> Result<Option<OutputDirections>> {
+    let (rows, columns) = (residual.rows(), residual.columns());
+    let Some(narrow) = residual.narrow().filter(|_| BlockKrylov::pays(rows.min(columns), rank)) else {
+        return Ok(None);
+    };
+    let delta = MatrixView::new(&narrow.delta, rows, columns);
+    let operator = NarrowOperator { delta, second_moment: &narrow.second_moment };
+    let missing = |captured: f64, excess: f64| excess + NARROW_ROUNDINGS * captured;
+    let enough =
+        |captured: f64, excess: f64| Certificate::suffices(residual.energy(), captured, missing(captured, excess));
+    let found = BlockKrylov::new(&operator, rank, enough, pool)?;
+    Ok(found.map(|found| {
+        let captured: f64 = found.values.iter().take(rank).sum();
+        OutputDirections::new(&found.values, found.vectors, rows, rank, missing(captured, found.excess))
+    }))
 }
 
 /// Leading directions in a metric in which Δ has that energy.

@@ -1,4 +1,4 @@
-use kintsugi_linalg::{MatrixView, MatrixViewMut, add_product};
+use kintsugi_linalg::{MatrixView, MatrixViewMut, Scalar, add_product};
 use kintsugi_runtime::ThreadPool;
 
 /// Inputs of a Linear that took no part in its statistics: `[tokens, width]`, row-major.
@@ -40,22 +40,26 @@ impl HoldOut {
         self.rows.iter().map(|&value| f64::from(value)).collect()
     }
 
-    /// `[tokens, width]`, row-major.
-    fn view(&self) -> MatrixView<'_, f32> {
-        MatrixView::new(&self.rows, self.tokens(), self.width)
-    }
-
-    /// `‖M X‖²` of a matrix whose row `i` is written by `fill(i, row)`: products in f32, sums of squares in f64.
-    pub(crate) fn energy(&self, rows: usize, fill: impl Fn(usize, &mut [f32]) + Sync + Send, pool: &ThreadPool) -> f64 {
+    /// `‖M X‖²` of a matrix whose row `i` is written by `fill(i, row)`: products in the type of the rows, sums of squares
+    /// in f64.
+    pub(crate) fn energy<T: Scalar>(
+        &self,
+        rows: usize,
+        fill: impl Fn(usize, &mut [T]) + Sync + Send,
+        narrow: impl Fn(f32) -> T,
+        pool: &ThreadPool,
+    ) -> f64 {
         let (tokens, width) = (self.tokens(), self.width);
+        let inputs: Vec<T> = self.rows.iter().map(|&value| narrow(value)).collect();
+        let inputs = MatrixView::new(&inputs, tokens, width).transposed();
         let bands = pool.map(rows.div_ceil(Self::BAND), |index| {
             let height = Self::BAND.min(rows - index * Self::BAND);
-            let mut band = vec![0.0; height * width];
+            let mut band = vec![T::ZERO; height * width];
             band.chunks_exact_mut(width).enumerate().for_each(|(i, row)| fill(index * Self::BAND + i, row));
-            let mut outputs = vec![0.0; height * tokens];
+            let mut outputs = vec![T::ZERO; height * tokens];
             let out = MatrixViewMut::new(&mut outputs, height, tokens);
-            add_product(out, MatrixView::new(&band, height, width), self.view().transposed());
-            outputs.iter().map(|&value| f64::from(value).powi(2)).sum::<f64>()
+            add_product(out, MatrixView::new(&band, height, width), inputs);
+            outputs.iter().map(|&value| value.wide().powi(2)).sum::<f64>()
         });
         bands.iter().sum()
     }

@@ -26,7 +26,8 @@ impl InputMetric<'_> {
         }
     }
 
-    fn weigh_few(&self, x: Vec<f64>, rows: usize, columns: usize, pool: &ThreadPool) -> Vec<f64> {
+    /// `X M` for a matrix of few rows.
+    pub(crate) fn weigh_few(&self, x: Vec<f64>, rows: usize, columns: usize, pool: &ThreadPool) -> Vec<f64> {
         match self {
             InputMetric::SecondMoment(second_moment) => {
                 times_symmetric_by_columns(MatrixView::new(&x, rows, columns), second_moment, pool)
@@ -50,6 +51,28 @@ pub(crate) struct OutputOperator<'a> {
     /// `[rows, columns]`
     pub(crate) delta: MatrixView<'a, f64>,
     pub(crate) metric: &'a InputMetric<'a>,
+}
+
+/// `Δ S Δᵀ` with all products in f32, blocks in f64.
+pub(crate) struct NarrowOperator<'a> {
+    /// `[rows, columns]`
+    pub(crate) delta: MatrixView<'a, f32>,
+    pub(crate) second_moment: &'a UpperTriangle<f32>,
+}
+
+impl SymmetricOperator for NarrowOperator<'_> {
+    fn side(&self) -> usize {
+        self.delta.rows()
+    }
+
+    fn apply(&self, block: &[f64], count: usize, pool: &ThreadPool) -> Vec<f64> {
+        let (rows, columns) = (self.delta.rows(), self.delta.columns());
+        let block: Vec<f32> = block.iter().map(|&value| value as f32).collect();
+        let inputs = product_by_columns(MatrixView::new(&block, count, rows), self.delta, pool);
+        let weighted = times_symmetric_by_columns(MatrixView::new(&inputs, count, columns), self.second_moment, pool);
+        let image = product_by_columns(MatrixView::new(&weighted, count, columns), self.delta.transposed(), pool);
+        image.into_iter().map(f64::from).collect()
+    }
 }
 
 impl SymmetricOperator for OutputOperator<'_> {

@@ -1,4 +1,4 @@
-use kintsugi_linalg::{MatrixView, SymmetricEigen, ThinQr, product, symmetric_product};
+use kintsugi_linalg::{MatrixView, SymmetricEigen, ThinQr, product, product_by_columns, symmetric_product};
 use kintsugi_runtime::{Result, ThreadPool};
 
 use crate::Residual;
@@ -21,6 +21,24 @@ impl OutputDirections {
     /// What the directions capture together.
     pub fn captured(&self) -> f64 {
         self.values.iter().sum()
+    }
+
+    /// `Σ uᵢᵀ G uᵢ` of the vectors as they are, for G with that metric, less what they lack of being orthonormal: what
+    /// a proof counts.
+    pub(crate) fn measured(&self, residual: &Residual<'_>, metric: &InputMetric<'_>, pool: &ThreadPool) -> f64 {
+        let (rows, columns) = (residual.rows(), residual.columns());
+        let directions = MatrixView::new(&self.vectors, self.rank, rows);
+        let inputs = product_by_columns(directions, MatrixView::new(residual.delta(), rows, columns), pool);
+        let weighted = metric.weigh_few(inputs.clone(), self.rank, columns, pool);
+        let captured: f64 = inputs.iter().zip(&weighted).map(|(a, b)| a * b).sum();
+        let gram = product_by_columns(directions, directions.transposed(), pool);
+        let skew = |(at, value): (usize, &f64)| {
+            let expected = if at % (self.rank + 1) == 0 { 1.0 } else { 0.0 };
+            (value - expected).abs()
+        };
+        let skew = gram.iter().enumerate().map(skew).fold(0.0, f64::max);
+        // Rounding leaves no vectors more orthogonal than this.
+        if skew < 1e-12 { captured } else { captured * (1.0 - skew * self.rank as f64) }
     }
 
     /// From eigenvalues in descending order and the vectors of at least the first `rank` of them, a row each.

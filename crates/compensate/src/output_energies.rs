@@ -22,13 +22,18 @@ impl<'a> OutputEnergies<'a> {
     const LEAST_CHANNELS: usize = 512;
     /// How many roundings of f32 the sum of an energy can amount to, relative to the energies of the channels.
     const ROUNDINGS: f64 = 32.0;
-    /// Largest relative error of an energy in f32.
+    /// Relative error of an energy in f32 where so many roundings add up: more than is seen, which is about 1e-7.
     const TOLERANCE: f64 = 1e-5;
 
     pub(crate) fn new(calibration: &'a Calibration) -> Self {
         let worthwhile = calibration.width() >= Self::LEAST_CHANNELS;
         let narrow = worthwhile.then(|| calibration.second_moment().map(|value| value as f32));
         OutputEnergies { calibration, narrow }
+    }
+
+    /// The second moments in f32, where energies were accurate in it.
+    pub(crate) fn into_narrow(self) -> Option<UpperTriangle<f32>> {
+        self.narrow
     }
 
     /// Bytes that this takes beside the statistics of that many channels.
@@ -60,7 +65,9 @@ impl<'a> OutputEnergies<'a> {
                 out.iter_mut().zip(row).for_each(|(out, value)| *out = value as f32);
             };
             let value: f64 = quadratic_forms(rows, narrowed, narrow, pool).iter().sum();
-            if Self::ROUNDINGS * f64::from(f32::EPSILON) * channels <= Self::TOLERANCE * value {
+            // Moments beyond the range of f32 are infinite in it.
+            let accurate = Self::ROUNDINGS * f64::from(f32::EPSILON) * channels <= Self::TOLERANCE * value;
+            if value.is_finite() && accurate {
                 return Energy { value, narrow: true };
             }
         }

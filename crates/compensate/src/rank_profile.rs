@@ -108,8 +108,9 @@ impl HoldOutProfile {
             let delta = &residual.delta()[i * columns..(i + 1) * columns];
             row.iter_mut().zip(delta).for_each(|(out, &value)| *out = value as f32);
         };
-        let before = parts.each_ref().map(|part| part.energy(rows, delta, pool));
-        let original = parts.each_ref().map(|part| part.energy(rows, |i, row| weight.row_to_f32(i, row), pool));
+        let mut before = parts.each_ref().map(|part| part.energy(rows, delta, |value| value, pool));
+        let original =
+            parts.each_ref().map(|part| part.energy(rows, |i, row| weight.row_to_f32(i, row), |value| value, pool));
         let tokens = parts[1].tokens();
         let Some(factors) = factors else {
             return HoldOutProfile { tokens, original, energies: before.map(|e| vec![e]) };
@@ -128,11 +129,22 @@ impl HoldOutProfile {
             let view = MatrixView::new(&projected, rank, parts[half].tokens());
             let inputs = product_by_columns(view, view.transposed(), pool);
             let products = Products { cross: row_dots(&found, &projected, rank), own: own.clone(), inputs };
+            let energies = products.energies(before[half]);
+            if energies[rank] >= LEAST_REST * before[half] {
+                return energies;
+            }
+            // So little is left that the rounding of f32 shows in it.
+            let exact =
+                |i: usize, row: &mut [f64]| row.copy_from_slice(&residual.delta()[i * columns..(i + 1) * columns]);
+            before[half] = parts[half].energy(rows, exact, f64::from, pool);
             products.energies(before[half])
         });
         HoldOutProfile { tokens, original, energies }
     }
 }
+
+/// Share of an energy in f32 that its error does not show in.
+const LEAST_REST: f64 = 0.01;
 
 /// What `‖(Δ − B A) X‖² = ‖Δ X‖² − 2 Σᵢ ⟨bᵢᵀ Δ X, aᵢ X⟩ + Σᵢⱼ ⟨bᵢ, bⱼ⟩ ⟨aᵢ X, aⱼ X⟩` is made of.
 struct Products {

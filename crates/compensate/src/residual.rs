@@ -1,5 +1,5 @@
 use kintsugi_calibration::Calibration;
-use kintsugi_linalg::quadratic_trace_of;
+use kintsugi_linalg::{UpperTriangle, quadratic_trace_of};
 use kintsugi_runtime::{Error, ErrorCode, Result, ThreadPool};
 use kintsugi_weights::{DenseMatrix, RowSource};
 
@@ -14,6 +14,14 @@ pub struct Residual<'a> {
     calibration: &'a Calibration,
     energy: Energy,
     original: f64,
+    narrow: Option<NarrowResidual>,
+}
+
+/// Δ and S in f32: directions are found in it where the energy of Δ is accurate in it.
+pub(crate) struct NarrowResidual {
+    /// `[rows, columns]`, row-major.
+    pub(crate) delta: Vec<f32>,
+    pub(crate) second_moment: UpperTriangle<f32>,
 }
 
 impl<'a> Residual<'a> {
@@ -55,13 +63,21 @@ impl<'a> Residual<'a> {
         let fill = |i: usize, row: &mut [f64]| row.copy_from_slice(&delta[i * columns..(i + 1) * columns]);
         let energy = energies.of(rows, fill, pool);
         let original = energies.of(rows, |i, row| wide_row(weight, i, row), pool).value;
-        drop(energies);
-        Ok(Residual { rows, columns, delta, calibration, energy, original })
+        let narrow = energies.into_narrow().filter(|_| energy.narrow).map(|second_moment| NarrowResidual {
+            delta: delta.iter().map(|&value| value as f32).collect(),
+            second_moment,
+        });
+        Ok(Residual { rows, columns, delta, calibration, energy, original, narrow })
     }
 
-    /// Bytes beside the weights and the statistics: Δ, and the second moments in f32 while energies are computed.
+    /// Bytes beside the weights and the statistics: Δ in f64 and f32, and the second moments in f32.
     pub fn bytes(rows: usize, columns: usize) -> u64 {
-        (rows as u64).saturating_mul(8 * columns as u64).saturating_add(OutputEnergies::bytes(columns))
+        (rows as u64).saturating_mul(12 * columns as u64).saturating_add(OutputEnergies::bytes(columns))
+    }
+
+    /// Δ and S in f32, where that is accurate.
+    pub(crate) fn narrow(&self) -> Option<&NarrowResidual> {
+        self.narrow.as_ref()
     }
 
     /// Computes `‖Δ X‖²` again in f64 where it is known in f32 and too little is left of it for that: directions that
@@ -75,6 +91,7 @@ impl<'a> Residual<'a> {
         let fill = |i: usize, row: &mut [f64]| row.copy_from_slice(&delta[i * columns..(i + 1) * columns]);
         let value = quadratic_trace_of(self.rows, fill, self.calibration.second_moment(), pool);
         self.energy = Energy { value, narrow: false };
+        self.narrow = None;
         true
     }
 

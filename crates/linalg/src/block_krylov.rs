@@ -67,7 +67,7 @@ impl BlockKrylov {
         let rank = rank.min(size);
         let mut random = SplitMix64::new(0x6b72_796c);
         let start: Vec<f64> = (0..size * side).map(|_| normal(&mut random)).collect();
-        let mut space = Space { side, size, basis: Vec::new(), projected: Vec::new() };
+        let mut space = Space { side, size, basis: Vec::new(), projected: Vec::new(), dropped: 0.0 };
         let (first, _) = orthonormal_rows(&operator.apply(&start, size, pool), size, side);
         space.basis.extend(first);
         let blocks = Self::BLOCKS.min(side / size);
@@ -75,7 +75,6 @@ impl BlockKrylov {
             let image = operator.apply(&space.basis[(block - 1) * size * side..], size, pool);
             let rest = space.project(image, pool);
             let (mut next, remainder) = orthonormal_rows(&rest, size, side);
-            space.drop_known(&mut next, pool);
             // The space of one block is the subspace iteration, too coarse to look at.
             if block > 1 || block == blocks {
                 let ritz = SymmetricEigen::new(&space.matrix(), space.dimension())?;
@@ -85,6 +84,7 @@ impl BlockKrylov {
                     return Ok(Some(BlockKrylov { values: ritz.values, vectors, excess, applications: block + 1 }));
                 }
             }
+            space.drop_known(&mut next, &remainder, pool);
             space.basis.extend(next);
         }
         Ok(None)
@@ -100,6 +100,8 @@ struct Space {
     basis: Vec<f64>,
     /// Row-major `[(i + 1) · size, size]` for block `i`: the basis up to that block times its image.
     projected: Vec<Vec<f64>>,
+    /// Squared norm of what was left out of the space.
+    dropped: f64,
 }
 
 impl Space {
@@ -132,14 +134,15 @@ impl Space {
     }
 
     /// Makes those rows of a new block zero that are not orthogonal to the space: nothing new was left for them but
-    /// rounding noise.
-    fn drop_known(&self, rows: &mut [f64], pool: &ThreadPool) {
+    /// rounding noise. What they stood for counts in every residual from then on.
+    fn drop_known(&mut self, rows: &mut [f64], remainder: &[f64], pool: &ThreadPool) {
         let (side, count) = (self.side, self.basis.len() / self.side);
         let basis = MatrixView::new(&self.basis, count, side);
         let inside = product_by_columns(MatrixView::new(rows, self.size, side), basis.transposed(), pool);
-        for (row, inside) in rows.chunks_exact_mut(side).zip(inside.chunks_exact(count)) {
+        for (index, (row, inside)) in rows.chunks_exact_mut(side).zip(inside.chunks_exact(count)).enumerate() {
             if inside.iter().map(|value| value * value).sum::<f64>().sqrt() > Self::ORTHOGONAL {
                 row.fill(0.0);
+                self.dropped += remainder.iter().skip(index).step_by(self.size).map(|part| part * part).sum::<f64>();
             }
         }
     }
@@ -167,23 +170,27 @@ impl Space {
     ///
     /// The residual of a Ritz vector is what the last block of its coordinates makes outside of the space. An
     /// eigenvalue lies no further from its Ritz value than the norm ρ of the residual, and no further than `ρ² / gap`
-    /// where a gap separates it from what is outside of the leading vectors; the next Ritz value stands for the edge of
-    /// that.
+    /// where a gap separates it from what is outside of the leading vectors; the next Ritz value, and its residual, stand
+    /// for the edge of that. An estimate: an eigenvector that the start has nothing of is not seen.
     fn excess(&self, ritz: &SymmetricEigen, remainder: &[f64], rank: usize) -> f64 {
         let (size, dimension) = (self.size, self.dimension());
-        let edge = ritz.values[rank.min(dimension - 1)].max(0.0);
-        let vectors = ritz.vectors.chunks_exact(dimension).zip(&ritz.values).take(rank);
-        let of_vector = |(vector, &value): (&[f64], &f64)| {
-            let last = &vector[dimension - size..];
-            let mut squares = 0.0;
+        let squares = |place: usize| {
+            let last = &ritz.vectors[(place + 1) * dimension - size..(place + 1) * dimension];
+            let mut squares = self.dropped;
             for column in 0..size {
                 let part: f64 = (0..size).map(|row| last[row] * remainder[row * size + column]).sum();
                 squares += part * part;
             }
-            let (residual, gap) = (squares.sqrt(), value - edge);
+            squares
+        };
+        let next = rank.min(dimension - 1);
+        let edge = ritz.values[next].max(0.0) + squares(next).sqrt();
+        let of_vector = |place: usize| {
+            let squares = squares(place);
+            let (residual, gap) = (squares.sqrt(), ritz.values[place] - edge);
             if gap > residual { squares / gap } else { residual }
         };
-        vectors.map(of_vector).sum()
+        (0..rank).map(of_vector).sum()
     }
 
     /// The first Ritz vectors, `[rank, side]`.
@@ -261,6 +268,20 @@ mod tests {
             ("slow", (1..=n).map(|i| (i as f64).powf(-0.3)).collect()),
             ("one giant", (0..n).map(|i| if i == 0 { 1e10 } else { 1.0 / (1.0 + i as f64) }).collect()),
             ("flat", vec![1.0; n]),
+            (
+                "cluster",
+                (0..n)
+                    .map(|i| {
+                        if i < 7 {
+                            2.0
+                        } else if i < 27 {
+                            1.0001
+                        } else {
+                            1.0
+                        }
+                    })
+                    .collect(),
+            ),
             ("low rank", (0..n).map(|i| if i < 11 { 1.0 + i as f64 } else { 0.0 }).rev().collect()),
         ]
     }

@@ -8,6 +8,9 @@ use crate::{MatrixView, MatrixViewMut, Scalar, UpperTriangle};
 /// packing of the right operand and still give a 256-row matrix four tasks.
 const BAND: usize = 64;
 
+/// Rows of a quadratic form that one task computes, where there are many: each reads all of S.
+const FORM_BAND: usize = 128;
+
 /// `out = a · b`; `out` is row-major `[a.rows, b.columns]`.
 ///
 /// # Panics
@@ -133,10 +136,11 @@ pub fn quadratic_forms<T: Scalar>(
     if n == 0 {
         return vec![0.0; rows];
     }
-    let bands = pool.map(rows.div_ceil(BAND), |index| {
-        let height = BAND.min(rows - index * BAND);
+    let size = if rows >= 16 * FORM_BAND { FORM_BAND } else { BAND };
+    let bands = pool.map(rows.div_ceil(size), |index| {
+        let height = size.min(rows - index * size);
         let mut band = vec![T::ZERO; height * n];
-        band.chunks_exact_mut(n).enumerate().for_each(|(row, values)| fill(index * BAND + row, values));
+        band.chunks_exact_mut(n).enumerate().for_each(|(row, values)| fill(index * size + row, values));
         let mut weighted = vec![T::ZERO; height * n];
         let view = MatrixView::new(&band, height, n);
         for (first, rows, block, right) in bands_of(s) {

@@ -7,7 +7,7 @@ use kintsugi_checkpoint::Checkpoint;
 use kintsugi_compensate::HoldOut;
 use kintsugi_kernels::PAGE_POSITIONS;
 use kintsugi_model::{Backend, Batch, Block, DecoderSpec, Embedding, RotaryTables, TapPoint, Taps, Workspace};
-use kintsugi_runtime::{CancelToken, Result, ThreadPool};
+use kintsugi_runtime::{CancelToken, Error, ErrorCode, Result, ThreadPool};
 
 use crate::CalibrationTokens;
 use crate::activation_buffer::ActivationBuffer;
@@ -152,7 +152,14 @@ impl<B: Backend> CalibrationStream<B> {
         })?;
         self.run(backend, block, seen..tokens, false, cancel, &mut |point, tensor| {
             if let Some(width) = width_at(point).filter(|_| points.contains(&point)) {
-                rows.entry(point).or_insert((width, Vec::new())).1.extend_from_slice(&backend.download(tensor)?);
+                let values = backend.download(tensor)?;
+                if let Some(position) = values.iter().position(|value| !value.is_finite()) {
+                    let message = format!("a token has the value {} at input {}", values[position], position % width);
+                    return Err(Error::new(ErrorCode::ValueNotFinite, message)
+                        .subject("calibration input")
+                        .hint("The model overflows on this text; check its weights, or run it in f32 precision"));
+                }
+                rows.entry(point).or_insert((width, Vec::new())).1.extend_from_slice(&values);
             }
             Ok(())
         })?;

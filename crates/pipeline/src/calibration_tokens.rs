@@ -36,10 +36,9 @@ impl CalibrationTokens {
                 .subject(recipe.file.display())
                 .hint("Give more of it or a smaller calibration.length"));
         }
-        let tokens = choose(tokens, recipe.sequences.saturating_add(recipe.hold_out), length, recipe.seed);
-        // The others come first: a short file has none to hold out.
-        let held_out = tokens.len().saturating_sub(recipe.sequences.saturating_mul(length));
-        Ok(CalibrationTokens { tokens, length, held_out })
+        let (seen, held_out) = divide(tokens.len() / length, recipe.sequences, recipe.hold_out);
+        let tokens = choose(tokens, seen + held_out, length, recipe.seed);
+        Ok(CalibrationTokens { tokens, length, held_out: held_out * length })
     }
 
     /// The first sequences that together have at most `tokens` tokens; at least one.
@@ -70,6 +69,17 @@ impl CalibrationTokens {
     }
 }
 
+/// How many of the sequences that are there statistics are taken from, and how many are held out: what is asked for, or
+/// of a short file an eighth held out, if there are two.
+fn divide(there: usize, sequences: usize, hold_out: usize) -> (usize, usize) {
+    if there >= sequences.saturating_add(hold_out) {
+        return (sequences, hold_out);
+    }
+    let least = usize::from(there > 1);
+    let held_out = hold_out.min((there / 8).max(least));
+    (sequences.min(there - held_out), held_out)
+}
+
 /// At most `sequences` sequences out of `tokens`. With a seed the cuts begin at a random place before the first whole
 /// sequence, and a shuffle says which are taken, in which order.
 fn choose(mut tokens: Vec<u32>, sequences: usize, length: usize, seed: Option<u64>) -> Vec<u32> {
@@ -96,6 +106,17 @@ fn below(random: &mut SplitMix64, limit: usize) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_short_file_holds_out_an_eighth() {
+        assert_eq!(divide(136, 128, 8), (128, 8));
+        assert_eq!(divide(1000, 128, 8), (128, 8));
+        assert_eq!(divide(130, 128, 8), (122, 8));
+        assert_eq!(divide(20, 128, 8), (18, 2));
+        assert_eq!(divide(3, 128, 1), (2, 1));
+        assert_eq!(divide(1, 128, 1), (1, 0));
+        assert_eq!(divide(20, 20, 0), (20, 0));
+    }
 
     #[test]
     fn without_a_seed_the_first_sequences_are_taken() {

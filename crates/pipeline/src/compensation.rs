@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use crate::compression::{CalibrationData, calibration_input, refuse_compressed, remove_block_files, timed};
 use crate::ledger::{Ledger, LedgerUnit, identity, is_worth_resuming};
-use crate::recovered_scales::as_compressed;
+use crate::recovered_scales::{AsCompressed, as_compressed};
 use crate::solved_factors::SolvedFactors;
 use crate::{
     BlockCompressor, CalibrationRecipe, CompensationSummary, DiskPlan, EoraRecipe, LinearReport, MeanError, MemoryPlan,
@@ -159,8 +159,23 @@ impl Pair {
         Ok(Pair { original, compressed, spec, compressed_spec, there })
     }
 
+    /// Bytes of the largest compressed block in memory: a byte per code at least, and what one of its Linears takes
+    /// once more.
+    fn block_bytes(&self) -> u64 {
+        let of_block = |block: usize| {
+            let linears = self.compressed_spec.linears.iter().map(|linear| {
+                let name = self.compressed_spec.linear_name(block, linear);
+                let stored: u64 = self.compressed.parts_of(&name).map(|tensor| tensor.bytes).sum();
+                stored.max((linear.rows * linear.columns) as u64)
+            });
+            linears.clone().sum::<u64>() + linears.max().unwrap_or(0)
+        };
+        (0..self.spec.layers).map(of_block).max().unwrap_or(0)
+    }
+
     /// A block before and after compression.
-    fn read(&self, block: usize) -> Result<(BlockWeights, BlockWeights)> {
+    /// The original in the form of the compressed one, and whether that has asked for scales.
+    fn read(&self, block: usize) -> Result<(AsCompressed, BlockWeights)> {
         let mut compressed = BlockWeights::read(&self.compressed, &self.compressed_spec, block)?;
         if let Some(adapter) = &self.there {
             attach_compensation(&self.spec, block, &mut compressed, adapter)?;
@@ -194,7 +209,9 @@ fn plan(recipe: &CompensateRecipe, compression: &Recipe, pair: &Pair, tokens: us
             PlannedCompensation { name: spec.linear_name(block, linear), rows, columns, rank, stored_bits }
         })
         .collect();
+    recipe.eora.check_budget(spec)?;
     let bits: u64 = linears.iter().map(|linear| linear.stored_bits).sum();
+    let bits = recipe.eora.budget_bits(spec).map_or(bits, |budget| budget.min(bits));
     // The folder holds values of 16 bits, whatever the codes.
     let file_bytes: u64 = linears.iter().map(|l| (l.rank * (l.rows + l.columns) * 2) as u64).sum();
     Ok(CompensationPlan {
@@ -202,7 +219,7 @@ fn plan(recipe: &CompensateRecipe, compression: &Recipe, pair: &Pair, tokens: us
         architecture: spec.family.architecture.to_owned(),
         linears,
         bytes: bits.div_ceil(8),
-        memory: MemoryPlan::new(compression, &pair.original, spec, tokens)?,
+        memory: MemoryPlan::beside(pair.block_bytes(), compression, &pair.original, spec, tokens)?,
         disk: DiskPlan::new(compression, &pair.original, spec, (file_bytes, file_bytes), tokens)?,
     })
 }
@@ -237,7 +254,9 @@ pub fn compensate<B: Backend>(
     let mut job = Job { recipe, compression: &compression, pair: &pair, staged, ledger, units, started };
     match job.run(backend, calibration, &plan, cancel, progress) {
         Ok(report) => {
+            // Until the ledger is gone a later run finds everything that it speaks of.
             job.ledger.remove()?;
+            remove_block_files(job.staged.path())?;
             job.staged.commit()?;
             Ok(report)
         }
@@ -303,7 +322,14 @@ impl Job<'_> {
             progress.at("compensate", spec.block_name(block));
             let ((original, compressed), seconds) = timed(|| self.pair.read(block))?;
             phases.read += seconds;
-            let found = compressor.compensate(block, original, &compressed, cancel)?;
+            if original.scaled && self.compression.uses_statistics() {
+                let message =
+                    "the norms or rows of the compressed checkpoint have scales that the statistics do not know";
+                return Err(Error::new(ErrorCode::OptionInvalid, message)
+                    .subject("calibration.file")
+                    .hint("Give the text that the statistics were taken from"));
+            }
+            let found = compressor.compensate(block, original.weights, &compressed, cancel)?;
             let writing = Instant::now();
             let factors = SolvedFactors::save(&folder, spec, block, &found.factors)?;
             let activations = compressor.stream().map(|stream| stream.save(&folder)).transpose()?;
@@ -334,7 +360,6 @@ impl Job<'_> {
         }
         let base = self.recipe.compressed.file_name().unwrap_or_default().to_string_lossy();
         write_adapter_files(&folder, &adapter, &base)?;
-        remove_block_files(&folder)?;
         phases.write += finishing.elapsed().as_secs_f64();
         let SolvedFactors { linears, allocation } = solved;
         let bits: u64 = adapter.linears.values().map(|entry| entry.factors.stored_bits()).sum();

@@ -82,9 +82,9 @@ impl EoraRecipe {
         self.options()?;
         let Some(allocation) = &self.allocation else { return Ok(()) };
         if let RankBudget::MeanRank(mean) = allocation.budget
-            && !(mean.is_finite() && mean > 0.0 && mean <= self.rank as f64)
+            && !(mean.is_finite() && mean >= 1.0 && mean <= self.rank as f64)
         {
-            let message = format!("a mean rank of {mean} is not between 0 and the largest rank, {}", self.rank);
+            let message = format!("a mean rank of {mean} is not between 1 and the largest rank, {}", self.rank);
             return Err(Error::new(ErrorCode::OptionInvalid, message)
                 .subject("eora.meanRank")
                 .hint("Use a mean below eora.rank, such as half of it"));
@@ -118,25 +118,65 @@ impl EoraRecipe {
         FactorPrecision::of_bits(self.factor_bits).unwrap_or_default()
     }
 
+    /// The bits that all factors of a model may take; `None` without a budget.
+    pub(crate) fn budget_bits(&self, spec: &DecoderSpec) -> Option<u64> {
+        let allocation = self.allocation.as_ref()?;
+        Some(match allocation.budget {
+            RankBudget::Bytes(bytes) => bytes.saturating_mul(8),
+            RankBudget::MeanRank(mean) => {
+                let (below, above) = (self.model_bits(spec, mean as usize), self.model_bits(spec, mean as usize + 1));
+                below + (mean.fract() * (above - below) as f64) as u64
+            }
+        })
+    }
+
+    /// Bits of one rank in every Linear of a model.
+    fn model_bits(&self, spec: &DecoderSpec, rank: usize) -> u64 {
+        let of_linear = |linear: &LinearSpec| {
+            self.factor_bits(linear.rows, linear.columns, rank.min(linear.rows).min(linear.columns))
+        };
+        spec.linears.iter().map(of_linear).sum::<u64>() * spec.layers as u64
+    }
+
+    /// Refuses a budget that the least ranks exceed, or that no Linear gets anything of.
+    ///
+    /// # Errors
+    /// `ERR_OPTION_INVALID`.
+    pub(crate) fn check_budget(&self, spec: &DecoderSpec) -> Result<()> {
+        let (Some(allocation), Some(budget)) = (&self.allocation, self.budget_bits(spec)) else { return Ok(()) };
+        let least = self.model_bits(spec, allocation.min_rank);
+        if least > budget {
+            let message = format!(
+                "rank {} in every Linear takes {} bytes, the budget is {}",
+                allocation.min_rank,
+                least.div_ceil(8),
+                budget / 8
+            );
+            return Err(Error::new(ErrorCode::OptionInvalid, message)
+                .subject("eora.minRank")
+                .hint("Use a smaller least rank or a larger budget"));
+        }
+        let step = |linear: &LinearSpec| {
+            let rank = allocation.multiple.min(self.rank).min(linear.rows).min(linear.columns);
+            self.factor_bits(linear.rows, linear.columns, rank)
+        };
+        let cheapest = spec.linears.iter().map(step).min().unwrap_or(0);
+        if cheapest > budget {
+            let message = format!("the budget is {} bytes, the smallest factors take {}", budget / 8, cheapest / 8);
+            return Err(Error::new(ErrorCode::OptionInvalid, message)
+                .subject(match allocation.budget {
+                    RankBudget::Bytes(_) => "eora.budgetBytes",
+                    RankBudget::MeanRank(_) => "eora.meanRank",
+                })
+                .hint("Use a larger budget, or smaller steps of rank"));
+        }
+        Ok(())
+    }
+
     /// The one rank for all Linears of a model that takes no more than the budget: what a block is deployed with before
     /// the division is known, and what the division is compared with.
     pub(crate) fn uniform_rank(&self, spec: &DecoderSpec) -> usize {
-        let Some(allocation) = &self.allocation else { return self.rank };
-        let rank = match allocation.budget {
-            RankBudget::MeanRank(mean) => mean.floor() as usize,
-            RankBudget::Bytes(bytes) => {
-                let of_linear = |linear: &LinearSpec, rank: usize| {
-                    let rank = rank.min(linear.rows).min(linear.columns);
-                    u128::from(self.factor_bits(linear.rows, linear.columns, rank))
-                };
-                let fits = |rank: usize| {
-                    let of_block: u128 = spec.linears.iter().map(|linear| of_linear(linear, rank)).sum();
-                    of_block * spec.layers as u128 <= u128::from(bytes) * 8
-                };
-                (1..=self.rank).take_while(|&rank| fits(rank)).last().unwrap_or(0)
-            }
-        };
-        let rank = rank.min(self.rank);
-        if rank >= allocation.multiple { rank / allocation.multiple * allocation.multiple } else { rank }
+        let Some(budget) = self.budget_bits(spec) else { return self.rank };
+        (1..=self.rank).take_while(|&rank| self.model_bits(spec, rank) <= budget).last().unwrap_or(0)
     }
 }

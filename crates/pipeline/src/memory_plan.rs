@@ -82,8 +82,23 @@ impl MemoryPlan {
     /// # Errors
     /// `ERR_MEMORY_EXCEEDED` with the parts when it does not fit, whatever is put on disk or taken in turns.
     pub fn new(recipe: &Recipe, checkpoint: &Checkpoint, spec: &DecoderSpec, tokens: usize) -> Result<Self> {
+        Self::beside(0, recipe, checkpoint, spec, tokens)
+    }
+
+    /// The same, with so many bytes of weights beside those of a block.
+    ///
+    /// # Errors
+    /// As [`MemoryPlan::new`].
+    pub(crate) fn beside(
+        weights: u64,
+        recipe: &Recipe,
+        checkpoint: &Checkpoint,
+        spec: &DecoderSpec,
+        tokens: usize,
+    ) -> Result<Self> {
         let budget = recipe.memory.or_else(available_memory_bytes).unwrap_or(u64::MAX);
-        Self::within(budget, &Shapes { recipe, checkpoint, spec, tokens, threads: ThreadPool::global().threads() })
+        let threads = ThreadPool::global().threads();
+        Self::within(budget, &Shapes { recipe, checkpoint, spec, tokens, threads, beside: weights })
     }
 
     fn within(budget_bytes: u64, shapes: &Shapes<'_>) -> Result<Self> {
@@ -207,6 +222,8 @@ struct Shapes<'a> {
     /// Of calibration.
     tokens: usize,
     threads: usize,
+    /// Bytes of weights beside those of a block.
+    beside: u64,
 }
 
 impl Shapes<'_> {
@@ -227,7 +244,7 @@ impl Shapes<'_> {
             base: BASE,
             text: recipe.passes().map_or(0, reading_bytes),
             embedding: if calibrated { self.embedding() } else { 0 },
-            weights: weights + if folds { elements * 4 } else { 0 },
+            weights: weights + self.beside + if folds { elements * 4 } else { 0 },
             // Linears with groups along the outputs are packed as f32.
             prepared: match (calibrated, folds || recipe.group_axis != AxisRule::Input) {
                 (false, _) => 0,
@@ -254,8 +271,13 @@ impl Shapes<'_> {
     }
 
     fn statistics(&self, points: &[TapPoint]) -> u64 {
+        points.iter().map(|&point| statistics_bytes(self.spec, point, self.held_out())).sum()
+    }
+
+    /// Tokens that take no part in the statistics.
+    fn held_out(&self) -> usize {
         let held_out = self.recipe.passes().map_or(0, |calibration| calibration.hold_out * calibration.length);
-        points.iter().map(|&point| statistics_bytes(self.spec, point, held_out.min(self.tokens))).sum()
+        held_out.min(self.tokens)
     }
 
     fn activations(&self) -> u64 {
@@ -333,7 +355,9 @@ impl Shapes<'_> {
         let factors = wide_rank * (rows + columns) * 36;
         let krylov = BlockKrylov::working_bytes(m, rank) + BlockKrylov::block_size(m, rank) as u64 * columns * 16;
         let directions = if BlockKrylov::pays(m.min(k), rank) { krylov } else { complete };
-        Residual::bytes(m, k) + directions.max(factors)
+        // Inputs that took no part: two halves in f32, one of them in f64.
+        let held_out = 8 * self.held_out() as u64 * columns;
+        Residual::bytes(m, k) + directions.max(factors + held_out)
     }
 
     fn solver(&self, linear: &LinearSpec) -> u64 {

@@ -84,7 +84,12 @@ impl Plan {
                 linears.push(planned_linear(recipe, name, (linear.rows, linear.columns)));
             }
         }
-        let stored_bits: u64 = linears.iter().map(|linear| linear.stored_bits).sum();
+        let mut stored_bits: u64 = linears.iter().map(|linear| linear.stored_bits).sum();
+        if let Some(eora) = &recipe.eora {
+            eora.check_budget(spec)?;
+            let largest = linears.iter().map(|l| eora.factor_bits(l.rows, l.columns, l.rank)).sum::<u64>();
+            stored_bits -= largest - eora.budget_bits(spec).map_or(largest, |budget| budget.min(largest));
+        }
         let quantized_weights = spec.linear_parameters();
         let bytes = source_bytes - replaced + stored_bits.div_ceil(8);
         let factor_values = |linear: &PlannedLinear| (linear.rank * (linear.rows + linear.columns)) as u64;

@@ -1,4 +1,4 @@
-use kintsugi_compensate::{RankCandidate, RankProfile, allocate_ranks};
+use kintsugi_compensate::{RankBudget, RankCandidate, RankProfile, allocate_ranks};
 use kintsugi_runtime::Result;
 use serde::Serialize;
 
@@ -50,11 +50,15 @@ enum Inputs {
 }
 
 impl RankDivision {
-    /// Divides the budget of a recipe; `None` when it has none.
+    /// Divides a budget of so many bits, which the uniform rank does not exceed; `None` when the recipe has none.
     ///
     /// # Errors
     /// `ERR_OPTION_INVALID`.
-    pub(crate) fn new(recipe: &EoraRecipe, uniform_rank: usize, linears: &[SolvedLinear<'_>]) -> Result<Option<Self>> {
+    pub(crate) fn new(
+        recipe: &EoraRecipe,
+        (uniform_rank, budget_bits): (usize, u64),
+        linears: &[SolvedLinear<'_>],
+    ) -> Result<Option<Self>> {
         let Some(allocation) = &recipe.allocation else { return Ok(None) };
         let weight = |profile: &RankProfile| match allocation.weights {
             RankWeights::Outputs if profile.original > 0.0 => 1.0 / profile.original,
@@ -67,7 +71,9 @@ impl RankDivision {
             precision: recipe.precision(),
         };
         let candidates: Vec<RankCandidate> = linears.iter().map(candidate).collect();
-        let allocated = allocate_ranks(&candidates, allocation.budget, recipe.limits(allocation))?;
+        let budget = RankBudget::Bytes(budget_bits / 8);
+        let allocated = allocate_ranks(&candidates, budget, recipe.limits(allocation))?;
+        let uniform_rank = uniform_rank.max(allocation.min_rank);
         let uniform: Vec<usize> = linears.iter().map(|linear| largest(linear).min(uniform_rank)).collect();
         let profiles = || linears.iter().filter_map(|linear| linear.profile);
         let held_out = profiles().any(|profile| profile.hold_out.is_some());
@@ -114,12 +120,13 @@ fn largest(linear: &SolvedLinear<'_>) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use kintsugi_compensate::{HoldOutProfile, RankBudget};
+    use kintsugi_compensate::HoldOutProfile;
 
     use super::*;
     use crate::eora_recipe::AllocationRecipe;
 
-    fn recipe(budget: RankBudget) -> EoraRecipe {
+    fn recipe() -> EoraRecipe {
+        let budget = RankBudget::MeanRank(2.0);
         let allocation = AllocationRecipe { budget, min_rank: 0, multiple: 1, weights: RankWeights::Equal };
         EoraRecipe { allocation: Some(allocation), ..EoraRecipe::uniform(4) }
     }
@@ -134,10 +141,10 @@ mod tests {
         }
     }
 
-    fn divide(profiles: &[RankProfile], budget: RankBudget) -> RankDivision {
+    fn divide(profiles: &[RankProfile]) -> RankDivision {
         let linear = |profile| SolvedLinear { rows: 8, columns: 8, profile: Some(profile) };
         let linears: Vec<SolvedLinear<'_>> = profiles.iter().map(linear).collect();
-        RankDivision::new(&recipe(budget), 2, &linears).unwrap().unwrap()
+        RankDivision::new(&recipe(), (2, 4 * 16 * 16), &linears).unwrap().unwrap()
     }
 
     #[test]
@@ -145,7 +152,7 @@ mod tests {
         let (steep, flat) = ([9.0, 5.0, 2.0, 1.0, 0.5], [4.0, 3.9, 3.8, 3.7, 3.6]);
         let third = [8.0, 7.0, 6.0, 5.0, 4.0];
         let profiles = [profile(steep, [steep, third]), profile(flat, [flat, flat])];
-        let found = divide(&profiles, RankBudget::MeanRank(2.0));
+        let found = divide(&profiles);
         assert_eq!((found.ranks, found.report.chosen, found.report.held_out), (vec![4, 0], "allocated", true));
         assert!((found.report.allocated - ((4.0 + 4.0f64) / 20.0).sqrt()).abs() < 1e-12);
         assert!((found.report.uniform - ((6.0 + 3.8f64) / 20.0).sqrt()).abs() < 1e-12);
@@ -157,7 +164,7 @@ mod tests {
         let (steep, flat) = ([9.0, 5.0, 2.0, 1.0, 0.5], [4.0, 3.9, 3.8, 3.7, 3.6]);
         // On other inputs it is the second one that profits.
         let profiles = [profile(steep, [flat, flat]), profile(flat, [steep, steep])];
-        let found = divide(&profiles, RankBudget::MeanRank(2.0));
+        let found = divide(&profiles);
         assert_eq!((found.ranks, found.report.chosen), (vec![2, 2], "uniform"));
         assert!(found.report.allocated > found.report.uniform);
     }
@@ -165,7 +172,7 @@ mod tests {
     #[test]
     fn linears_that_nothing_is_known_of_get_nothing() {
         let linears = [SolvedLinear { rows: 8, columns: 8, profile: None }];
-        let found = RankDivision::new(&recipe(RankBudget::Bytes(1000)), 2, &linears).unwrap().unwrap();
+        let found = RankDivision::new(&recipe(), (2, 8000), &linears).unwrap().unwrap();
         assert_eq!((found.ranks, found.report.bytes), (vec![0], 0));
     }
 }

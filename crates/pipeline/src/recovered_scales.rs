@@ -19,8 +19,9 @@ pub(crate) fn as_compressed(
     spec: &DecoderSpec,
     original: BlockWeights,
     compressed: &BlockWeights,
-) -> Result<BlockWeights> {
+) -> Result<AsCompressed> {
     let mut linears = original.linears;
+    let mut scaled = false;
     for fold in spec.family.folds {
         let channel_of = fold.channel_of(spec);
         let found = match fold.source {
@@ -28,15 +29,18 @@ pub(crate) fn as_compressed(
             FoldSource::MlpNorm => norm_scales(&original.mlp_norm, &compressed.mlp_norm),
             FoldSource::Rows(slot) => spec.place_of(slot).and_then(|place| {
                 let channels = channel_of.iter().max().map_or(0, |&last| last + 1);
-                row_scales(&linears[place], &compressed.linears[place], channels)
+                let scales = row_scales(&linears[place], &compressed.linears[place], channels)?;
+                let readers = fold.places(spec).map(|place| (&linears[place], &compressed.linears[place]));
+                are_in_columns(&scales, readers, &channel_of).then_some(scales)
             }),
         };
         if let Some(scales) = found {
+            scaled = true;
             fold_into(&mut linears, spec, fold, &channel_of, &scales)?;
         }
     }
     // What is not a Linear is what is deployed.
-    Ok(BlockWeights {
+    let weights = BlockWeights {
         linears,
         attention_norm: compressed.attention_norm.clone(),
         mlp_norm: compressed.mlp_norm.clone(),
@@ -44,7 +48,49 @@ pub(crate) fn as_compressed(
         branch_norms: compressed.branch_norms.clone(),
         router: compressed.router.clone(),
         shared_gate: compressed.shared_gate.clone(),
-    })
+    };
+    Ok(AsCompressed { weights, scaled })
+}
+
+/// An original block in the form of its compressed one.
+pub(crate) struct AsCompressed {
+    pub(crate) weights: BlockWeights,
+    /// Whether scales were found: the inputs of some Linears are then others than in the original.
+    pub(crate) scaled: bool,
+}
+
+/// Whether the columns of what reads the rows have been multiplied by what the rows were divided by: pruning shrinks rows
+/// by different factors, too, and leaves the columns behind them alone.
+fn are_in_columns<'a>(
+    scales: &[f32],
+    readers: impl Iterator<Item = (&'a LinearWeight, &'a LinearWeight)>,
+    channel_of: &[usize],
+) -> bool {
+    let (mut own, mut both) = (vec![0.0f64; scales.len()], vec![0.0f64; scales.len()]);
+    for (original, compressed) in readers {
+        let columns = original.matrix.columns();
+        let (mut before, mut after) = (vec![0.0f32; columns], vec![0.0f32; columns]);
+        for row in 0..original.matrix.rows() {
+            original.matrix.row_to_f32(row, &mut before);
+            compressed.matrix.row_to_f32(row, &mut after);
+            for (column, (&before, &after)) in before.iter().zip(&after).enumerate() {
+                own[channel_of[column]] += f64::from(before) * f64::from(before);
+                both[channel_of[column]] += f64::from(before) * f64::from(after);
+            }
+        }
+    }
+    let pairs: Vec<(f64, f64)> = scales
+        .iter()
+        .zip(both.iter().zip(&own))
+        .map(|(&scale, (both, own))| (f64::from(scale).ln(), (both / own).ln()))
+        .filter(|(rows, columns)| rows.is_finite() && columns.is_finite())
+        .collect();
+    let count = pairs.len().max(1) as f64;
+    let mean = |of: fn(&(f64, f64)) -> f64| pairs.iter().map(of).sum::<f64>() / count;
+    let (rows, columns) = (mean(|pair| pair.0), mean(|pair| pair.1));
+    let variance: f64 = pairs.iter().map(|pair| (pair.0 - rows).powi(2)).sum();
+    let covariance: f64 = pairs.iter().map(|pair| (pair.0 - rows) * (pair.1 - columns)).sum();
+    covariance > 0.5 * variance
 }
 
 fn fold_into(
@@ -132,6 +178,23 @@ mod tests {
         }
         assert_eq!(row_scales(&original, &linear(20, 64, |r, c| round(value(r, c))), 16), None);
         assert_eq!(row_scales(&original, &linear(20, 64, |r, c| 0.8 * value(r, c)), 16), None, "a factor of all rows");
+    }
+
+    #[test]
+    fn rows_that_pruning_has_shrunk_were_not_scaled() {
+        let value =
+            |row: usize, column: usize| ((row * 37 + column * 11) as f32 * 0.7).sin() * (1.0 + (row % 5) as f32);
+        let pruned = |row: usize, column: usize| if value(row, column).abs() < 1.2 { 0.0 } else { value(row, column) };
+        let (rows, readers) = (linear(32, 96, value), linear(24, 32, |row, column| value(column, row)));
+        let scales = row_scales(&rows, &linear(32, 96, pruned), 32).unwrap();
+        let channels: Vec<usize> = (0..32).collect();
+        let pruned_readers = linear(24, 32, |row, column| {
+            let kept = value(column, row);
+            if (row + column) % 3 == 0 { 0.0 } else { kept }
+        });
+        assert!(!are_in_columns(&scales, [(&readers, &pruned_readers)].into_iter(), &channels));
+        let scaled_readers = linear(24, 32, |row, column| value(column, row) * scales[column] * 0.95);
+        assert!(are_in_columns(&scales, [(&readers, &scaled_readers)].into_iter(), &channels));
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::path::Path;
 use kintsugi_checkpoint::{read_adapter, write_adapter};
 use kintsugi_compensate::RankProfile;
 use kintsugi_model::DecoderSpec;
-use kintsugi_runtime::{Error, Result};
+use kintsugi_runtime::{Error, ErrorCode, Result};
 use kintsugi_weights::{Adapter, AdapterEntry, LowRank};
 
 use crate::ledger::LedgerUnit;
@@ -62,20 +62,23 @@ impl SolvedFactors {
         let mut linears: Vec<LinearReport> = units.iter().flat_map(|unit| unit.linears.clone()).collect();
         let profiles: Vec<Option<&RankProfile>> =
             units.iter().flat_map(|unit| unit.profiles.iter().map(Option::as_ref)).collect();
-        let Some(eora) = recipe.eora.as_ref().filter(|_| profiles.len() == linears.len()) else {
-            return Ok(SolvedFactors { linears, allocation: None });
-        };
+        let budgeted = recipe.eora.as_ref().and_then(|eora| Some((eora, eora.budget_bits(spec)?)));
+        let Some((eora, budget)) = budgeted else { return Ok(SolvedFactors { linears, allocation: None }) };
+        if profiles.len() != linears.len() {
+            let message = format!("{} Linears have {} profiles of their ranks", linears.len(), profiles.len());
+            return Err(Error::new(ErrorCode::Internal, message).subject("ledger"));
+        }
         let pairs = linears.iter().zip(&profiles);
         let solved: Vec<SolvedLinear<'_>> = pairs
             .map(|(linear, &profile)| SolvedLinear { rows: linear.rows, columns: linear.columns, profile })
             .collect();
-        let Some(division) = RankDivision::new(eora, eora.uniform_rank(spec), &solved)? else {
+        let Some(division) = RankDivision::new(eora, (eora.uniform_rank(spec), budget), &solved)? else {
             return Ok(SolvedFactors { linears, allocation: None });
         };
         for ((linear, profile), rank) in linears.iter_mut().zip(&profiles).zip(division.ranks) {
             let Some(profile) = profile else { continue };
             let bits = |rank| eora.factor_bits(linear.rows, linear.columns, rank);
-            linear.stored_bits = linear.stored_bits - bits(linear.rank) + bits(rank);
+            linear.stored_bits = linear.stored_bits + bits(rank) - bits(linear.rank);
             linear.rank = rank;
             linear.error = Some(profile.error(rank));
             linear.hold_out = profile.hold_out_error(rank);
@@ -89,6 +92,10 @@ impl SolvedFactors {
     /// What reading the files reports.
     pub(crate) fn read(&self, folder: &Path, units: &[LedgerUnit]) -> Result<Adapter> {
         let mut all = Adapter::default();
+        if self.linears.iter().all(|linear| linear.rank == 0) {
+            // The files may be gone already.
+            return Ok(all);
+        }
         for name in units.iter().filter_map(|unit| unit.factors.as_ref()) {
             all.linears.extend(read_adapter(&folder.join(name))?.linears);
         }

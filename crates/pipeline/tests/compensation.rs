@@ -194,8 +194,12 @@ fn a_budget_is_divided_and_kept() {
         recipe.eora.allocation = Some(AllocationRecipe { budget, min_rank: 0, multiple: 4, weights });
         let found = run(&recipe);
         if name == "none" {
-            assert_eq!(found.unwrap_err().code, ErrorCode::AdapterInvalid);
+            let error = found.unwrap_err();
+            assert_eq!((error.code, error.subject.as_str()), (ErrorCode::OptionInvalid, "eora.budgetBytes"));
             assert!(!recipe.out.exists() && !root.path().join("none.partial").exists());
+            recipe.eora.allocation.as_mut().unwrap().budget = RankBudget::MeanRank(8.0);
+            recipe.eora.allocation.as_mut().unwrap().min_rank = 9;
+            assert_eq!(run(&recipe).unwrap_err().subject, "eora.minRank");
             continue;
         }
         let report = found.unwrap();

@@ -148,6 +148,11 @@ pub const ITERATED_EORA_CASES: &[EoraCase] = {
         case((136, 136), 400, 8, PowerLaw(0.5), 0, LowRank(8)),
         case((200, 136), 400, 4, Outliers(300.0), 0, LowRank(20)),
         case((136, 200), 500, 8, PowerLaw(1.0), 3, LowRank(60)),
+        // Wide enough for energies and directions in f32, and with so little left that they are not.
+        case((136, 520), 600, 8, PowerLaw(0.5), 0, Rounded(3)),
+        case((136, 520), 600, 8, Outliers(300.0), 0, Float4),
+        case((136, 520), 600, 4, Mean, 0, TwoOfFour),
+        case((136, 520), 300, 8, PowerLaw(0.5), 0, LowRank(8)),
     ]
 };
 
