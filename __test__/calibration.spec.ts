@@ -21,7 +21,7 @@ test('records, tokens and a seed are taken, and named in the report', async (t) 
   writeFileSync(records, lines.map((story) => JSON.stringify({ story })).join('\n'))
   const calibration = { file: records, field: 'story', seed: 7, ...TAKEN }
   const report = await compress(TINY, { out: join(folder, 'a'), groupSize: 64, calibration })
-  t.deepEqual(report.recipe.calibration, { ...calibration, kind: 'jsonl', subset: false })
+  t.deepEqual(report.recipe.calibration, { ...calibration, kind: 'jsonl', holdOut: 0, subset: false })
   t.is(report.summary.calibrationTokens, TAKEN.sequences * TAKEN.length)
 
   const ids = join(folder, 'ids.json')

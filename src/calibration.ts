@@ -1,5 +1,5 @@
-import type { BindingCalibration } from '../index.js'
 import { KintsugiError } from './errors.js'
+import type { BindingCalibration } from './native.js'
 import { boolean, integer, object, oneOf, optional, text, withDefault, withoutUndefined } from './options.js'
 
 /** Where calibration statistics come from: `text` or `file`. */

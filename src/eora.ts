@@ -1,5 +1,5 @@
-import type { BindingEora } from '../index.js'
 import { KintsugiError } from './errors.js'
+import type { BindingEora } from './native.js'
 import { integer, number, object, oneOf, optional, withDefault, withoutUndefined } from './options.js'
 
 /** How the compensation is solved. */

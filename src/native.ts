@@ -3,7 +3,14 @@ import { createRequire } from 'node:module'
 import type * as Binding from '../index.js'
 import { explainLoadFailure, loadEnvironment } from './load-failure.js'
 
-export type { BindingControl, BindingGeneration, BindingModel, BindingQuantizedLinear } from '../index.js'
+export type {
+  BindingCalibration,
+  BindingControl,
+  BindingEora,
+  BindingGeneration,
+  BindingModel,
+  BindingQuantizedLinear,
+} from '../index.js'
 
 const require = createRequire(import.meta.url)
 let binding: typeof Binding | undefined

@@ -118,6 +118,44 @@ test('generate with sampling, stop strings and an adapter', async (t) => {
   t.is(stopped.stdout, `${first.stdout.slice(0, first.stdout.indexOf(stop))}\n`)
 })
 
+test('compensate, and what it has written in eval and generate', async (t) => {
+  const folder = temporaryFolder(t)
+  const [compressed, out] = [join(folder, 'w2'), join(folder, 'eora')]
+  const first = await kintsugi('compress', TINY, '-o', compressed, '--method', 'rtn', '--bits', '2', '--group-size', '32')
+  t.is(first.code, 0, first.stderr)
+  const compensating = ['compensate', TINY, compressed, '-o', out, ...CALIBRATION]
+  const bare = await kintsugi('compensate', TINY, compressed, '-o', out, '--rank', '8')
+  t.is(bare.code, 2)
+  t.regex(bare.stderr, /about: --calibration/)
+
+  const plan = await kintsugi(...compensating, '--mean-rank', '8', '--dry-run')
+  t.is(plan.code, 0, plan.stderr)
+  t.regex(plan.stdout, /factors +at most/)
+  t.false(existsSync(out))
+
+  const done = await kintsugi(...compensating, '--rank', '16', '--factor-bits', '8', '--json')
+  t.is(done.code, 0, done.stderr)
+  const report = JSON.parse(done.stdout)
+  t.deepEqual(report, JSON.parse(readFileSync(join(out, 'report.json'), 'utf8')))
+  t.like(report.recipe.eora, { rank: 16, solver: 'fast', factorBits: 8 })
+
+  const text = join(folder, 'text.txt')
+  writeFileSync(text, textSlice(STORIES, 10_000))
+  const perplexity = async (...options: string[]): Promise<number> => {
+    const { code, stdout, stderr } = await kintsugi('eval', compressed, '--text', text, '--length', '64', '--json', ...options)
+    t.is(code, 0, stderr)
+    return JSON.parse(stdout).perplexity
+  }
+  const [none, part, all] = [
+    await perplexity('--no-compensation'),
+    await perplexity('--compensation', out, '--eora-rank', '4'),
+    await perplexity('--compensation', out),
+  ]
+  t.true(all < part && part < none, `${all} ${part} ${none}`)
+  const generated = await kintsugi('generate', compressed, '--prompt', 'Once', '--max-tokens', '4', '--compensation', out)
+  t.is(generated.code, 0, generated.stderr)
+})
+
 test('merge and fold', async (t) => {
   const folder = temporaryFolder(t)
   const [out, folded] = [join(folder, 'both'), join(folder, 'folded')]

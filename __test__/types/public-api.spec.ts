@@ -2,6 +2,9 @@ import test from 'ava'
 import { expectTypeOf } from 'expect-type'
 import {
   Checkpoint,
+  compensate,
+  type CompensationPlan,
+  type CompensationReport,
   compress,
   type CompressReport,
   fold,
@@ -36,6 +39,12 @@ export async function publicTypes(model: Model, signal: AbortSignal): Promise<vo
   // @ts-expect-error misspelled
   compress('a', { out: 'b', grupSize: 64 })
   compress('a', { out: 'b', groupSize: 'whole', calibration: { text: 'c' }, eora: { rank: 8 } })
+
+  const compensation = { out: 'c', calibration: { text: 'd' }, eora: { rank: 8 } }
+  expectTypeOf(compensate('a', 'b', compensation)).toEqualTypeOf<Job<CompensationReport>>()
+  expectTypeOf(compensate('a', 'b', { ...compensation, dryRun: true })).toEqualTypeOf<Job<CompensationPlan>>()
+  // @ts-expect-error factors have 16, 8 or 4 bits
+  compensate('a', 'b', { ...compensation, eora: { rank: 8, factorBits: 3 } })
 
   expectTypeOf(merge(['a'], { out: 'b' })).toEqualTypeOf<Job<MergeReport>>()
   expectTypeOf(merge(['a'], { out: 'b', dryRun: true })).toEqualTypeOf<Job<MergePlan>>()

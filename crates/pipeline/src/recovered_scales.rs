@@ -184,7 +184,7 @@ mod tests {
     fn rows_that_pruning_has_shrunk_were_not_scaled() {
         let value =
             |row: usize, column: usize| ((row * 37 + column * 11) as f32 * 0.7).sin() * (1.0 + (row % 5) as f32);
-        let pruned = |row: usize, column: usize| if value(row, column).abs() < 1.2 { 0.0 } else { value(row, column) };
+        let pruned = |row: usize, column: usize| if value(row, column).abs() < 2.0 { 0.0 } else { value(row, column) };
         let (rows, readers) = (linear(32, 96, value), linear(24, 32, |row, column| value(column, row)));
         let scales = row_scales(&rows, &linear(32, 96, pruned), 32).unwrap();
         let channels: Vec<usize> = (0..32).collect();
