@@ -33,11 +33,17 @@ test('no long call blocks the event loop', async (t) => {
     for await (const _ of job.progress());
     await job
   })
-  const loading = await delayDuring(async () => {
-    using model = await loadModel(LLAMA)
-    await idle(100)
-    t.truthy(model.info)
-  })
+  // So short that one hiccup of the machine is the 99th percentile; a load that blocks does so every time.
+  const loads: number[] = []
+  for (let i = 0; i < 3; i++) {
+    const delay = await delayDuring(async () => {
+      using model = await loadModel(LLAMA)
+      await idle(100)
+      t.truthy(model.info)
+    })
+    loads.push(delay)
+  }
+  const loading = Math.min(...loads)
   using model = await loadModel(LLAMA)
   const measuring = await delayDuring(() => Promise.resolve(model.perplexity(text, { length: 256 })))
   const generating = await delayDuring(() => model.generate('Once', { maxTokens: 200, ignoreEos: true }).text())
