@@ -27,7 +27,7 @@ test('quickstart.ts', async (t) => {
 
 test('compensate.ts repairs what was compressed elsewhere', async (t) => {
   const { stdout } = await example('compensate.ts')
-  t.regex(stdout, /14 Linears proven the best of their rank/)
+  t.regex(stdout, /14 Linears certified to have the best of their rank/)
   const found = [...stdout.matchAll(/^(?:without|rank 4|rank 16): perplexity ([\d.]+)$/gm)].map(([, value]) => Number(value))
   t.is(found.length, 3)
   t.true(found[2]! < found[1]! && found[1]! < found[0]!, found.join(' '))

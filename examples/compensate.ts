@@ -23,7 +23,7 @@ const { summary } = await compensate(original, compressed, {
 })
 const { certified, holdOut } = summary.compensation!
 const percent = (share: number): string => `${(100 * share).toFixed(1)} %`
-console.log(`${summary.bytes} bytes of factors, ${certified} Linears proven the best of their rank`)
+console.log(`${summary.bytes} bytes of factors, ${certified} Linears certified to have the best of their rank`)
 if (holdOut) console.log(`on tokens that took no part: ${percent(holdOut.quantized)} → ${percent(holdOut.compensated)}`)
 
 // Not what the calibration has read.

@@ -10,8 +10,8 @@ export interface EoraOptions {
    */
   rank?: number
   /**
-   * How the directions are chosen. `fast`, the default: the best ones for the inputs, by an iteration that proves it;
-   * `exact`: the same completely; `diagonal`: as if channels were uncorrelated, for very few calibration tokens; `lorc`:
+   * How the directions are chosen. `fast`, the default: the best ones for the inputs, by an iteration whose residuals
+   * say so; `exact`: the same completely; `diagonal`: as if channels were uncorrelated, for very few calibration tokens; `lorc`:
    * as if all inputs were alike, a baseline.
    */
   solver?: EoraSolver
@@ -57,7 +57,7 @@ export interface HoldOutError {
   compensated: number
 }
 
-/** What proves that a compensation is as good as any of its rank. */
+/** Whether a compensation is as good as any of its rank: measured on its directions, against an estimate of the bound. */
 export interface Certificate {
   /** Relative output error before the factors are rounded. */
   solved: number
@@ -72,9 +72,9 @@ export interface CompensationSummary {
   meanRank: number
   /** The largest quotient of an error and its bound; `null` where no bound is above zero. */
   worstRatio: number | null
-  /** Linears whose compensation is proven to be the best. */
+  /** Linears whose certificate holds. */
   certified: number
-  /** Linears whose solver promised that and did not prove it. */
+  /** Linears whose solver promises the best directions and whose certificate does not hold. */
   uncertified: number
   /** Means over the Linears on inputs that took no part in the calibration; `null` without such inputs. */
   holdOut: null | { quantized: number; compensated: number }

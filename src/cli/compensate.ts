@@ -33,7 +33,7 @@ interface CompensateArguments extends Omit<ModelArguments, 'precision'>, Calibra
   json?: boolean
 }
 
-/** Exit code of a job whose compensation is not proven to be the best. */
+/** Exit code of a job with a certificate that does not hold. */
 const EXIT_UNCERTIFIED = 3
 
 /** `kintsugi compensate ORIGINAL COMPRESSED -o ADAPTER` */
@@ -50,7 +50,7 @@ export function registerCompensate(program: Command): void {
     .option('--json', 'print one JSON document')
     .addHelpText(
       'after',
-      `\nThe exit code is ${EXIT_UNCERTIFIED} when a solver that promises the best factors did not prove it.`,
+      `\nThe exit code is ${EXIT_UNCERTIFIED} when a certificate does not hold: the factors are not the best of their rank.`,
     )
   withEoraOptions(command)
   withCalibrationOptions(command)

@@ -33,7 +33,7 @@ export function describeCompensation(summary: CompensationSummary | null): [stri
       holdOut ? `${formatShare(holdOut.quantized)} → ${formatShare(holdOut.compensated)} with factors` : undefined,
     ],
     ['above the bound', worstRatio === null ? undefined : `${formatShare(worstRatio - 1)} at most`],
-    ['proven the best', proofs > 0 ? `${certified} of ${proofs}` : undefined],
+    ['certified', proofs > 0 ? `${certified} of ${proofs}` : undefined],
   ]
 }
 
