@@ -62,7 +62,7 @@ pub fn merge_adapters(
             job.write_whole(&mut writer, cancel)?;
             match &merged.factors {
                 Factors::Stored([a, b]) => writer.write_stored([a, b])?,
-                Factors::Solved(factors) => writer.write(factors.as_ref())?,
+                Factors::Solved(factors) => writer.write(factors.as_deref())?,
             }
             prints[index] = merged.prints;
             reports.push(merged.report);
@@ -75,8 +75,8 @@ pub fn merge_adapters(
         let order: Vec<usize> = (0..plan.modules.len()).collect();
         job.run(&order, pool, cancel, progress, |index, merged| {
             let Factors::Solved(factors) = merged.factors else { return Err(unexpected()) };
-            spill.push(factors.as_ref())?;
-            ranks[index] = factors.as_ref().map_or(1, LowRank::rank);
+            spill.push(factors.as_deref())?;
+            ranks[index] = factors.map_or(1, |factors| factors.rank());
             prints[index] = merged.prints;
             reports.push(merged.report);
             Ok(())
@@ -120,7 +120,7 @@ pub fn merge_adapters(
 /// The factors of a module as they will be written.
 enum Factors {
     /// `None` where nothing is left.
-    Solved(Option<LowRank>),
+    Solved(Option<Box<LowRank>>),
     /// A and B in the type of the file.
     Stored([DenseMatrix; 2]),
 }
@@ -402,7 +402,7 @@ impl<'a> MergeJob<'a> {
             merged = joined;
         }
         report.rank = merged.as_ref().map_or(0, LowRank::rank);
-        Ok(MergedFactors { factors: Factors::Solved(merged), report, prints })
+        Ok(MergedFactors { factors: Factors::Solved(merged.map(Box::new)), report, prints })
     }
 
     /// Whether the factors of a module can go from file to file as they are.
