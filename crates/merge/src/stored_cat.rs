@@ -2,11 +2,13 @@ use std::cmp::Ordering;
 
 use bytemuck::{Pod, Zeroable};
 use half::{bf16, f16};
-use kintsugi_runtime::{Error, ErrorCode, Result};
+use kintsugi_runtime::{Error, ErrorCode, Result, ThreadPool};
 use kintsugi_weights::{ElementType, StoredRows};
 
-/// Bytes of B that are put together at one time.
+/// Bytes of A or B that are made at one time.
 const BAND_BYTES: usize = 1 << 20;
+/// Rows of B that a thread puts together at one time.
+const ROWS_PER_TASK: usize = 64;
 
 /// The factors of one adapter for a Linear, as its file holds them.
 #[derive(Clone, Copy)]
@@ -60,13 +62,14 @@ impl StoredCat {
         name: &str,
         sources: &[StoredSource<'_>],
         element_type: ElementType,
+        pool: &ThreadPool,
         put: &mut dyn FnMut(&[u8]) -> Result<()>,
     ) -> Result<()> {
         assert!(Self::fits(sources, element_type), "factors of {name} have another type");
         match element_type {
-            ElementType::F32 => self.concatenate_as::<f32>(name, sources, put),
-            ElementType::F16 => self.concatenate_as::<f16>(name, sources, put),
-            ElementType::Bf16 => self.concatenate_as::<bf16>(name, sources, put),
+            ElementType::F32 => self.concatenate_as::<f32>(name, sources, pool, put),
+            ElementType::F16 => self.concatenate_as::<f16>(name, sources, pool, put),
+            ElementType::Bf16 => self.concatenate_as::<bf16>(name, sources, pool, put),
         }
     }
 
@@ -74,6 +77,7 @@ impl StoredCat {
         &mut self,
         name: &str,
         sources: &[StoredSource<'_>],
+        pool: &ThreadPool,
         put: &mut dyn FnMut(&[u8]) -> Result<()>,
     ) -> Result<()> {
         let (in_features, out_features) = (sources[0].a.columns(), sources[0].b.rows());
@@ -89,19 +93,21 @@ impl StoredCat {
         }
         sort_by_content(&mut parts)?;
 
-        let row = values_of::<T>(&mut self.out, in_features);
+        let band = (BAND_BYTES / (in_features * size_of::<T>())).max(1);
         for part in &parts {
             let coefficient = part.source.weight * part.source.scaling;
-            for &unit in &part.order {
-                let values = part.row(unit);
-                if coefficient == 1.0 {
-                    put(bytemuck::cast_slice(values))?;
-                    continue;
-                }
-                for (product, value) in row.iter_mut().zip(values) {
-                    *product = T::narrow((f64::from(value.wide()) * coefficient) as f32);
-                }
-                let bytes: &[u8] = bytemuck::cast_slice(row);
+            if coefficient == 1.0 {
+                part.order.iter().try_for_each(|&unit| put(bytemuck::cast_slice(part.row(unit))))?;
+                continue;
+            }
+            for units in part.order.chunks(band) {
+                let products = values_of::<T>(&mut self.out, units.len() * in_features);
+                pool.for_each_chunk(products, in_features, |i, row| {
+                    for (product, value) in row.iter_mut().zip(part.row(units[i])) {
+                        *product = T::narrow((f64::from(value.wide()) * coefficient) as f32);
+                    }
+                });
+                let bytes: &[u8] = bytemuck::cast_slice(products);
                 // What was read is finite: only products can be anything else.
                 if T::TYPE.first_not_finite(bytes).is_some() {
                     return Err(beyond(name, T::TYPE));
@@ -114,17 +120,23 @@ impl StoredCat {
         let band = (BAND_BYTES / (rank * size_of::<T>())).clamp(1, out_features);
         for first in (0..out_features).step_by(band) {
             let rows = band.min(out_features - first);
-            let out = values_of::<T>(&mut self.out, rows * rank);
-            let mut start = 0;
             for (part, buffer) in parts.iter().zip(&mut self.b) {
-                let width = part.order.len();
-                let values = values_of::<T>(buffer, rows * width);
+                let values = values_of::<T>(buffer, rows * part.order.len());
                 part.source.b.read_rows(first, bytemuck::cast_slice_mut(values))?;
-                for (to, from) in out.chunks_exact_mut(rank).zip(values.chunks_exact(width)) {
-                    to[start..start + width].iter_mut().zip(&part.order).for_each(|(to, &unit)| *to = from[unit]);
-                }
-                start += width;
             }
+            let out = values_of::<T>(&mut self.out, rows * rank);
+            let bands: Vec<&[T]> = self.b.iter().map(|buffer| bytemuck::cast_slice(buffer)).collect();
+            pool.for_each_chunk(out, rank * ROWS_PER_TASK, |task, out| {
+                for (i, out) in (task * ROWS_PER_TASK..).zip(out.chunks_exact_mut(rank)) {
+                    let mut start = 0;
+                    for (part, band) in parts.iter().zip(&bands) {
+                        let width = part.order.len();
+                        let row = &band[i * width..(i + 1) * width];
+                        out[start..start + width].iter_mut().zip(&part.order).for_each(|(to, &unit)| *to = row[unit]);
+                        start += width;
+                    }
+                }
+            });
             put(bytemuck::cast_slice(out))?;
         }
         Ok(())
@@ -149,7 +161,7 @@ pub(crate) fn beyond(name: &str, element_type: ElementType) -> Error {
 }
 
 /// A number type of factors.
-trait Stored: Pod + Zeroable {
+trait Stored: Pod + Zeroable + Send + Sync {
     const TYPE: ElementType;
     fn wide(self) -> f32;
     fn narrow(value: f32) -> Self;
@@ -254,7 +266,6 @@ fn compare<'a, T: Stored>(left: impl IntoIterator<Item = &'a T>, right: impl Int
 
 #[cfg(test)]
 mod tests {
-    use kintsugi_runtime::ThreadPool;
     use kintsugi_testkit::Random;
     use kintsugi_weights::{DenseMatrix, DenseValues, LowRank};
 
@@ -288,7 +299,7 @@ mod tests {
             .map(|Owned { a, b, scaling, weight }| StoredSource { a, b, scaling: *scaling, weight: *weight })
             .collect();
         let mut bytes = Vec::new();
-        cat.concatenate("q_proj", &sources, element_type, &mut |piece| {
+        cat.concatenate("q_proj", &sources, element_type, &ThreadPool::with_threads(2), &mut |piece| {
             bytes.extend_from_slice(piece);
             Ok(())
         })?;

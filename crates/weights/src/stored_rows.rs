@@ -3,7 +3,7 @@ use kintsugi_runtime::Result;
 use crate::{DenseMatrix, ElementType};
 
 /// A matrix of floats whose rows are read when they are asked for, in the type that they are stored in.
-pub trait StoredRows {
+pub trait StoredRows: Sync {
     /// Number of rows.
     fn rows(&self) -> usize;
 

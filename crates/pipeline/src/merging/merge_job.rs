@@ -64,7 +64,7 @@ pub fn merge_adapters(
             cancel.check()?;
             progress.at("merge", plan.modules[index].name.clone());
             job.write_whole(&mut writer, cancel)?;
-            prints[index] = job.concatenate(index, &mut cat, &mut writer)?;
+            prints[index] = job.concatenate(index, &mut cat, &mut writer, pool)?;
             reports.push(job.empty_report(index));
             progress.advance(1);
         }

@@ -2,7 +2,7 @@
 
 use kintsugi_checkpoint::AdapterWriter;
 use kintsugi_merge::{StoredCat, StoredSource};
-use kintsugi_runtime::Result;
+use kintsugi_runtime::{Result, ThreadPool};
 use kintsugi_weights::StoredRows;
 
 use super::merge_job::MergeJob;
@@ -39,6 +39,7 @@ impl MergeJob<'_> {
         index: usize,
         cat: &mut StoredCat,
         writer: &mut AdapterWriter,
+        pool: &ThreadPool,
     ) -> Result<Vec<SourcePrint>> {
         let module = &self.plan.modules[index];
         let mut factors = Vec::with_capacity(module.adapters.len());
@@ -53,7 +54,7 @@ impl MergeJob<'_> {
                 weight: self.recipe.weights[adapter],
             })
             .collect();
-        writer.write_stored(|put| cat.concatenate(&module.name, &sources, self.plan.factor_type, put))?;
+        writer.write_stored(|put| cat.concatenate(&module.name, &sources, self.plan.factor_type, pool, put))?;
         sources
             .iter()
             .map(|source| SourcePrint::of_module(&module.name, source.scaling, [source.a, source.b]))
