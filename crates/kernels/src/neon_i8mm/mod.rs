@@ -1,0 +1,6 @@
+//! NEON with the products of unsigned and signed bytes that ARMv8.6 brought.
+
+mod integer;
+mod table;
+
+pub(crate) use table::TABLE;
