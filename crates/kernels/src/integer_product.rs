@@ -175,10 +175,12 @@ where
                 partial[0] = open::<L, E, ROWS, REGISTERS>(level, &sums);
                 for _ in 0..run / UNROLLED_STEPS {
                     L::PREFETCH.ahead_of(panel, UNROLLED_STEPS * 4 * LANES);
-                    for step_index in 0..UNROLLED_STEPS {
-                        let sums = &mut partial[step_index % chains::<L>(ROWS * REGISTERS)];
-                        step::<L, E, ROWS, REGISTERS>(level, state, panel, &x, step_index, sums);
-                    }
+                    // Written out, because compilers do not unroll a loop with as much in it as some levels have.
+                    let chains = const { chains::<L>(ROWS * REGISTERS) };
+                    step::<L, E, ROWS, REGISTERS>(level, state, panel, &x, 0, &mut partial[0]);
+                    step::<L, E, ROWS, REGISTERS>(level, state, panel, &x, 1, &mut partial[1 % chains]);
+                    step::<L, E, ROWS, REGISTERS>(level, state, panel, &x, 2, &mut partial[2 % chains]);
+                    step::<L, E, ROWS, REGISTERS>(level, state, panel, &x, 3, &mut partial[3 % chains]);
                     panel = panel.add(UNROLLED_STEPS * 4 * LANES);
                     for row in 0..ROWS {
                         x[row] = x[row].add(UNROLLED_STEPS * E::QUADS);

@@ -58,7 +58,7 @@ macro_rules! kernel_table {
         queries: $queries:literal,
         strip: ($least:literal, $strip_rows:expr, $strip_halves:literal),
         shapes: [$($shape:tt)+],
-        integers: ($registers:literal, $most:literal: [$($integer_rows:literal)+], $least_strip:literal, $tile:literal, $tile_registers:literal),
+        integers: ($registers:literal, $most:literal: [$($integer_rows:literal)+], $least_strip:literal, $integer_strip:ident($tile:literal, $tile_registers:literal)),
     ) => {
         /// The functions of this level.
         pub(crate) static TABLE: $crate::kernel_table::KernelTable = $crate::kernel_table::KernelTable {
@@ -173,12 +173,12 @@ macro_rules! kernel_table {
         ) -> $crate::integer_strip::AccumulateIntegerStrip {
             use $crate::codec;
             use $crate::integer_encoding::IntegerEncoding;
-            use $crate::integer_strip::{IntegerStripJob, accumulate_strip};
+            use $crate::integer_strip::IntegerStripJob;
             use $crate::packed_matrix::PanelEncoding;
             $(#[target_feature(enable = $features)])?
             unsafe fn product<E: IntegerEncoding<$level>>(job: &IntegerStripJob<'_>) {
                 // SAFETY: the caller has the level and a sound job.
-                unsafe { accumulate_strip::<$level, E, $tile, $tile_registers>(job) }
+                unsafe { $integer_strip::<$level, E, $tile, $tile_registers>(job) }
             }
             match encoding {
                 PanelEncoding::Bits2 => product::<codec::Bits2>,

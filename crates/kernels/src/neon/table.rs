@@ -1,5 +1,6 @@
 use super::vector::Neon;
 use crate::accumulate::Accumulate;
+use crate::integer_strip::accumulate_strip as integer_strip;
 use crate::kernel_table::kernel_table;
 use crate::packed_matrix::PanelEncoding;
 use crate::strip::AccumulateStrip;
@@ -13,7 +14,7 @@ kernel_table! {
     queries: 2,
     strip: (6, 6, 1),
     shapes: [(1, 1) (2, 1)],
-    integers: (8, 1: [1], 4, 4, 2),
+    integers: (4, 1: [1], 4, integer_strip(4, 1)),
 }
 
 fn no_bf16(_: PanelEncoding, _: usize, _: usize) -> Accumulate {

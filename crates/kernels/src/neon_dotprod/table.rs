@@ -1,5 +1,6 @@
 use super::integer::Dotprod;
 use crate::accumulate::Accumulate;
+use crate::integer_strip::accumulate_strip as integer_strip;
 use crate::kernel_table::kernel_table;
 use crate::neon::Neon;
 use crate::packed_matrix::PanelEncoding;
@@ -14,7 +15,7 @@ kernel_table! {
     queries: 2,
     strip: (6, 6, 1),
     shapes: [(1, 1) (2, 1)],
-    integers: (8, 3: [1 2 3], 9, 6, 4),
+    integers: (4, 2: [1 2], 6, integer_strip(6, 2)),
 }
 
 fn no_bf16(_: PanelEncoding, _: usize, _: usize) -> Accumulate {

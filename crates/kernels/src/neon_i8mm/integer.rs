@@ -6,9 +6,9 @@ use crate::neon::ByteProducts;
 /// Products of int8 by FEAT_I8MM: unsigned bytes are multiplied with signed ones and four neighbours added in 32 bits
 /// (`usdot`).
 #[derive(Clone, Copy)]
-pub(crate) struct Usdot;
+pub(crate) struct I8mm;
 
-impl ByteProducts for Usdot {
+impl ByteProducts for I8mm {
     type Partial = int32x4_t;
     // Four products are added to a lane at a time.
     const RUN_LIMIT: usize = i32::MAX as usize / (4 * 127);

@@ -1,4 +1,5 @@
-use super::integer::Usdot;
+use super::integer::I8mm;
+use super::integer_strip::accumulate_strip as integer_strip;
 use crate::accumulate::Accumulate;
 use crate::kernel_table::kernel_table;
 use crate::neon::Neon;
@@ -6,7 +7,7 @@ use crate::packed_matrix::PanelEncoding;
 use crate::strip::AccumulateStrip;
 
 kernel_table! {
-    level: Neon<Usdot>,
+    level: Neon<I8mm>,
     features: "neon,dotprod,i8mm",
     bf16: (no_bf16, no_bf16_strip),
     tile_rows: 2,
@@ -14,7 +15,7 @@ kernel_table! {
     queries: 2,
     strip: (6, 6, 1),
     shapes: [(1, 1) (2, 1)],
-    integers: (8, 3: [1 2 3], 9, 6, 4),
+    integers: (4, 2: [1 2], 4, integer_strip(6, 2)),
 }
 
 fn no_bf16(_: PanelEncoding, _: usize, _: usize) -> Accumulate {
