@@ -253,20 +253,42 @@ unsafe fn step<L, E, const ROWS: usize, const REGISTERS: usize>(
     L: IntegerLevel,
     E: IntegerEncoding<L>,
 {
-    for register in 0..REGISTERS {
-        // SAFETY: the caller's pointers are good for one step.
-        unsafe {
-            let words = level.load_codes(panel.add((index * LANES + register * L::ROWS) * 4));
-            let at = index * E::QUADS;
-            // Written out, because shifts by a constant need a constant quad.
-            add::<L, E, ROWS, REGISTERS>(level, E::unpack::<0>(level, state, words), register, x, at, partial);
-            if E::QUADS > 1 {
-                add::<L, E, ROWS, REGISTERS>(level, E::unpack::<1>(level, state, words), register, x, at + 1, partial);
-            }
-            if E::QUADS > 2 {
-                add::<L, E, ROWS, REGISTERS>(level, E::unpack::<2>(level, state, words), register, x, at + 2, partial);
-                add::<L, E, ROWS, REGISTERS>(level, E::unpack::<3>(level, state, words), register, x, at + 3, partial);
-            }
+    const { assert!(REGISTERS == 2 || REGISTERS == 4) };
+    // SAFETY: the caller's pointers are good for one step. Written out for the same reason as the steps.
+    unsafe {
+        step_of_register::<L, E, ROWS, REGISTERS>(level, state, panel, x, index, 0, partial);
+        step_of_register::<L, E, ROWS, REGISTERS>(level, state, panel, x, index, 1, partial);
+        if REGISTERS > 2 {
+            step_of_register::<L, E, ROWS, REGISTERS>(level, state, panel, x, index, 2, partial);
+            step_of_register::<L, E, ROWS, REGISTERS>(level, state, panel, x, index, 3, partial);
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn step_of_register<L, E, const ROWS: usize, const REGISTERS: usize>(
+    level: L,
+    state: E::State,
+    panel: *const u8,
+    x: &[*const u32; ROWS],
+    index: usize,
+    register: usize,
+    partial: &mut [[E::Partial; REGISTERS]; ROWS],
+) where
+    L: IntegerLevel,
+    E: IntegerEncoding<L>,
+{
+    // SAFETY: as the caller promises. Written out, because shifts by a constant need a constant quad.
+    unsafe {
+        let words = level.load_codes(panel.add((index * LANES + register * L::ROWS) * 4));
+        let at = index * E::QUADS;
+        add::<L, E, ROWS, REGISTERS>(level, E::unpack::<0>(level, state, words), register, x, at, partial);
+        if E::QUADS > 1 {
+            add::<L, E, ROWS, REGISTERS>(level, E::unpack::<1>(level, state, words), register, x, at + 1, partial);
+        }
+        if E::QUADS > 2 {
+            add::<L, E, ROWS, REGISTERS>(level, E::unpack::<2>(level, state, words), register, x, at + 2, partial);
+            add::<L, E, ROWS, REGISTERS>(level, E::unpack::<3>(level, state, words), register, x, at + 3, partial);
         }
     }
 }

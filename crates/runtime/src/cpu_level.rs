@@ -168,4 +168,16 @@ mod tests {
         assert!(error.hint.contains("avx2"));
         assert!(CpuLevel::available().any(|level| level == CpuLevel::Scalar));
     }
+
+    #[test]
+    fn a_level_comes_with_those_below_it() {
+        use CpuLevel::{Avx2, Avx512Vnni, AvxVnni, Neon, NeonDotprod, NeonI8mm, Scalar};
+        for (level, below) in [(AvxVnni, Avx2), (Avx512Vnni, Avx2), (NeonI8mm, NeonDotprod), (NeonDotprod, Neon)] {
+            assert!(!level.is_available() || below.is_available(), "{} without {}", level.name(), below.name());
+        }
+        let portable = cfg!(not(any(target_arch = "x86_64", target_arch = "aarch64")));
+        assert!(!portable || CpuLevel::best() == Scalar);
+        assert!(cfg!(target_arch = "aarch64") || !Neon.is_available());
+        assert!(cfg!(target_arch = "x86_64") || !Avx2.is_available());
+    }
 }
