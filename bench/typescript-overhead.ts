@@ -2,8 +2,8 @@
 //
 //   node --import=tsx bench/typescript-overhead.ts [--threads N] [--turns 5] [--seconds 3]
 //
-// First the call alone: forward with matrices so small that the product takes a few microseconds, which bounds what the
-// call can add. Then int4 in groups of 128, 4096×4096, `fast`, with enough matrices in turn to be beyond the caches:
+// First the call alone: its outputs, and forward with matrices so small that the product takes a few microseconds, which
+// bounds what the call can add. Then int4 in groups of 128, 4096×4096, `fast`, with enough matrices in turn to be beyond the caches:
 // measureSpeed, which calls the same products from Rust, and forward take turns; medians of the turns are compared.
 import { parseArgs } from 'node:util'
 
@@ -49,18 +49,28 @@ function forward(layers: QuantizedLinear[], x: Float32Array): number {
   return (performance.now() - start) / 1e3 / layers.length
 }
 
+/** Microseconds of `work`, in batches of ten: their median and the best. */
+function show(name: string, work: () => number): void {
+  const batches = Array.from({ length: 2000 }, work)
+  console.log(`${name}: ${(median(batches) * 1e6).toFixed(2)} µs, at best ${(Math.min(...batches) * 1e6).toFixed(2)} µs`)
+}
+
+let kept: Float32Array | undefined
+show(`new Float32Array(${SIZE}), the outputs of one row`, () => {
+  const start = performance.now()
+  for (let i = 0; i < 10; i++) kept = new Float32Array(SIZE)
+  return (performance.now() - start) / 1e4
+})
+if (kept?.length !== SIZE) throw new Error('nothing was allocated')
 for (const [outFeatures, inFeatures] of [
   [32, 32],
   [32, SIZE],
   [SIZE, 32],
 ] as const) {
-  const layer = [quantize(outFeatures, inFeatures)]
+  const layer = quantize(outFeatures, inFeatures)
   const x = noise(inFeatures)
-  const batches = Array.from({ length: 2000 }, () => forward(Array.from({ length: 10 }, () => layer[0]!), x))
-  const best = Math.min(...batches)
-  console.log(
-    `${outFeatures}×${inFeatures}, call and product: ${(median(batches) * 1e6).toFixed(2)} µs, at best ${(best * 1e6).toFixed(2)} µs`,
-  )
+  const calls = Array.from({ length: 10 }, () => layer)
+  show(`${outFeatures}×${inFeatures}, call and product`, () => forward(calls, x))
 }
 
 const inRust = new Map(ROWS.map((rows) => [rows, [] as number[]]))

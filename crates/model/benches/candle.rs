@@ -18,6 +18,8 @@ const SIZE: usize = 4096;
 /// Together beyond any cache.
 const MATRICES: usize = 28;
 const ROUNDS: usize = 9;
+/// Rows from which on a round has one product.
+const LONG_ROWS: usize = 64;
 
 /// One engine with one format.
 enum Candidate {
@@ -70,12 +72,17 @@ impl Candidate {
         }
     }
 
-    /// Seconds of a product, each matrix once.
-    fn seconds(&self, x: &[f32], y: &mut [f32], kernels: &Kernels, pool: &ThreadPool) -> Result<f64> {
+    /// Seconds of a product: each matrix once, or one of them where a product takes long.
+    fn seconds(&self, round: usize, x: &[f32], y: &mut [f32], kernels: &Kernels, pool: &ThreadPool) -> Result<f64> {
+        let rows = x.len() / SIZE;
         match self {
+            Candidate::Kintsugi { matrices, .. } if rows >= LONG_ROWS => {
+                Ok(matrices.seconds_of_one(round, kernels, x, y, pool))
+            }
             Candidate::Kintsugi { matrices, .. } => Ok(matrices.seconds(kernels, x, y, pool)),
             Candidate::Candle { matrices, .. } => {
-                let x = Tensor::from_slice(x, (x.len() / SIZE, SIZE), &Device::Cpu)?;
+                let x = Tensor::from_slice(x, (rows, SIZE), &Device::Cpu)?;
+                let matrices = if rows >= LONG_ROWS { &matrices[round % MATRICES..][..1] } else { matrices };
                 let start = Instant::now();
                 for matrix in matrices {
                     black_box(matrix.forward(&x)?);
@@ -101,6 +108,7 @@ fn main() -> Result<()> {
         Candidate::kintsugi("kintsugi fast int8 g32", 8, 32, Precision::Fast, &kernels, pool),
         Candidate::candle("candle Q4_0", GgmlDType::Q4_0)?,
         Candidate::candle("candle Q8_0", GgmlDType::Q8_0)?,
+        Candidate::candle("candle Q4_K", GgmlDType::Q4K)?,
     ];
     check(&candidates[3], &candidates[5], &kernels, pool)?;
     for count in rows {
@@ -110,22 +118,21 @@ fn main() -> Result<()> {
         // What is made at the first use, and threads that sleep, belong to a round that does not count.
         for round in 0..=ROUNDS {
             for (candidate, seconds) in candidates.iter().zip(&mut seconds) {
-                let taken = candidate.seconds(&x, &mut y, &kernels, pool)?;
+                let taken = candidate.seconds(round, &x, &mut y, &kernels, pool)?;
                 if round > 0 {
                     seconds.push(taken);
                 }
             }
         }
-        println!("\n| {count} {} | median | 10–90 % | times the first |\n|---|---|---|---|", ["row", "rows"][usize::from(count > 1)]);
+        println!(
+            "\n| {count} {} | median | 10–90 % | times the first |\n|---|---|---|---|",
+            ["row", "rows"][usize::from(count > 1)]
+        );
         let first = Spread::of(&seconds[0]).median;
         for (candidate, seconds) in candidates.iter().zip(&seconds) {
             let Spread { low, median, high } = Spread::of(seconds);
             let [low, milliseconds, high] = [low, median, high].map(|seconds| seconds * 1e3);
-            println!(
-                "| {} | {milliseconds:.3} ms | {low:.3}–{high:.3} | {:.2} |",
-                candidate.name(),
-                median / first
-            );
+            println!("| {} | {milliseconds:.3} ms | {low:.3}–{high:.3} | {:.2} |", candidate.name(), median / first);
         }
     }
     Ok(())

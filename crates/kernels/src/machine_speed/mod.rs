@@ -8,6 +8,8 @@ mod rounds;
 mod speed_report;
 mod spread;
 mod weight_kind;
+#[cfg(target_arch = "x86_64")]
+mod x86_loops;
 
 pub use ceilings::{ArithmeticCeiling, ReadingCeiling};
 pub use matrix_rotation::MatrixRotation;
