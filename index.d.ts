@@ -284,6 +284,14 @@ export interface BindingQuantizedLinearOptions {
   precision: string
 }
 
+/** Options of `measureSpeed`; `src/machine-speed.ts` fills in the defaults. */
+export interface BindingSpeedOptions {
+  seconds: number
+  /** Those of the shared pool when not given. */
+  threads?: number
+  rows: Array<number>
+}
+
 /** Compensates a compressed checkpoint; the promise gives the report, or the plan of a dry run. */
 export declare function compensate(options: BindingCompensateOptions, control: BindingControl): Promise<unknown>
 
@@ -304,6 +312,9 @@ export declare function inspect(path: string): Promise<unknown>
 
 /** Loads a checkpoint for running. */
 export declare function loadModel(options: BindingLoadOptions, control: BindingControl): Promise<BindingModel>
+
+/** Measures this machine and products on it; the promise gives the report. */
+export declare function measureSpeed(options: BindingSpeedOptions, control: BindingControl): Promise<unknown>
 
 /** Merges adapters; the promise gives the report, or the plan of a dry run. */
 export declare function merge(options: BindingMergeOptions, control: BindingControl): Promise<unknown>

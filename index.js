@@ -773,7 +773,7 @@ if (
   }
 }
 
-const { BindingControl, BindingGeneration, BindingModel, BindingQuantizedLinear, compensate, compress, convert, doctor, fold, inspect, loadModel, merge, mergeMethods, remerge, weightsFromMetrics } = nativeBinding
+const { BindingControl, BindingGeneration, BindingModel, BindingQuantizedLinear, compensate, compress, convert, doctor, fold, inspect, loadModel, measureSpeed, merge, mergeMethods, remerge, weightsFromMetrics } = nativeBinding
 export { BindingControl }
 export { BindingGeneration }
 export { BindingModel }
@@ -785,6 +785,7 @@ export { doctor }
 export { fold }
 export { inspect }
 export { loadModel }
+export { measureSpeed }
 export { merge }
 export { mergeMethods }
 export { remerge }

@@ -42,6 +42,16 @@ export { fold, type FoldOptions, type FoldReport } from './fold.js'
 export { Generation, type GenerationSummary, type Piece } from './generation.js'
 export { Job, type Progress } from './job.js'
 export {
+  type CeilingSpeed,
+  type MeasuredWeights,
+  measureSpeed,
+  type MeasureSpeedOptions,
+  type ModelSpeed,
+  type ProductSpeed,
+  type SpeedReport,
+  type Spread,
+} from './machine-speed.js'
+export {
   type AdapterShare,
   type ElementCoordinates,
   merge,

@@ -199,6 +199,21 @@ test('doctor', async (t) => {
   t.regex(stdout, new RegExp(`self-check +${report.selfCheck.length} of ${report.selfCheck.length} cases`))
 })
 
+test('bench', async (t) => {
+  const short = ['--rows', '1', '--seconds', '0.001', '--threads', '2']
+  const json = await kintsugi('bench', ...short, '--json')
+  t.is(json.code, 0, json.stderr)
+  const report = JSON.parse(json.stdout)
+  t.is(report.products.length, 10)
+  const { code, stdout } = await kintsugi('bench', ...short)
+  t.is(code, 0)
+  t.regex(stdout, new RegExp(`level ${report.cpuLevel}, 2 threads`))
+  t.regex(stdout, /^memory +2 +[\d.]+ GB\/s/m)
+  t.regex(stdout, /^int4 g128 fast r=64 +1 .* % memory$/m)
+  t.regex(stdout, /^tokens\/s at most +1B +7B +8B$/m)
+  t.is((await kintsugi('bench', '--rows', 'many')).code, 2)
+})
+
 test('an interruption cancels and fails', async (t) => {
   const folder = temporaryFolder(t)
   const out = join(folder, 'out')

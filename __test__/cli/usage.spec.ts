@@ -11,7 +11,7 @@ test('--version and --help', async (t) => {
   t.deepEqual(await kintsugi('--version'), { code: 0, stdout: `${version}\n`, stderr: '' })
   const help = await kintsugi('--help')
   t.is(help.code, 0)
-  for (const command of ['inspect', 'compress', 'compensate', 'eval', 'generate', 'doctor'])
+  for (const command of ['inspect', 'compress', 'compensate', 'eval', 'generate', 'doctor', 'bench'])
     t.regex(help.stdout, new RegExp(`^  ${command} `, 'm'))
   t.is((await kintsugi('compress', '--help')).code, 0)
 })

@@ -13,6 +13,7 @@ import {
   Job,
   KintsugiError,
   loadModel,
+  measureSpeed,
   merge,
   type MergePlan,
   type MergeReport,
@@ -24,6 +25,7 @@ import {
   type Progress,
   QuantizedLinear,
   remerge,
+  type SpeedReport,
 } from 'kintsugi'
 
 // Checked by `tsc`, which is part of `npm test`; this function is never called.
@@ -52,6 +54,7 @@ export async function publicTypes(model: Model, signal: AbortSignal): Promise<vo
   // @ts-expect-error no such method
   merge(['a'], { out: 'b', method: 'mean' })
   expectTypeOf(fold('a', 'b', { out: 'c' })).toEqualTypeOf<Job<FoldReport>>()
+  expectTypeOf(measureSpeed({ rows: [1], signal })).toEqualTypeOf<Job<SpeedReport>>()
   expectTypeOf(metricWeights([1])).toEqualTypeOf<number[]>()
 
   expectTypeOf(loadModel('a')).toEqualTypeOf<Job<Model>>()

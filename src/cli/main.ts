@@ -3,6 +3,7 @@ import { readFileSync } from 'node:fs'
 
 import { Command } from 'commander'
 
+import { registerBench } from './bench.js'
 import { registerCompensate } from './compensate.js'
 import { registerCompress } from './compress.js'
 import { registerConvert } from './convert.js'
@@ -36,6 +37,7 @@ registerFold(program)
 registerEval(program)
 registerGenerate(program)
 registerDoctor(program)
+registerBench(program)
 
 // A reader that has seen enough (`| head`) is no failure.
 process.stdout.on('error', (error: NodeJS.ErrnoException) => {

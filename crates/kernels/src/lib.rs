@@ -24,6 +24,7 @@ mod integer_strip;
 mod kernel_table;
 mod kernels;
 mod kv_pages;
+mod machine_speed;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 #[cfg(target_arch = "aarch64")]
@@ -50,6 +51,10 @@ pub use activation::Activation;
 pub use attention::Scores;
 pub use kernels::{Kernels, Precision};
 pub use kv_pages::{AttentionSegment, KvPages, PAGE_POSITIONS};
+pub use machine_speed::{
+    ArithmeticCeiling, CeilingSpeed, MatrixRotation, ModelSpeed, ProductLimit, ProductSpeed, ReadingCeiling,
+    SpeedOptions, SpeedReport, Spread, measure_speed,
+};
 pub use packed_low_rank::PackedLowRank;
 pub use packed_matrix::{Arithmetic, PackedMatrix};
 pub use rotary_table::RotaryTable;

@@ -16,6 +16,7 @@ mod error;
 mod fold;
 mod generation;
 mod job;
+mod machine_speed;
 mod merge;
 mod model;
 mod quantized_linear;

@@ -4,6 +4,7 @@
 
 mod atomic_replace;
 mod cancel_token;
+mod cpu_cache;
 mod cpu_level;
 mod disk_space;
 mod error;
@@ -14,6 +15,7 @@ mod thread_pool;
 
 pub use atomic_replace::{StagedFolder, replace_file};
 pub use cancel_token::CancelToken;
+pub use cpu_cache::last_level_cache_bytes;
 pub use cpu_level::{CpuFeatures, CpuLevel};
 pub use disk_space::available_disk_bytes;
 pub use error::{Error, ErrorCode, Result, nearest};

@@ -1,0 +1,69 @@
+// The kernels as they are published, compiled for every CPU of the target, beside the same source compiled for this CPU
+// alone (`-Ctarget-cpu=native`): what choosing the level at run time costs.
+//
+//   KINTSUGI_THREADS=1 node --import=tsx bench/portable-build.ts [--rounds 5] [--sections stream,8,512]
+//
+// Both builds of `cargo bench --bench product` run in turn, each in a process of its own; medians of the rounds are
+// compared, line by line. The second build lies in `native/` of the target folder.
+import { execFileSync } from 'node:child_process'
+import { join } from 'node:path'
+import { fileURLToPath } from 'node:url'
+import { parseArgs } from 'node:util'
+
+const ROOT = fileURLToPath(new URL('..', import.meta.url))
+const { values } = parseArgs({
+  options: { rounds: { type: 'string', default: '5' }, sections: { type: 'string', default: 'stream,8,512' } },
+})
+
+/** Compiles the bench and returns its executable. */
+function build(target: string, flags: string): string {
+  const command = ['bench', '--no-run', '-p', 'kintsugi-kernels', '--bench', 'product', '--message-format', 'json']
+  const output = execFileSync('cargo', command, {
+    cwd: ROOT,
+    env: { ...process.env, CARGO_TARGET_DIR: target, RUSTFLAGS: flags },
+    encoding: 'utf8',
+    maxBuffer: 1 << 26,
+    stdio: ['ignore', 'pipe', 'inherit'],
+  })
+  const messages = output.split('\n').filter(Boolean).map((line) => JSON.parse(line) as { executable?: string | null })
+  const found = messages.findLast(({ executable }) => executable)?.executable
+  if (!found) throw new Error('cargo names no executable')
+  return found
+}
+
+/** Milliseconds by section and line. */
+function run(executable: string): Map<string, number> {
+  const output = execFileSync(executable, values.sections.split(','), { encoding: 'utf8' })
+  const times = new Map<string, number>()
+  let section = ''
+  for (const line of output.split('\n')) {
+    const [, name, milliseconds] = /^ {2}(\S.*?) +([\d.]+) ms/.exec(line) ?? []
+    if (name) times.set(`${section} · ${name}`, Number(milliseconds))
+    else if (/^\S/.test(line)) section = line.replace(/;.*/, '')
+  }
+  return times
+}
+
+function median(numbers: number[]): number {
+  return numbers.sort((a, b) => a - b)[Math.floor(numbers.length / 2)]!
+}
+
+const target = process.env['CARGO_TARGET_DIR'] ?? join(ROOT, 'target')
+const builds = [build(target, ''), build(join(target, 'native'), '-Ctarget-cpu=native')]
+const times = builds.map(() => new Map<string, number[]>())
+for (let round = 0; round < Number(values.rounds); round++) {
+  builds.forEach((executable, index) => {
+    for (const [name, milliseconds] of run(executable)) {
+      times[index]!.set(name, [...(times[index]!.get(name) ?? []), milliseconds])
+    }
+  })
+}
+console.log('| product | portable, ms | for this CPU, ms | portable takes |')
+console.log('|---|---|---|---|')
+const ratios: number[] = []
+for (const [name, measured] of times[0]!) {
+  const [portable, native] = [median(measured), median(times[1]!.get(name)!)]
+  ratios.push(portable / native)
+  console.log(`| ${name} | ${portable.toFixed(3)} | ${native.toFixed(3)} | ${(100 * (portable / native - 1)).toFixed(1)} % more |`)
+}
+console.log(`\nmedian of the lines: ${(100 * (median(ratios) - 1)).toFixed(1)} % more`)
