@@ -558,7 +558,7 @@ fn batches_orders_and_workers_do_not_matter() {
             let parts = tokens.chunks(tokens.len().div_ceil(workers));
             let mut parts = parts.map(|part| calibrate(&part.concat(), case.columns));
             let mut sum = parts.next().unwrap();
-            parts.for_each(|part| sum.merge(&part).unwrap());
+            parts.for_each(|part| sum.merge(&part, 1.0).unwrap());
             variants.push(sum);
         }
         for calibration in &variants {

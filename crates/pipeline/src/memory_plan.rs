@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use crate::activation_buffer::ActivationBuffer;
 use crate::calibration_source::reading_bytes;
-use crate::{ActivationPlace, CalibrationStream, Recipe};
+use crate::{ActivationPlace, CalibrationRecipe, CalibrationStream, Recipe};
 
 /// What the process has before a job begins: code, threads, the headers of the checkpoint, the tokenizer.
 const BASE: u64 = 160 << 20;
@@ -242,7 +242,10 @@ impl Shapes<'_> {
             .sum();
         MemoryParts {
             base: BASE,
-            text: recipe.passes().map_or(0, reading_bytes),
+            text: recipe.calibration.as_ref().map_or(0, |calibration| {
+                let of_source = |source| reading_bytes(source, calibration.length);
+                calibration.texts().map(of_source).max().unwrap_or(0)
+            }),
             embedding: if calibrated { self.embedding() } else { 0 },
             weights: weights + self.beside + if folds { elements * 4 } else { 0 },
             // Linears with groups along the outputs are packed as f32.
@@ -276,7 +279,7 @@ impl Shapes<'_> {
 
     /// Tokens that take no part in the statistics.
     fn held_out(&self) -> usize {
-        let held_out = self.recipe.passes().map_or(0, |calibration| calibration.hold_out * calibration.length);
+        let held_out = self.recipe.passes().map_or(0, CalibrationRecipe::most_held_out);
         held_out.min(self.tokens)
     }
 
@@ -375,8 +378,7 @@ impl Shapes<'_> {
 
     /// What a sample of tokens takes that runs through the block again and again: as input and output, twice each.
     fn sample(&self) -> u64 {
-        let length = self.recipe.calibration.as_ref().map_or(0, |calibration| calibration.length);
-        SAMPLE_TOKENS.max(length) as u64 * self.spec.hidden_size as u64 * 4 * 4
+        SAMPLE_TOKENS.max(self.recipe.least_calibration_tokens()) as u64 * self.spec.hidden_size as u64 * 4 * 4
     }
 
     fn folding(&self) -> u64 {
