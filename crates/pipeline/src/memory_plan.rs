@@ -1,9 +1,8 @@
 use kintsugi_calibration::{CHUNK_TOKENS, Calibration};
 use kintsugi_checkpoint::Checkpoint;
-use kintsugi_compensate::Residual;
+use kintsugi_compensate::{Residual, directions_bytes};
 use kintsugi_compress::{AxisRule, tile_rows};
 use kintsugi_kernels::PAGE_POSITIONS;
-use kintsugi_linalg::BlockKrylov;
 use kintsugi_model::{CpuBackend, DecoderSpec, LinearSpec, PositionRule, TapPoint};
 use kintsugi_runtime::{Error, ErrorCode, Result, ThreadPool, available_memory_bytes};
 use kintsugi_weights::ElementType;
@@ -353,11 +352,8 @@ impl Shapes<'_> {
             return 0;
         }
         let [rows, columns, wide_rank] = [m, k, rank].map(|size| size as u64);
-        let side = rows.min(columns);
-        let complete = 40 * side * side + if m > k { 3 * 8 * rows * columns } else { 8 * rows * columns };
         let factors = wide_rank * (rows + columns) * 36;
-        let krylov = BlockKrylov::working_bytes(m, rank) + BlockKrylov::block_size(m, rank) as u64 * columns * 16;
-        let directions = if BlockKrylov::pays(m.min(k), rank) { krylov } else { complete };
+        let directions = directions_bytes(m, k, rank);
         // Inputs that took no part: two halves in f32, one of them in f64.
         let held_out = 8 * self.held_out() as u64 * columns;
         Residual::bytes(m, k) + directions.max(factors + held_out)
