@@ -60,21 +60,28 @@ export declare class BindingQuantizedLinear {
   dispose(): void
 }
 
-/** Where calibration statistics come from; `src/calibration.ts` fills in the defaults and gives one of both files. */
+/** Where calibration statistics come from; `src/calibration.ts` fills in the defaults. */
 export interface BindingCalibration {
+  sources: Array<BindingCalibrationSource>
+  length: number
+  /** `auto`, `memory` or `disk`. */
+  activations: string
+  subset: boolean
+}
+
+/** One file of a calibration; `src/calibration.ts` fills in the defaults and gives one of both files. */
+export interface BindingCalibrationSource {
   /** Plain text, whatever its name. */
   text?: string
   /** A file whose ending says what it holds. */
   file?: string
   field: string
   sequences: number
-  length: number
   seed?: number
   /** Sequences that take no part in the statistics; the usual number by default. */
   holdOut?: number
-  /** `auto`, `memory` or `disk`. */
-  activations: string
-  subset: boolean
+  /** How often each token counts. */
+  weight: number
 }
 
 /** Options of `compensate`; `src/compensate.ts` fills in the defaults. */

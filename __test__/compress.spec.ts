@@ -29,9 +29,10 @@ test('GPTQ with EoRA: report, folder and progress', async (t) => {
 
   const { recipe, summary, linears } = report
   t.like(recipe, { source: TINY, out, method: 'gptq', bits: 4, groupSize: 64, actOrder: true, staticGroups: true })
-  const { text: file, ...taken } = SHORT_CALIBRATION
-  const usual = { kind: 'text', field: 'text', seed: null, holdOut: 1, subset: false } as const
-  t.deepEqual(recipe.calibration, { ...taken, file, ...usual })
+  const { text: file, sequences, length } = SHORT_CALIBRATION
+  const usual = { kind: 'text', field: 'text', seed: null, holdOut: 1, weight: 1 } as const
+  t.deepEqual(recipe.calibration, { sources: [{ file, sequences, ...usual }], length, subset: false })
+  t.deepEqual(summary.calibration, [{ file, kind: 'text', tokens: sequences * length, weight: 1, share: 1 }])
   t.is(linears.length, LINEARS)
   t.is(summary.calibrationTokens, SHORT_CALIBRATION.sequences * SHORT_CALIBRATION.length)
   for (const { name, rank, bits, error } of linears) {

@@ -1,4 +1,10 @@
-import { type CalibrationOptions, calibrationRequest, calibrationSchema, type RecipeCalibration } from './calibration.js'
+import {
+  type CalibrationOptions,
+  calibrationRequest,
+  calibrationSchema,
+  type CalibrationShare,
+  type RecipeCalibration,
+} from './calibration.js'
 import { type Checkpoint, folderOf } from './checkpoint.js'
 import type { Backend, CompressedLinear, DiskPlan, MemoryPlan, Precision } from './compress.js'
 import { type CompensationSummary, type EoraOptions, type EoraRecipe, eoraRequest, eoraSchema } from './eora.js'
@@ -79,6 +85,8 @@ export interface CompensationReport {
     /** Bits of the factors over the number of weights that they compensate. */
     bitsPerWeight: number
     calibrationTokens: number
+    /** The same by source. */
+    calibration: CalibrationShare[]
     /** Means over the Linears of their relative errors. */
     meanError: null | { quantized: number; compensated: number }
     compensation: null | CompensationSummary

@@ -1,4 +1,10 @@
-import { type CalibrationOptions, calibrationRequest, calibrationSchema, type RecipeCalibration } from './calibration.js'
+import {
+  type CalibrationOptions,
+  calibrationRequest,
+  calibrationSchema,
+  type CalibrationShare,
+  type RecipeCalibration,
+} from './calibration.js'
 import { type Checkpoint, folderOf } from './checkpoint.js'
 import {
   type Certificate,
@@ -230,6 +236,8 @@ export interface CompressSummary {
   sourceBytes: number
   quantizedWeights: number
   calibrationTokens: number
+  /** The same by source; empty without calibration. */
+  calibration: CalibrationShare[]
   /** Means over the Linears of their relative errors; `null` without calibration. */
   meanError: null | { quantized: number; compensated: number }
   /** All compensations; `null` without. */

@@ -1,5 +1,12 @@
 export { Checkpoint, type CheckpointInfo, type DecoderSizes } from './checkpoint.js'
-export { type CalibrationOptions, type RecipeCalibration } from './calibration.js'
+export {
+  type CalibrationKind,
+  type CalibrationOptions,
+  type CalibrationShare,
+  type CalibrationSourceOptions,
+  type RecipeCalibration,
+  type RecipeCalibrationSource,
+} from './calibration.js'
 export {
   compensate,
   type CompensateOptions,

@@ -84,28 +84,42 @@ export interface EoraArguments {
 export function withCalibrationOptions(command: Command, purpose = ''): Command {
   return command
     .option(
-      '--calibration <file>',
-      `what the statistics are taken from: a text, .jsonl records, token ids, or saved statistics${purpose}`,
+      '--calibration <file[=weight]>',
+      'what the statistics are taken from: a text, .jsonl records, token ids, or saved statistics; may be repeated' +
+        ` for a mixture, in which each token of a file counts as often as its weight says (default: 1)${purpose}`,
+      calibrationArgument,
     )
     .option('--field <name>', 'JSONL: field with the text', 'text')
-    .option('--sequences <n>', 'most calibration sequences', numberArgument, 128)
+    .option('--sequences <n>', 'most calibration sequences of a file', numberArgument, 128)
     .option('--length <n>', 'tokens of a calibration sequence', numberArgument, 2048)
     .option('--seed <n>', 'choose the sequences by chance instead of from the beginning', numberArgument)
-    .option('--hold-out <n>', 'sequences that errors of a compensation are measured on beside those', numberArgument)
+    .option('--hold-out <n>', 'sequences of a file that errors of a compensation are measured on', numberArgument)
     .option('--activations <place>', 'where calibration activations are kept: auto, memory or disk', 'auto')
     .option('--subset', 'take the statistics of each group of Linears after those before it are done', false)
 }
 
 /** The calibration that options of {@link withCalibrationOptions} ask for; `undefined` without a file. */
 export function calibrationArguments(given: CalibrationArguments): CalibrationOptions | undefined {
-  const { calibration: file, field, sequences, length, seed, holdOut, activations, subset } = given
-  if (file === undefined) return undefined
-  return withoutUndefined({ file, field, sequences, length, seed, holdOut, activations, subset })
+  const { calibration: sources, field, sequences, length, seed, holdOut, activations, subset } = given
+  if (sources === undefined) return undefined
+  return withoutUndefined({ sources, field, sequences, length, seed, holdOut, activations, subset })
+}
+
+/** Parses `--calibration FILE[=WEIGHT]`; what stands behind the last `=` is a weight if it looks like a number. */
+function calibrationArgument(value: string, previous: CalibrationFile[] | undefined): CalibrationFile[] {
+  const { file, weight } = /^(?<file>.+?)(?:=(?<weight>[-+]?[\d.]+(?:e[-+]?\d+)?))?$/i.exec(value)?.groups ?? {}
+  const source = { file: file ?? value, ...withoutUndefined({ weight: weight && numberArgument(weight) }) }
+  return [...(previous ?? []), source as CalibrationFile]
+}
+
+interface CalibrationFile {
+  file: string
+  weight?: number
 }
 
 /** Values of {@link withCalibrationOptions}; the library checks them. */
 export interface CalibrationArguments {
-  calibration?: string
+  calibration?: CalibrationFile[]
   field: string
   sequences: number
   length: number

@@ -19,7 +19,7 @@ import {
   withModelOptions,
   withoutUndefined,
 } from './arguments.js'
-import { describeCompensation, describeLargestErrors, describePhases } from './describe-job.js'
+import { describeCalibration, describeCompensation, describeLargestErrors, describePhases } from './describe-job.js'
 import { formatBytes, formatSeconds, formatShare } from './format.js'
 import { runCommand } from './run-command.js'
 import { formatPairs } from './table.js'
@@ -102,6 +102,7 @@ function describeReport({ recipe, summary, linears }: CompensationReport): strin
       ['written', recipe.out],
       ['factors', `${formatBytes(summary.bytes)}, ${summary.bitsPerWeight.toFixed(2)} bits per weight`],
       ['mean output error', error ? `${formatShare(error.quantized)} → ${formatShare(error.compensated)}` : undefined],
+      ...describeCalibration(summary.calibration),
       ...describeCompensation(summary.compensation),
       ['time', `${formatSeconds(summary.seconds)}${describePhases(summary.phases)}`],
       ['peak memory', summary.peakMemoryBytes === null ? undefined : formatBytes(summary.peakMemoryBytes)],

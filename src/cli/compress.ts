@@ -23,7 +23,7 @@ import {
   withModelOptions,
   withoutUndefined,
 } from './arguments.js'
-import { describeCompensation, describeLargestErrors, describePhases } from './describe-job.js'
+import { describeCalibration, describeCompensation, describeLargestErrors, describePhases } from './describe-job.js'
 import { formatBytes, formatCount, formatSeconds, formatShare } from './format.js'
 import { runCommand } from './run-command.js'
 import { formatPairs, formatTable } from './table.js'
@@ -195,6 +195,7 @@ function describeReport(report: CompressReport): string {
       ['widths', recipe.bitBudget === null ? undefined : describeCounts(linears, ({ bits }) => `${bits} bits`)],
       ['group axes', recipe.groupAxis === 'adaptive' ? describeCounts(linears, (l) => l.groupAxis) : undefined],
       ['mean output error', error ? formatShare(error.quantized) + compensated : undefined],
+      ...describeCalibration(summary.calibration),
       ...describeCompensation(summary.compensation),
       ['time', `${formatSeconds(summary.seconds)}${describePhases(summary.phases)}`],
       ['peak memory', summary.peakMemoryBytes === null ? undefined : formatBytes(summary.peakMemoryBytes)],

@@ -1,4 +1,4 @@
-import type { CompensationSummary, CompressedLinear } from '../index.js'
+import type { CalibrationShare, CompensationSummary, CompressedLinear } from '../index.js'
 import { formatShare } from './format.js'
 import { formatTable } from './table.js'
 
@@ -12,6 +12,15 @@ export function describePhases(phases: Record<string, number>): string {
     .filter(({ share }) => share >= 0.005)
     .sort((a, b) => b.share - a.share)
   return shares.length > 0 ? ` (${shares.map(({ phase, share }) => `${phase} ${formatShare(share)}`).join(', ')})` : ''
+}
+
+/** Lines about the sources of a mixture; none for a single one. */
+export function describeCalibration(sources: CalibrationShare[]): [string, string][] {
+  if (sources.length < 2) return []
+  return sources.map(({ file, tokens, weight, share }) => [
+    `calibration ${file}`,
+    `${tokens} tokens × ${weight}, ${formatShare(share)}`,
+  ])
 }
 
 /** Lines about all compensations of a model. */

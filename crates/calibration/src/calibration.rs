@@ -1,7 +1,8 @@
 use kintsugi_linalg::UpperTriangle;
 use kintsugi_runtime::{Error, ErrorCode, Result};
 
-/// Unweighted sums over the input vectors x (one per token) of one Linear, in f64.
+/// Sums over the input vectors x (one per token) of one Linear, in f64. A mixture counts the tokens of each source with
+/// a weight; otherwise every weight is one.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Calibration {
     pub(crate) width: usize,
@@ -11,7 +12,29 @@ pub struct Calibration {
     pub(crate) absolute_sums: Vec<f64>,
 }
 
+/// A part of the sums of one Linear.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SumPart {
+    /// A row of the second moment, from its diagonal element on.
+    SecondMoment(usize),
+    /// `Σ x`
+    Sums,
+    /// `Σ |x|`
+    AbsoluteSums,
+}
+
 impl Calibration {
+    /// Sums over no vectors of length `width`.
+    pub fn zeros(width: usize) -> Self {
+        Calibration {
+            width,
+            tokens: 0,
+            second_moment: UpperTriangle::zeros(width),
+            sums: vec![0.0; width],
+            absolute_sums: vec![0.0; width],
+        }
+    }
+
     /// Bytes of the statistics of `width` inputs.
     pub fn bytes(width: usize) -> u64 {
         UpperTriangle::<f64>::bytes(width) + 16 * width as u64
@@ -41,7 +64,7 @@ impl Calibration {
         self.width
     }
 
-    /// Number of vectors that were summed.
+    /// Number of vectors that were summed, whatever their weights.
     pub fn tokens(&self) -> u64 {
         self.tokens
     }
@@ -66,22 +89,48 @@ impl Calibration {
         &self.absolute_sums
     }
 
-    /// Adds the sums of other tokens of the same Linear.
+    /// Adds the sums of other tokens of the same Linear, each of which counts `weight` times.
     ///
     /// # Errors
     /// `ERR_SHAPE_MISMATCH` when the widths differ; nothing is changed then.
-    pub fn merge(&mut self, other: &Calibration) -> Result<()> {
+    pub fn merge(&mut self, other: &Calibration, weight: f64) -> Result<()> {
         if self.width != other.width {
             let message = format!("sums over {} inputs cannot be added to sums over {}", other.width, self.width);
             return Err(Error::new(ErrorCode::ShapeMismatch, message)
                 .subject("Calibration")
                 .hint("Merge only statistics of the same Linear"));
         }
-        self.tokens += other.tokens;
-        let add = |sums: &mut [f64], others: &[f64]| sums.iter_mut().zip(others).for_each(|(sum, other)| *sum += other);
-        (0..self.width).for_each(|i| add(self.second_moment.row_mut(i), other.second_moment.row(i)));
-        add(&mut self.sums, &other.sums);
-        add(&mut self.absolute_sums, &other.absolute_sums);
+        self.add(other.tokens, weight, |part, out| {
+            out.copy_from_slice(match part {
+                SumPart::SecondMoment(row) => other.second_moment.row(row),
+                SumPart::Sums => &other.sums,
+                SumPart::AbsoluteSums => &other.absolute_sums,
+            });
+            Ok(())
+        })
+    }
+
+    /// Adds sums that lie somewhere else, part by part: `read` writes one. Each of their `tokens` counts `weight` times.
+    ///
+    /// # Errors
+    /// What `read` reports; the parts before have been added then.
+    pub fn add(
+        &mut self,
+        tokens: u64,
+        weight: f64,
+        mut read: impl FnMut(SumPart, &mut [f64]) -> Result<()>,
+    ) -> Result<()> {
+        let mut scratch = vec![0.0; self.width];
+        let mut add = |part: SumPart, sums: &mut [f64]| {
+            let found = &mut scratch[..sums.len()];
+            read(part, found)?;
+            sums.iter_mut().zip(found).for_each(|(sum, value)| *sum += weight * *value);
+            Ok(())
+        };
+        (0..self.width).try_for_each(|i| add(SumPart::SecondMoment(i), self.second_moment.row_mut(i)))?;
+        add(SumPart::Sums, &mut self.sums)?;
+        add(SumPart::AbsoluteSums, &mut self.absolute_sums)?;
+        self.tokens += tokens;
         Ok(())
     }
 }

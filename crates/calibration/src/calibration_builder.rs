@@ -1,4 +1,4 @@
-use kintsugi_linalg::{UpperTriangle, accumulate_gram};
+use kintsugi_linalg::accumulate_gram;
 use kintsugi_runtime::{Error, ErrorCode, Result, ThreadPool};
 
 use crate::Calibration;
@@ -16,19 +16,20 @@ pub struct CalibrationBuilder {
     sums: Calibration,
     /// Vectors of the chunk that is not full yet.
     chunk: Vec<f32>,
+    /// What each of them counts.
+    weight: f64,
 }
 
 impl CalibrationBuilder {
     /// Sums over vectors of length `width`.
     pub fn new(width: usize) -> Self {
-        let sums = Calibration {
-            width,
-            tokens: 0,
-            second_moment: UpperTriangle::zeros(width),
-            sums: vec![0.0; width],
-            absolute_sums: vec![0.0; width],
-        };
-        CalibrationBuilder { sums, chunk: Vec::new() }
+        CalibrationBuilder { sums: Calibration::zeros(width), chunk: Vec::new(), weight: 1.0 }
+    }
+
+    /// What each of the vectors counts that come from here on; one at first. Chunks begin anew.
+    pub fn weigh(&mut self, weight: f64, pool: &ThreadPool) {
+        self.add_chunk(pool);
+        self.weight = weight;
     }
 
     /// Adds vectors: `rows` is `[count, width]`, row-major, in token order.
@@ -73,11 +74,11 @@ impl CalibrationBuilder {
         if self.chunk.is_empty() {
             return;
         }
-        accumulate_gram(&self.chunk, second_moment, pool);
+        accumulate_gram(&self.chunk, self.weight, second_moment, pool);
         for row in self.chunk.chunks_exact(*width) {
             for ((sum, absolute), &value) in sums.iter_mut().zip(absolute_sums.iter_mut()).zip(row) {
-                *sum += f64::from(value);
-                *absolute += f64::from(value.abs());
+                *sum += self.weight * f64::from(value);
+                *absolute += self.weight * f64::from(value.abs());
             }
         }
         *tokens += (self.chunk.len() / *width) as u64;
@@ -140,7 +141,7 @@ mod tests {
         let (tokens, width) = (1024, 33);
         let x = rows(tokens, width);
         let mut left = sum(&x[..700 * width], width, &[], 1);
-        left.merge(&sum(&x[700 * width..], width, &[], 1)).unwrap();
+        left.merge(&sum(&x[700 * width..], width, &[], 1), 1.0).unwrap();
         let whole = sum(&x, width, &[], 1);
         assert_eq!(left.tokens(), whole.tokens());
         let trace: f64 = whole.energies().iter().sum();
@@ -150,9 +151,40 @@ mod tests {
             }
         }
         let before = left.clone();
-        let error = left.merge(&CalibrationBuilder::new(32).finish(&ThreadPool::with_threads(1))).unwrap_err();
+        let error = left.merge(&CalibrationBuilder::new(32).finish(&ThreadPool::with_threads(1)), 1.0).unwrap_err();
         assert_eq!(error.code, ErrorCode::ShapeMismatch);
         assert_eq!(left, before);
+    }
+
+    #[test]
+    fn weights_count_tokens_more_than_once() {
+        let pool = ThreadPool::with_threads(2);
+        let (width, weights) = (41, [3.0, 0.5, 2.0]);
+        let x = rows(700, width);
+        let parts: Vec<&[f32]> = x.chunks(250 * width).collect();
+        let mut builder = CalibrationBuilder::new(width);
+        let (mut merged, mut expected) = (Calibration::zeros(width), CalibrationBuilder::new(width));
+        for (part, weight) in parts.iter().zip(weights) {
+            builder.weigh(weight, &pool);
+            builder.push(part, &pool).unwrap();
+            merged.merge(&sum(part, width, &[], 1), weight).unwrap();
+            // Twice the weights are whole numbers: each vector as often as that.
+            (0..(2.0 * weight) as usize).for_each(|_| expected.push(part, &pool).unwrap());
+        }
+        let (streamed, expected) = (builder.finish(&pool), expected.finish(&pool));
+        for found in [&streamed, &merged] {
+            assert_eq!(found.tokens(), 700, "tokens are counted once");
+            let near = |a: f64, b: f64, size: f64| assert!((2.0 * a - b).abs() <= 1e-12 * size, "{a} {b}");
+            let energies = expected.energies();
+            for i in 0..width {
+                near(found.sums()[i], expected.sums()[i], expected.absolute_sums()[i]);
+                near(found.absolute_sums()[i], expected.absolute_sums()[i], expected.absolute_sums()[i]);
+                for j in i..width {
+                    let size = (energies[i] * energies[j]).sqrt();
+                    near(found.second_moment().at(i, j), expected.second_moment().at(i, j), size);
+                }
+            }
+        }
     }
 
     #[test]

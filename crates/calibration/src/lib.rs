@@ -3,5 +3,5 @@
 mod calibration;
 mod calibration_builder;
 
-pub use calibration::Calibration;
+pub use calibration::{Calibration, SumPart};
 pub use calibration_builder::{CHUNK_TOKENS, CalibrationBuilder};

@@ -4,6 +4,7 @@
 //! `cargo bench -p kintsugi-compensate --bench solve [-- SHAPE… [--rank R] [--solvers fast,exact] [--write DIR]]`, a SHAPE
 //! being `OUTxIN`. With `--write` the matrices are left as `delta-OUTxIN.f32` and `s-IN.f64` for
 //! `bench/peers/eora_torch.py`. `--block` solves the seven Linears of a Llama-3-8B block and says what 32 of them take.
+//! `--equal-bytes` compares ranks and bits of factors that take about the same bytes, on spectra of several slopes.
 #![allow(clippy::print_stdout, reason = "a bench is there to print")]
 
 use std::io::Write;
@@ -20,6 +21,8 @@ use kintsugi_weights::{DenseMatrix, ElementType, GroupSize, QuantizedMatrix, Qua
 const LLAMA_8B: [&[(usize, usize)]; 4] =
     [&[(4096, 4096), (1024, 4096), (1024, 4096)], &[(4096, 4096)], &[(14336, 4096), (14336, 4096)], &[(4096, 14336)]];
 const BLOCKS: f64 = 32.0;
+/// How the inputs fall unless something else is said.
+const SLOPE: f32 = 0.4;
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| argument != "--bench").collect();
@@ -32,17 +35,20 @@ fn main() {
     if arguments.iter().any(|argument| argument == "--block") {
         return block(rank, pool);
     }
+    let shape = |text: &String| text.split_once('x').and_then(|(m, k)| Some((m.parse().ok()?, k.parse().ok()?)));
+    let mut shapes: Vec<(usize, usize)> = arguments.iter().filter_map(shape).collect();
+    if arguments.iter().any(|argument| argument == "--equal-bytes") {
+        return equal_bytes(shapes.first().copied().unwrap_or((4096, 4096)), pool);
+    }
     println!(
         "| shape | solver | seconds | of them energies | directions | error before | after | above the bound at most |"
     );
     println!("|---|---|---|---|---|---|---|---|");
-    let shape = |text: &String| text.split_once('x').and_then(|(m, k)| Some((m.parse().ok()?, k.parse().ok()?)));
-    let mut shapes: Vec<(usize, usize)> = arguments.iter().filter_map(shape).collect();
     if shapes.is_empty() {
         shapes = vec![(2048, 2048), (4096, 4096), (4096, 14336)];
     }
     for (rows, columns) in shapes {
-        let calibration = inputs(columns, pool);
+        let calibration = inputs(columns, SLOPE, pool);
         let (weight, rounded) = weights(rows, columns);
         if let Some(folder) = &write {
             write_matrices(Path::new(folder), &weight, &rounded, &calibration);
@@ -91,7 +97,7 @@ fn block(rank: usize, pool: &ThreadPool) {
     println!("|---|---|---|---|---|---|---|---|");
     let mut seconds = 0.0;
     for readers in LLAMA_8B {
-        let calibration = inputs(readers[0].1, pool);
+        let calibration = inputs(readers[0].1, SLOPE, pool);
         for &(rows, columns) in readers {
             let (weight, rounded) = weights(rows, columns);
             seconds += solve(&weight, &rounded, &calibration, ("fast", rank), pool);
@@ -100,15 +106,42 @@ fn block(rank: usize, pool: &ThreadPool) {
     println!("\na block: {seconds:.1} s; {BLOCKS} blocks, 224 Linears: {:.1} min", BLOCKS * seconds / 60.0);
 }
 
+/// Prints what factors of several ranks and bits leave, beside 16 bits of rank 64.
+fn equal_bytes((rows, columns): (usize, usize), pool: &ThreadPool) {
+    println!(
+        "{rows}×{columns}\n\n| slope | bits | rank | bytes | beside rank 64 | error before | after | beside rank 64 |"
+    );
+    println!("|---|---|---|---|---|---|---|---|");
+    let (weight, rounded) = weights(rows, columns);
+    for slope in [0.3, SLOPE, 0.5, 0.75] {
+        let calibration = inputs(columns, slope, pool);
+        let mut first = None;
+        for (bits, rank) in [(16, 64), (8, 128), (4, 256)] {
+            let precision = FactorPrecision::of_bits(bits).unwrap();
+            let options = CompensationOptions { rank, precision, ..CompensationOptions::default() };
+            let error = compensate(&weight, &rounded, &calibration, None, &options, pool).unwrap().error;
+            let bytes = precision.stored_bits(rows, columns, rank) as f64 / 8.0;
+            let (base_bytes, base_error) = *first.get_or_insert((bytes, error.compensated));
+            println!(
+                "| {slope} | {bits} | {rank} | {bytes} | {:+.1} % | {:.4} | {:.4} | {:+.1} % |",
+                100.0 * (bytes / base_bytes - 1.0),
+                error.quantized,
+                error.compensated,
+                100.0 * (error.compensated / base_error - 1.0)
+            );
+        }
+    }
+}
+
 fn normal(random: &mut SplitMix64) -> f32 {
     ((0..6).map(|_| random.uniform()).sum::<f64>() - 3.0) as f32 * 2f32.sqrt()
 }
 
-/// Statistics of as many tokens as channels, at most 4096.
-fn inputs(columns: usize, pool: &ThreadPool) -> Calibration {
+/// Statistics of as many tokens as channels, at most 4096. Sizes of the principal components fall like `i^−slope`.
+fn inputs(columns: usize, slope: f32, pool: &ThreadPool) -> Calibration {
     let mut random = SplitMix64::new(columns as u64);
     let size: Vec<f32> =
-        (0..columns).map(|j| ((j + 1) as f32).powf(-0.4) * if j % 97 == 5 { 20.0 } else { 1.0 }).collect();
+        (0..columns).map(|j| ((j + 1) as f32).powf(-slope) * if j % 97 == 5 { 20.0 } else { 1.0 }).collect();
     let reflection: Vec<f32> = (0..columns).map(|_| normal(&mut random)).collect();
     let norm: f32 = reflection.iter().map(|v| v * v).sum();
     let mut builder = CalibrationBuilder::new(columns);

@@ -3,9 +3,9 @@ use kintsugi_linalg::{
     MatrixView, product, product_by_columns, solve_symmetric, times_symmetric_by_columns, transposed,
 };
 use kintsugi_runtime::{Result, ThreadPool};
-use kintsugi_weights::{DenseMatrix, ElementType, FactorCodes, LowRank, RowSource};
+use kintsugi_weights::{DenseMatrix, ElementType, FactorCodes, LowRank, QuantizedMatrix, RowSource};
 
-use crate::factor_precision::{code_rows, round_floats};
+use crate::factor_precision::{code_rows, round_floats, without_columns};
 use crate::fast::Fast;
 use crate::input_metric::InputMetric;
 use crate::{
@@ -56,7 +56,8 @@ pub struct Compensation {
 /// directions before it have left, which keeps the projection property whatever the rounding of B, and keeps ranks
 /// nested: a prefix of the factors is, bit for bit, the solution of that rank. Float factors are then balanced by
 /// powers of two, which changes no digit of their product: `‖bᵢ‖ ≈ ‖aᵢ‖`, as training expects of an adapter. Factors
-/// of codes are solved once more: B for the rounded A, in the metric of the inputs.
+/// of codes are solved once more: B for the rounded A, in the metric of the inputs. Channels that rounding would make
+/// worse than they were are left out of them.
 ///
 /// # Errors
 /// What [`Residual::new`] refuses, `ERR_VALUE_NOT_FINITE` for factors that the stored type cannot hold,
@@ -170,15 +171,41 @@ fn coded_factors(
         values.extend_from_slice(row);
         Ok(rounded)
     })?;
-    let a = code_rows(&values, rank, columns, bits)?;
+    let a = spare_channels(residual, &b, code_rows(&values, rank, columns, bits)?, pool)?;
     let first = LowRank::of_codes(FactorCodes { b, a: a.clone() });
     let Some(refitted) = refit(residual, &a.to_f32(), rank, pool) else { return Ok(first) };
-    let second = LowRank::of_codes(FactorCodes { b: code_rows(&refitted, rows, rank, bits)?, a });
+    let b = code_rows(&refitted, rows, rank, bits)?;
+    let a = spare_channels(residual, &b, a, pool)?;
+    let second = LowRank::of_codes(FactorCodes { b, a });
     let left = |factors: &LowRank| {
         let energies = RankProfile::energies(residual, factors, pool);
         energies[factors.rank()]
     };
     Ok(if left(&second) < left(&first) { second } else { first })
+}
+
+/// A without the channels that B A would make worse, `‖δⱼ − B aⱼ‖ > ‖δⱼ‖`: a channel of which A finds little, in a run
+/// with one of which it finds much, is left with rounding noise.
+fn spare_channels(
+    residual: &Residual<'_>,
+    b: &QuantizedMatrix,
+    a: QuantizedMatrix,
+    pool: &ThreadPool,
+) -> Result<QuantizedMatrix> {
+    let (rows, columns, rank) = (residual.rows(), residual.columns(), a.rows());
+    let (b, values) = (widen(&b.to_f32()), widen(&a.to_f32()));
+    let directions = MatrixView::new(&b, rows, rank).transposed();
+    let found = product_by_columns(directions, MatrixView::new(residual.delta(), rows, columns), pool);
+    let gram = product_by_columns(directions, directions.transposed(), pool);
+    let repaired =
+        product_by_columns(MatrixView::new(&gram, rank, rank), MatrixView::new(&values, rank, columns), pool);
+    // ‖δ − B a‖² − ‖δ‖² = aᵀ BᵀB a − 2 aᵀ Bᵀδ, for every channel.
+    let mut change = vec![0.0; columns];
+    for (at, value) in values.iter().enumerate() {
+        change[at % columns] += value * (repaired[at] - 2.0 * found[at]);
+    }
+    let worse: Vec<bool> = change.iter().map(|&change| change > 0.0).collect();
+    if worse.contains(&true) { without_columns(&a, &worse) } else { Ok(a) }
 }
 
 /// `B = Δ S Ãᵀ (Ã S Ãᵀ)⁻¹`, `[rows, rank]`: the best B for a rounded A. `None` where `Ã S Ãᵀ` is singular.

@@ -83,11 +83,24 @@ pub(crate) fn code_rows(values: &[f64], rows: usize, columns: usize, bits: u8) -
             codes.iter_mut().zip(values).for_each(|(code, &value)| *code = encode(value, scale, bits));
         }
     }
+    coded((rows, columns), bits, codes, scales)
+}
+
+/// The same codes, with zeros in some columns.
+pub(crate) fn without_columns(coded_rows: &QuantizedMatrix, dropped: &[bool]) -> Result<QuantizedMatrix> {
+    let (rows, columns, bits) = (coded_rows.rows(), coded_rows.columns(), coded_rows.bits());
+    let zero = 1u8 << (bits - 1);
+    let codes = coded_rows.codes().iter().enumerate();
+    let codes = codes.map(|(at, &code)| if dropped[at % columns] { zero } else { code }).collect();
+    coded((rows, columns), bits, codes, coded_rows.scales().to_vec())
+}
+
+fn coded((rows, columns): (usize, usize), bits: u8, codes: Vec<u8>, scales: Vec<f32>) -> Result<QuantizedMatrix> {
     QuantizedMatrix::new(QuantizedParts {
         rows,
         columns,
         bits,
-        group_size: GroupSize::Columns(group),
+        group_size: GroupSize::Columns(FactorPrecision::GROUP),
         codes,
         scales,
         scale_type: ElementType::Bf16,
@@ -159,6 +172,10 @@ mod tests {
                 }
             }
         }
+        let spared =
+            without_columns(&code_rows(&values(140), 2, 70, 4).unwrap(), &[[true, false]; 35].concat()).unwrap();
+        let pairs = spared.to_f32().into_iter().zip(code_rows(&values(140), 2, 70, 4).unwrap().to_f32());
+        assert!(pairs.enumerate().all(|(at, (spared, coded))| spared == if at % 2 == 0 { 0.0 } else { coded }));
         assert!(code_rows(&[0.0; 4], 2, 2, 4).unwrap().to_f32().iter().all(|&value| value == 0.0));
         assert_eq!(code_rows(&[1e300; 4], 2, 2, 4).unwrap_err().code, ErrorCode::ValueNotFinite);
     }

@@ -5,7 +5,7 @@ use crate::input_metric::{InputMetric, NarrowOperator, OutputOperator};
 use crate::{Certificate, CompensationMethod, OutputDirections, Residual};
 
 /// EoRA by a block-Krylov space that grows until its residuals prove the directions good enough; completely where
-/// that costs less or they never do.
+/// that costs less.
 pub struct Fast;
 
 impl CompensationMethod for Fast {
@@ -41,13 +41,23 @@ fn narrowly(residual: &Residual<'_>, rank: usize, pool: &ThreadPool) -> Result<O
     let enough =
         |captured: f64, excess: f64| Certificate::suffices(residual.energy(), captured, missing(captured, excess));
     let found = BlockKrylov::new(&operator, rank, enough, pool)?;
-    Ok(found.map(|found| {
+    Ok(found.sufficient.then(|| {
         let captured: f64 = found.values.iter().take(rank).sum();
         OutputDirections::new(&found.values, found.vectors, rows, rank, missing(captured, found.excess))
     }))
 }
 
-/// Leading directions in a metric in which Δ has that energy.
+/// Bytes that finding the directions of a `[rows, columns]` residual takes at most.
+pub fn directions_bytes(rows: usize, columns: usize, rank: usize) -> u64 {
+    if BlockKrylov::pays(rows.min(columns), rank) {
+        BlockKrylov::working_bytes(rows, rank) + BlockKrylov::block_size(rows, rank) as u64 * columns as u64 * 16
+    } else {
+        OutputDirections::complete_bytes(rows, columns)
+    }
+}
+
+/// Leading directions in a metric in which Δ has that energy. Where no space of a few blocks is enough, all of them are
+/// computed if that takes no more memory.
 pub(crate) fn leading(
     residual: &Residual<'_>,
     metric: &InputMetric<'_>,
@@ -59,7 +69,10 @@ pub(crate) fn leading(
     if BlockKrylov::pays(rows.min(residual.columns()), rank) {
         let operator = OutputOperator { delta: MatrixView::new(residual.delta(), rows, residual.columns()), metric };
         let enough = |captured: f64, excess: f64| Certificate::suffices(energy, captured, excess);
-        if let Some(found) = BlockKrylov::new(&operator, rank, enough, pool)? {
+        let found = BlockKrylov::new(&operator, rank, enough, pool)?;
+        let complete = OutputDirections::complete_bytes(rows, residual.columns());
+        // Whether what was not enough is good enough all the same is for the certificate to say.
+        if found.sufficient || complete > directions_bytes(rows, residual.columns(), rank) {
             return Ok(OutputDirections::new(&found.values, found.vectors, rows, rank, found.excess));
         }
     }

@@ -23,7 +23,7 @@ pub use compensation_method::{CompensationMethod, METHODS, compensation_method};
 pub use diagonal::Diagonal;
 pub use exact::Exact;
 pub use factor_precision::FactorPrecision;
-pub use fast::Fast;
+pub use fast::{Fast, directions_bytes};
 pub use hold_out::HoldOut;
 pub use lorc::Lorc;
 pub use output_directions::OutputDirections;

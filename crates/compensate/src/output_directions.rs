@@ -56,6 +56,12 @@ impl OutputDirections {
         OutputDirections { rank, vectors, values: values[..rank].to_vec(), excess }
     }
 
+    /// Bytes that [`OutputDirections::complete`] takes: an eigenproblem of the smaller side, behind a QR where Δ is tall.
+    pub(crate) fn complete_bytes(rows: usize, columns: usize) -> u64 {
+        let (side, values) = (rows.min(columns) as u64, rows as u64 * columns as u64);
+        40 * side * side + if rows > columns { 3 } else { 1 } * 8 * values
+    }
+
     /// From all eigenvalues of G. A tall Δ is first reduced to `Δ = Q R`: the eigenvectors of G are Q times those of the
     /// smaller `R M Rᵀ`.
     pub(crate) fn complete(

@@ -1,6 +1,7 @@
 use kintsugi_runtime::{Result, ThreadPool};
 
-use crate::{MatrixView, SplitMix64, SymmetricEigen, ThinQr, product_by_columns, transposed};
+use crate::triangular::solve_lower_by_columns;
+use crate::{MatrixView, SplitMix64, SymmetricEigen, ThinQr, product_by_columns, symmetric_product, transposed};
 
 /// A symmetric positive semidefinite matrix that is known by what it does to vectors.
 pub trait SymmetricOperator: Sync {
@@ -23,6 +24,8 @@ pub struct BlockKrylov {
     pub excess: f64,
     /// How often the operator was applied to a block.
     pub applications: usize,
+    /// Whether that was enough.
+    pub sufficient: bool,
 }
 
 impl BlockKrylov {
@@ -31,6 +34,8 @@ impl BlockKrylov {
     const EXTRA: usize = 16;
     /// Most blocks of a space.
     const BLOCKS: usize = 8;
+    /// How often a full space begins anew.
+    const RESTARTS: usize = 2;
 
     /// Vectors of a block for that rank.
     pub fn block_size(side: usize, rank: usize) -> usize {
@@ -50,7 +55,8 @@ impl BlockKrylov {
     }
 
     /// The first `rank` eigenpairs. The space grows until `enough(captured, excess)` holds for the sum of the leading
-    /// Ritz values and what it may be short of; `None` when the largest space is not enough.
+    /// Ritz values and what it may be short of. One that has as many blocks as may be begins anew from its leading
+    /// vectors, in the same memory; after the last time [`BlockKrylov::sufficient`] says that it never held.
     ///
     /// The start is the same for every matrix of a size. All blocks of the space are kept and orthogonalized twice.
     ///
@@ -61,33 +67,42 @@ impl BlockKrylov {
         rank: usize,
         enough: impl Fn(f64, f64) -> bool,
         pool: &ThreadPool,
-    ) -> Result<Option<Self>> {
+    ) -> Result<Self> {
         let side = operator.side();
         let size = Self::block_size(side, rank);
         let rank = rank.min(size);
         let mut random = SplitMix64::new(0x6b72_796c);
         let start: Vec<f64> = (0..size * side).map(|_| normal(&mut random)).collect();
-        let mut space = Space { side, size, basis: Vec::new(), projected: Vec::new(), dropped: 0.0 };
-        let (first, _) = orthonormal_rows(&operator.apply(&start, size, pool), size, side);
-        space.basis.extend(first);
-        let blocks = Self::BLOCKS.min(side / size);
-        for block in 1..=blocks {
-            let image = operator.apply(&space.basis[(block - 1) * size * side..], size, pool);
-            let rest = space.project(image, pool);
-            let (mut next, remainder) = orthonormal_rows(&rest, size, side);
-            // The space of one block is the subspace iteration, too coarse to look at.
-            if block > 1 || block == blocks {
-                let ritz = SymmetricEigen::new(&space.matrix(), space.dimension())?;
-                let excess = space.excess(&ritz, &remainder, rank);
-                if enough(ritz.values[..rank].iter().sum(), excess) {
-                    let vectors = space.vectors(&ritz, rank, pool);
-                    return Ok(Some(BlockKrylov { values: ritz.values, vectors, excess, applications: block + 1 }));
+        let (mut first, _) = orthonormal_rows(operator.apply(&start, size, pool), size, side, pool);
+        let blocks = Self::BLOCKS.min(side / size).max(1);
+        let mut applications = 1;
+        for restart in 0..=Self::RESTARTS {
+            let mut space = Space { side, size, basis: first, projected: Vec::new(), dropped: 0.0 };
+            first = Vec::new();
+            for block in 1..=blocks {
+                let image = operator.apply(&space.basis[(block - 1) * size * side..], size, pool);
+                applications += 1;
+                let rest = space.project(image, pool);
+                let (mut next, remainder) = orthonormal_rows(rest, size, side, pool);
+                // The space of one block is the subspace iteration, too coarse to look at.
+                if block > 1 || block == blocks {
+                    let ritz = SymmetricEigen::new(&space.matrix(), space.dimension())?;
+                    let excess = space.excess(&ritz, &remainder, rank);
+                    let sufficient = enough(ritz.values[..rank].iter().sum(), excess);
+                    if sufficient || (block == blocks && restart == Self::RESTARTS) {
+                        let vectors = space.vectors(&ritz, rank, pool);
+                        return Ok(BlockKrylov { values: ritz.values, vectors, excess, applications, sufficient });
+                    }
+                    if block == blocks {
+                        first = space.vectors(&ritz, size, pool);
+                        break;
+                    }
                 }
+                space.drop_known(&mut next, &remainder, pool);
+                space.basis.extend(next);
             }
-            space.drop_known(&mut next, &remainder, pool);
-            space.basis.extend(next);
         }
-        Ok(None)
+        unreachable!("the last block of the last space is returned")
     }
 }
 
@@ -204,9 +219,53 @@ impl Space {
 
 /// Orthonormal rows that span those of a `[count, side]` matrix, and the lower triangular `[count, count]` matrix that
 /// makes it of them.
-fn orthonormal_rows(rows: &[f64], count: usize, side: usize) -> (Vec<f64>, Vec<f64>) {
-    let qr = ThinQr::new(&transposed(rows, count, side), side, count);
+fn orthonormal_rows(rows: Vec<f64>, count: usize, side: usize, pool: &ThreadPool) -> (Vec<f64>, Vec<f64>) {
+    if let Some(found) = by_cholesky(&rows, count, side, pool) {
+        return found;
+    }
+    let qr = ThinQr::new(&transposed(&rows, count, side), side, count);
     (transposed(&qr.q, side, count), transposed(&qr.r, count, count))
+}
+
+/// The same by the Cholesky factor of the Gram matrix, twice (CholeskyQR2, Yamamoto et al., ETNA 44, 2015): nearly all of
+/// it products, which every thread takes part in. `None` where the rows are too dependent for that.
+fn by_cholesky(rows: &[f64], count: usize, side: usize, pool: &ThreadPool) -> Option<(Vec<f64>, Vec<f64>)> {
+    let (mut basis, mut factor) = (rows.to_vec(), Vec::new());
+    for round in 0..2 {
+        let view = MatrixView::new(&basis, count, side);
+        let mut gram = vec![0.0; count * count];
+        symmetric_product(view, view.transposed(), &mut gram, pool);
+        let lower = lower_cholesky(&gram, count)?;
+        solve_lower_by_columns(&lower, count, &mut basis, side, pool);
+        factor = if round == 0 {
+            lower
+        } else {
+            product_by_columns(MatrixView::new(&factor, count, count), MatrixView::new(&lower, count, count), pool)
+        };
+    }
+    Some((basis, factor))
+}
+
+/// The lower triangular `[n, n]` factor L of `G = L Lᵀ`; `None` where a row has less than 1e-8 of its square outside of
+/// those before it, or is not finite.
+fn lower_cholesky(gram: &[f64], n: usize) -> Option<Vec<f64>> {
+    const INDEPENDENT: f64 = 1e-8;
+    let mut lower = vec![0.0; n * n];
+    for i in 0..n {
+        let (above, row) = lower.split_at_mut(i * n);
+        for j in 0..i {
+            let known: f64 = row[..j].iter().zip(&above[j * n..j * n + j]).map(|(a, b)| a * b).sum();
+            row[j] = (gram[i * n + j] - known) / above[j * (n + 1)];
+        }
+        let own = gram[i * (n + 1)];
+        let pivot = own - row[..i].iter().map(|value| value * value).sum::<f64>();
+        // NaN fails, too.
+        if !(own.is_finite() && pivot > INDEPENDENT * own) {
+            return None;
+        }
+        row[i] = pivot.sqrt();
+    }
+    Some(lower)
 }
 
 /// Standard normal, as the sum of twelve.
@@ -307,7 +366,7 @@ mod tests {
                         looked.fetch_add(1, std::sync::atomic::Ordering::Relaxed) + 1 == blocks
                     };
                     let found = BlockKrylov::new(&operator, rank, enough, &pool).unwrap();
-                    let Some(found) = found else { continue };
+                    assert!(found.sufficient);
                     assert_eq!(found.applications, blocks + 1);
                     check_vectors(&operator, &found, rank, &pool);
                 }
@@ -340,10 +399,57 @@ mod tests {
         let (rank, total) = (32, values.iter().sum::<f64>());
         let best: f64 = values[..rank].iter().sum();
         let enough = |captured: f64, excess: f64| excess <= 2e-4 * (total - captured);
-        let found = BlockKrylov::new(&Known::new(values), rank, enough, &pool).unwrap().unwrap();
+        let found = BlockKrylov::new(&Known::new(values), rank, enough, &pool).unwrap();
         let captured: f64 = found.values[..rank].iter().sum();
         assert!(((total - captured) / (total - best)).sqrt() <= 1.0 + 1e-4);
         assert!(found.applications <= 5, "{}", found.applications);
+    }
+
+    #[test]
+    fn a_full_space_begins_anew_from_what_it_has_found() {
+        let pool = ThreadPool::with_threads(2);
+        let n = 500;
+        let values: Vec<f64> = (1..=n).map(|i| (i as f64).powf(-0.3)).collect();
+        let (rank, best) = (8, values[..8].iter().sum::<f64>());
+        let operator = Known::new(values);
+        let found = BlockKrylov::new(&operator, rank, |_, excess| excess <= 1e-9, &pool).unwrap();
+        assert!(found.sufficient && found.applications > BlockKrylov::BLOCKS + 1, "{}", found.applications);
+        assert!((found.values[..rank].iter().sum::<f64>() - best).abs() <= 1e-9 + 1e-12 * best);
+        check_vectors(&operator, &found, rank, &pool);
+        let never = BlockKrylov::new(&operator, rank, |_, _| false, &pool).unwrap();
+        assert!(!never.sufficient && never.excess <= 1e-9);
+        assert_eq!(never.applications, 1 + (1 + BlockKrylov::RESTARTS) * BlockKrylov::BLOCKS);
+    }
+
+    #[test]
+    fn rows_become_orthonormal_however_dependent_they_are() {
+        let pool = ThreadPool::with_threads(2);
+        let (count, side) = (30, 700);
+        let mut random = SplitMix64::new(4);
+        let independent: Vec<f64> = (0..count * side).map(|_| normal(&mut random)).collect();
+        let mixed = |share: f64| -> Vec<f64> {
+            let value = |at: usize| independent[at % side] + share * independent[at];
+            (0..count * side).map(|at| value(at) * 10f64.powi((at / side % 7) as i32 - 3)).collect()
+        };
+        for (share, by_products) in [(1.0, true), (1e-3, true), (1e-6, false), (0.0, false)] {
+            let rows = mixed(share);
+            assert_eq!(by_cholesky(&rows, count, side, &pool).is_some(), by_products, "{share}");
+            let (basis, factor) = orthonormal_rows(rows.clone(), count, side, &pool);
+            for i in 0..count {
+                let row = |of: &[f64], i: usize| of[i * side..(i + 1) * side].to_vec();
+                let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+                for j in 0..=i {
+                    let expected = if i == j { 1.0 } else { 0.0 };
+                    assert!((dot(&row(&basis, i), &row(&basis, j)) - expected).abs() < 1e-13, "{share} {i} {j}");
+                    assert!(i == j || factor[j * count + i] == 0.0, "{share}: it is lower triangular");
+                }
+                let norm = dot(&row(&rows, i), &row(&rows, i)).sqrt();
+                for column in (0..side).step_by(13) {
+                    let made: f64 = (0..count).map(|l| factor[i * count + l] * basis[l * side + column]).sum();
+                    assert!((made - rows[i * side + column]).abs() <= 1e-13 * norm, "{share} {i}");
+                }
+            }
+        }
     }
 
     #[test]
@@ -352,7 +458,7 @@ mod tests {
         let operator = Known::new(values);
         let run = |threads| {
             let pool = ThreadPool::with_threads(threads);
-            BlockKrylov::new(&operator, 10, |_, excess| excess < 1e-6, &pool).unwrap().unwrap().vectors
+            BlockKrylov::new(&operator, 10, |_, excess| excess < 1e-6, &pool).unwrap().vectors
         };
         assert_eq!(run(1), run(3));
     }
@@ -361,7 +467,7 @@ mod tests {
     fn a_zero_operator_and_a_broken_one() {
         let pool = ThreadPool::with_threads(1);
         let zero = Known { matrix: vec![0.0; 300 * 300], values: vec![0.0; 300] };
-        let found = BlockKrylov::new(&zero, 4, |_, excess| excess == 0.0, &pool).unwrap().unwrap();
+        let found = BlockKrylov::new(&zero, 4, |_, excess| excess == 0.0, &pool).unwrap();
         assert!(found.values.iter().all(|&value| value == 0.0));
         let broken = Known { matrix: vec![f64::NAN; 300 * 300], values: vec![0.0; 300] };
         let error = BlockKrylov::new(&broken, 4, |_, _| false, &pool).unwrap_err();

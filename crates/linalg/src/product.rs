@@ -46,14 +46,14 @@ pub fn symmetric_product(a: MatrixView<'_, f64>, b: MatrixView<'_, f64>, out: &m
     mirror_upper_triangle(out, n);
 }
 
-/// `sum += Xᵀ X` for rows of f32: products and sums in f64. `x` is `[rows, n]`.
+/// `sum += weight · Xᵀ X` for rows of f32: products and sums in f64. `x` is `[rows, n]`.
 ///
 /// A product of two f32 is exact in f64. With products in f32 the directions that hold less than a millionth of the
 /// energy of the largest would be rounding noise, and activations with outliers have such directions.
 ///
 /// # Panics
 /// When the shapes do not fit.
-pub fn accumulate_gram(x: &[f32], sum: &mut UpperTriangle<f64>, pool: &ThreadPool) {
+pub fn accumulate_gram(x: &[f32], weight: f64, sum: &mut UpperTriangle<f64>, pool: &ThreadPool) {
     let n = sum.side();
     if n == 0 || x.is_empty() {
         return;
@@ -64,7 +64,7 @@ pub fn accumulate_gram(x: &[f32], sum: &mut UpperTriangle<f64>, pool: &ThreadPoo
         let part = &mut part[0];
         let (first, height) = (part.first, part.height());
         let left = x.column_range(first..first + height).transposed();
-        matmul(part.columns(first..n).0, Accum::Add, left.0, x.column_range(first..n).0, 1.0, Par::Seq);
+        matmul(part.columns(first..n).0, Accum::Add, left.0, x.column_range(first..n).0, weight, Par::Seq);
     });
 }
 
@@ -267,8 +267,8 @@ mod tests {
         let powers: Vec<f32> = (0..n).map(|j| [1.0, 1e30, 1e-30, 1e5][j % 4]).collect();
         let x: Vec<f32> = integers(20 * n, 5).iter().enumerate().map(|(i, &v)| v as f32 * powers[i % n]).collect();
         let mut sum = UpperTriangle::zeros(n);
-        accumulate_gram(&x, &mut sum, &pool);
-        accumulate_gram(&x, &mut sum, &pool);
+        accumulate_gram(&x, 1.0, &mut sum, &pool);
+        accumulate_gram(&x, 1.0, &mut sum, &pool);
         for i in 0..n {
             for j in 0..n {
                 let columns = || x.chunks_exact(n).map(|row| (f64::from(row[i]), f64::from(row[j])));
@@ -286,7 +286,7 @@ mod tests {
         let noise = integers(rows * n, 7);
         let x: Vec<f32> = noise.iter().enumerate().map(|(i, v)| (1000 + i % n) as f32 + *v as f32 / 1024.0).collect();
         let mut sum = UpperTriangle::zeros(n);
-        accumulate_gram(&x, &mut sum, &pool);
+        accumulate_gram(&x, 1.0, &mut sum, &pool);
         // The difference of two channels sees the noise alone; f32 sums of squares near 10⁶ would lose it.
         for (i, j) in [(0, 1), (5, 60), (64, 65)] {
             let offset = (j - i) as f64;
@@ -317,7 +317,7 @@ mod tests {
             let pool = ThreadPool::with_threads(threads);
             let a = MatrixView::new(&a, m, k);
             let mut gram = UpperTriangle::zeros(k);
-            accumulate_gram(&x, &mut gram, &pool);
+            accumulate_gram(&x, 1.0, &mut gram, &pool);
             let mut weighted = vec![0.0; m * k];
             times_symmetric(a, &gram, &mut weighted, &pool);
             let mut outer = vec![0.0; m * m];

@@ -67,7 +67,8 @@ fn job(source: &Path, out: &Path, sequences: usize, length: usize, rank: usize) 
     let mut recipe = recipe(source, out, "gptq", 4, rank);
     recipe.group_size = Some(128);
     let calibration = recipe.calibration.as_mut().expect("there is calibration");
-    (calibration.sequences, calibration.length, calibration.activations) = (sequences, length, ActivationPlace::Disk);
+    calibration.sources[0].sequences = sequences;
+    (calibration.length, calibration.activations) = (length, ActivationPlace::Disk);
     recipe
 }
 

@@ -31,14 +31,12 @@ pub struct BlockCompressor<'a, B: Backend> {
     phases: PhaseSeconds,
 }
 
-/// Where the statistics of the inputs come from.
-pub enum CalibrationInput<B: Backend> {
-    /// There are none.
-    None,
-    /// From activations that are carried along.
-    Stream(CalibrationStream<B>),
-    /// From an earlier job.
-    Saved(SavedStatistics),
+/// Where the statistics of the inputs come from; nowhere when both are empty, and from both together.
+pub struct CalibrationInput<B: Backend> {
+    /// Activations that are carried along.
+    pub stream: Option<CalibrationStream<B>>,
+    /// Statistics of earlier jobs.
+    pub saved: Vec<SavedStatistics>,
 }
 
 /// A block in its deployed form.
@@ -127,10 +125,7 @@ impl<'a, B: Backend> BlockCompressor<'a, B> {
 
     /// The calibration activations, at the input of the next block.
     pub fn stream(&self) -> Option<&CalibrationStream<B>> {
-        match &self.input {
-            CalibrationInput::Stream(stream) => Some(stream),
-            _ => None,
-        }
+        self.input.stream.as_ref()
     }
 
     /// Ends the file of saved statistics, if there is one: call it after the last block.
@@ -182,10 +177,8 @@ impl<'a, B: Backend> BlockCompressor<'a, B> {
         let count = spec.linears.len();
         let mut linears: Vec<Option<LinearReport>> = vec![None; count];
         let (mut factors, mut profiles) = (vec![None; count], vec![None; count]);
-        let mut runnable = match &self.input {
-            CalibrationInput::Stream(_) => Some(Block::prepare(self.backend, spec, index, &weights)?),
-            _ => None,
-        };
+        let streams = self.input.stream.is_some();
+        let mut runnable = streams.then(|| Block::prepare(self.backend, spec, index, &weights)).transpose()?;
         let places = |points: &[TapPoint]| -> Vec<usize> {
             (0..spec.linears.len()).filter(|&place| points.contains(&spec.linears[place].slot.tap())).collect()
         };
@@ -193,15 +186,11 @@ impl<'a, B: Backend> BlockCompressor<'a, B> {
             let held_out = self.stream().map_or(0, CalibrationStream::held_out);
             for points in split(stage, self.statistics_room, |point| statistics_bytes(spec, point, held_out)) {
                 let started = Instant::now();
-                let CapturedInputs { mut statistics, mut held_out } = match (&mut self.input, &runnable) {
-                    (CalibrationInput::Stream(stream), Some(block)) => {
-                        stream.capture(self.backend, block, &points, cancel)?
-                    }
-                    (CalibrationInput::Saved(saved), _) => {
-                        CapturedInputs { statistics: saved.read(index, &points)?, ..Default::default() }
-                    }
+                let CapturedInputs { mut statistics, mut held_out } = match (&mut self.input.stream, &runnable) {
+                    (Some(stream), Some(block)) => stream.capture(self.backend, block, &points, cancel)?,
                     _ => CapturedInputs::default(),
                 };
+                self.input.saved.iter().try_for_each(|saved| saved.add(index, &points, &mut statistics))?;
                 if let Some(saved) = &self.saved {
                     statistics.iter().try_for_each(|(&point, statistics)| saved.write(index, point, statistics))?;
                     saved.sync()?;
@@ -234,7 +223,7 @@ impl<'a, B: Backend> BlockCompressor<'a, B> {
                 }
             }
         }
-        if let (CalibrationInput::Stream(stream), Some(block)) = (&mut self.input, &runnable) {
+        if let (Some(stream), Some(block)) = (&mut self.input.stream, &runnable) {
             let started = Instant::now();
             stream.advance(self.backend, block, cancel)?;
             self.phases.calibrate += started.elapsed().as_secs_f64();
@@ -246,8 +235,8 @@ impl<'a, B: Backend> BlockCompressor<'a, B> {
     /// The block as the block method rewrites it, or as it is without one.
     fn fold(&mut self, index: usize, original: BlockWeights, cancel: &CancelToken) -> Result<FoldedBlock> {
         let started = Instant::now();
-        let folded = match (self.block_method, &mut self.input) {
-            (Some(method), CalibrationInput::Stream(stream)) => {
+        let folded = match (self.block_method, &mut self.input.stream) {
+            (Some(method), Some(stream)) => {
                 let stored = original.linears.first().map_or(ElementType::F32, element_type);
                 let options = self.recipe.usual_options(stored);
                 let folding = ScaleFolding { method, options, spec: self.spec, backend: self.backend };

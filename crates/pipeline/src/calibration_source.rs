@@ -8,7 +8,7 @@ use kintsugi_runtime::{Error, ErrorCode, Result, nearest};
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::CalibrationRecipe;
+use crate::CalibrationSource;
 use crate::calibration_statistics::STATISTICS_KEY;
 
 /// The tensor of token ids in a safetensors file.
@@ -58,12 +58,12 @@ const BYTES_PER_TOKEN: usize = 8;
 /// Tokens at the end of a part of a text that are not those of the whole text: the last word is cut.
 const CUT_TOKENS: usize = 256;
 
-/// Most tokens that the file of `recipe` can hold, by its length alone.
-pub(crate) fn most_tokens(recipe: &CalibrationRecipe) -> usize {
-    let bytes = file_bytes(recipe);
-    let tokens = match recipe.kind {
+/// Most tokens that the file of `source` can hold, by its length alone.
+pub(crate) fn most_tokens(source: &CalibrationSource) -> usize {
+    let bytes = file_bytes(source);
+    let tokens = match source.kind {
         CalibrationKind::Text | CalibrationKind::Jsonl => bytes,
-        CalibrationKind::Tokens if is_safetensors(&recipe.file) => bytes / 4,
+        CalibrationKind::Tokens if is_safetensors(&source.file) => bytes / 4,
         // A digit and what separates it from the next.
         CalibrationKind::Tokens => bytes / 2 + 1,
         CalibrationKind::Statistics => 0,
@@ -73,21 +73,23 @@ pub(crate) fn most_tokens(recipe: &CalibrationRecipe) -> usize {
 
 /// Memory that reading the tokens of the file takes, about. Lines are read one at a time, and of a text no more than is
 /// used.
-pub(crate) fn reading_bytes(recipe: &CalibrationRecipe) -> u64 {
-    let bytes = file_bytes(recipe);
-    match recipe.kind {
-        CalibrationKind::Text => bytes.min(beginning(enough_tokens(recipe)) as u64).saturating_mul(ENCODING_BYTES),
-        CalibrationKind::Tokens if is_safetensors(&recipe.file) => bytes.saturating_mul(4),
+pub(crate) fn reading_bytes(source: &CalibrationSource, length: usize) -> u64 {
+    let bytes = file_bytes(source);
+    match source.kind {
+        CalibrationKind::Text => {
+            bytes.min(beginning(enough_tokens(source, length)) as u64).saturating_mul(ENCODING_BYTES)
+        }
+        CalibrationKind::Tokens if is_safetensors(&source.file) => bytes.saturating_mul(4),
         // Ids of three digits and a comma.
-        CalibrationKind::Tokens if is_json(&recipe.file) => (bytes / 4).saturating_mul(size_of::<Value>() as u64),
+        CalibrationKind::Tokens if is_json(&source.file) => (bytes / 4).saturating_mul(size_of::<Value>() as u64),
         _ => 0,
     }
 }
 
-/// Tokens after which reading may stop: chance chooses among all of them, without it the first are taken.
-pub(crate) fn enough_tokens(recipe: &CalibrationRecipe) -> usize {
-    let sequences = recipe.sequences.saturating_add(recipe.hold_out);
-    if recipe.seed.is_some() { usize::MAX } else { sequences.saturating_mul(recipe.length) }
+/// Tokens after which reading sequences of `length` may stop: chance chooses among all of them, without it the first are taken.
+pub(crate) fn enough_tokens(source: &CalibrationSource, length: usize) -> usize {
+    let sequences = source.sequences.saturating_add(source.hold_out);
+    if source.seed.is_some() { usize::MAX } else { sequences.saturating_mul(length) }
 }
 
 /// Bytes at the beginning of a text that hold so many tokens, by experience.
@@ -95,8 +97,8 @@ fn beginning(tokens: usize) -> usize {
     tokens.saturating_add(CUT_TOKENS).saturating_mul(BYTES_PER_TOKEN)
 }
 
-fn file_bytes(recipe: &CalibrationRecipe) -> u64 {
-    fs::metadata(&recipe.file).map_or(0, |metadata| metadata.len())
+fn file_bytes(source: &CalibrationSource) -> u64 {
+    fs::metadata(&source.file).map_or(0, |metadata| metadata.len())
 }
 
 fn is_safetensors(path: &Path) -> bool {
@@ -117,20 +119,20 @@ fn starts_with_bracket(path: &Path) -> Result<bool> {
     Ok(false)
 }
 
-/// The tokens of the file of `recipe` in their order; reading may stop when there are `enough`. Records of a JSONL file
+/// The tokens of the file of `source` in their order; reading may stop when there are `enough`. Records of a JSONL file
 /// are tokenized apart; only text asks for the tokenizer of the model.
 ///
 /// # Errors
 /// `ERR_TOKENIZER_INVALID`,
 /// `ERR_TEXT_UNREADABLE` for what cannot be read or understood and for ids outside of the vocabulary, with the line.
 pub(crate) fn read_tokens(
-    recipe: &CalibrationRecipe,
+    source: &CalibrationSource,
     checkpoint: &Checkpoint,
     spec: &DecoderSpec,
     enough: usize,
 ) -> Result<Vec<u32>> {
-    let path = recipe.file.as_path();
-    match recipe.kind {
+    let path = source.file.as_path();
+    match source.kind {
         CalibrationKind::Text => {
             let tokenizer = read_tokenizer(checkpoint, spec)?;
             encode_beginning(path, enough, |text| tokenizer.encode(text, false))
@@ -138,7 +140,7 @@ pub(crate) fn read_tokens(
         CalibrationKind::Jsonl => {
             let (tokenizer, mut tokens) = (read_tokenizer(checkpoint, spec)?, Vec::new());
             each_line(path, |place, line| {
-                tokens.extend(tokenizer.encode(&field_of(line, &recipe.field, path, place)?, false)?);
+                tokens.extend(tokenizer.encode(&field_of(line, &source.field, path, place)?, false)?);
                 Ok(tokens.len() < enough)
             })?;
             Ok(tokens)

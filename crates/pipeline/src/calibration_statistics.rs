@@ -2,7 +2,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use kintsugi_calibration::Calibration;
+use kintsugi_calibration::{Calibration, SumPart};
 use kintsugi_checkpoint::{Checkpoint, NumberType, TensorFile, TensorFileWriter};
 use kintsugi_linalg::UpperTriangle;
 use kintsugi_model::{DecoderSpec, LinearSpec, TapPoint};
@@ -10,7 +10,7 @@ use kintsugi_runtime::{Error, ErrorCode, Result, ScratchFile};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::Recipe;
+use crate::{CalibrationSource, Recipe};
 
 /// The string in the header of a file of statistics that says what they are.
 pub(crate) const STATISTICS_KEY: &str = "kintsugi.calibration";
@@ -65,14 +65,17 @@ pub struct SavedStatistics {
     file: TensorFile,
     path: PathBuf,
     spec: DecoderSpec,
+    /// What each of their tokens counts.
+    weight: f64,
 }
 
 impl SavedStatistics {
-    /// Opens the file at `path` and checks that it belongs to the model.
+    /// Opens the file of `source` and checks that it belongs to the model.
     ///
     /// # Errors
     /// `ERR_STATISTICS_MISMATCH` when it does not or is of another version, and what opening reports.
-    pub fn open(path: &Path, checkpoint: &Checkpoint, spec: &DecoderSpec) -> Result<Self> {
+    pub fn open(source: &CalibrationSource, checkpoint: &Checkpoint, spec: &DecoderSpec) -> Result<Self> {
+        let path = source.file.as_path();
         let file = TensorFile::open(path)?;
         let mismatch = |message: String| mismatch(path, message);
         let description = Description::of(&file, path)?;
@@ -88,7 +91,7 @@ impl SavedStatistics {
                 return Err(mismatch(format!("the tensor {name} is not there or has not {count} elements")));
             }
         }
-        let saved = SavedStatistics { file, path: path.to_path_buf(), spec: spec.clone() };
+        let saved = SavedStatistics { file, path: path.to_path_buf(), spec: spec.clone(), weight: source.weight };
         for block in 0..spec.layers {
             spec.tap_stages().concat().into_iter().try_for_each(|point| saved.tokens(block, point).map(|_| ()))?;
         }
@@ -100,17 +103,40 @@ impl SavedStatistics {
         &self.path
     }
 
-    /// Those at some points of a block; without points that no token reached.
-    pub(crate) fn read(&self, block: usize, points: &[TapPoint]) -> Result<BTreeMap<TapPoint, Calibration>> {
-        let mut found = BTreeMap::new();
+    /// Adds those at some points of a block to `sums`, with their weight; nothing at points that no token reached.
+    pub(crate) fn add(
+        &self,
+        block: usize,
+        points: &[TapPoint],
+        sums: &mut BTreeMap<TapPoint, Calibration>,
+    ) -> Result<()> {
         for &point in points {
             let tokens = self.tokens(block, point)?;
-            if tokens > 0 {
-                let name = point_name(&self.spec, block, point);
-                found.insert(point, self.calibration(&name, tokens, width_at(&self.spec, point))?);
+            if tokens == 0 {
+                continue;
             }
+            let (name, width) = (point_name(&self.spec, block, point), width_at(&self.spec, point));
+            let mut first = 0;
+            let sums = sums.entry(point).or_insert_with(|| Calibration::zeros(width));
+            sums.add(tokens, self.weight, |part, out| match part {
+                SumPart::SecondMoment(_) => {
+                    let start = first;
+                    first += out.len();
+                    read_finite(&self.file, &format!("{name}.second_moment"), start, out)
+                }
+                SumPart::Sums => read_finite(&self.file, &format!("{name}.sums"), 0, out),
+                SumPart::AbsoluteSums => read_finite(&self.file, &format!("{name}.absolute_sums"), 0, out),
+            })?;
         }
-        Ok(found)
+        Ok(())
+    }
+
+    /// The tokens that they were taken from.
+    ///
+    /// # Errors
+    /// What reading the file reports.
+    pub(crate) fn all_tokens(&self) -> Result<u64> {
+        if self.spec.layers == 0 { Ok(0) } else { self.tokens(0, TapPoint::AttentionInput) }
     }
 
     /// How many tokens reached a point. Only an expert may have seen none.
@@ -124,15 +150,6 @@ impl SavedStatistics {
                 .subject(name)
                 .hint("The file is damaged; take the statistics again")),
         }
-    }
-
-    fn calibration(&self, name: &str, tokens: u64, width: usize) -> Result<Calibration> {
-        let second_moment = read_second_moment(&self.file, name, width)?;
-        let read = |tensor: &str, out: &mut [f64]| read_finite(&self.file, &format!("{name}.{tensor}"), 0, out);
-        let (mut sums, mut absolute_sums) = (vec![0.0; width], vec![0.0; width]);
-        read("sums", &mut sums)?;
-        read("absolute_sums", &mut absolute_sums)?;
-        Calibration::new(tokens, second_moment, sums, absolute_sums)
     }
 }
 

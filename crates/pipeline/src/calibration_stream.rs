@@ -11,6 +11,7 @@ use kintsugi_runtime::{CancelToken, Error, ErrorCode, Result, ThreadPool};
 
 use crate::CalibrationTokens;
 use crate::activation_buffer::ActivationBuffer;
+use crate::calibration_tokens::TokenSpan;
 
 /// Rows of one forward pass; several sequences share a pass as long as they fit.
 const ROWS_PER_PASS: usize = 1024;
@@ -40,8 +41,10 @@ pub struct CalibrationStream<B: Backend> {
     /// The input of the next block.
     hidden: ActivationBuffer,
     length: usize,
-    /// Tokens at the end that take no part in statistics.
-    held_out: usize,
+    /// Tokens that statistics are taken from, by their sources.
+    seen: Vec<TokenSpan>,
+    /// Tokens behind them that take no part in statistics.
+    held_out: Vec<TokenSpan>,
     spec: DecoderSpec,
     /// Buffers of a forward pass; they go when a block has been captured or left.
     workspace: Option<(Workspace<B>, B::Tensor)>,
@@ -89,10 +92,12 @@ impl<B: Backend> CalibrationStream<B> {
 
     fn empty(spec: &DecoderSpec, text: &CalibrationTokens, folder: Option<&Path>) -> Self {
         let hidden = ActivationBuffer::new(text.tokens().len(), spec.hidden_size, folder);
+        let (seen, held_out) = text.spans();
         CalibrationStream {
             hidden,
             length: text.length(),
-            held_out: text.held_out(),
+            seen: seen.to_vec(),
+            held_out: held_out.to_vec(),
             spec: spec.clone(),
             workspace: None,
         }
@@ -105,7 +110,7 @@ impl<B: Backend> CalibrationStream<B> {
 
     /// Tokens at the end that take no part in statistics.
     pub fn held_out(&self) -> usize {
-        self.held_out
+        TokenSpan::sum(&self.held_out)
     }
 
     /// Rows of one forward pass over sequences of `length` tokens.
@@ -142,27 +147,40 @@ impl<B: Backend> CalibrationStream<B> {
         let mut rows: BTreeMap<TapPoint, (usize, Vec<f32>)> = BTreeMap::new();
         let spec = self.spec.clone();
         let width_at = |point| spec.linears.iter().find(|linear| linear.slot.tap() == point).map(|l| l.columns);
-        let (seen, tokens) = (self.tokens() - self.held_out, self.tokens());
-        self.run(backend, block, 0..seen, false, cancel, &mut |point, tensor| {
-            if let Some(width) = width_at(point).filter(|_| points.contains(&point)) {
-                let values = backend.download(tensor)?;
-                builders.entry(point).or_insert_with(|| CalibrationBuilder::new(width)).push(&values, pool)?;
-            }
-            Ok(())
-        })?;
-        self.run(backend, block, seen..tokens, false, cancel, &mut |point, tensor| {
-            if let Some(width) = width_at(point).filter(|_| points.contains(&point)) {
-                let values = backend.download(tensor)?;
-                if let Some(position) = values.iter().position(|value| !value.is_finite()) {
-                    let message = format!("a token has the value {} at input {}", values[position], position % width);
-                    return Err(Error::new(ErrorCode::ValueNotFinite, message)
-                        .subject("calibration input")
-                        .hint("The model overflows on this text; check its weights, or run it in f32 precision"));
+        for (range, weight) in places(&self.seen, 0) {
+            builders.values_mut().for_each(|builder| builder.weigh(weight, pool));
+            self.run(backend, block, range, false, cancel, &mut |point, tensor| {
+                if let Some(width) = width_at(point).filter(|_| points.contains(&point)) {
+                    let values = backend.download(tensor)?;
+                    let builder = builders.entry(point).or_insert_with(|| {
+                        let mut builder = CalibrationBuilder::new(width);
+                        builder.weigh(weight, pool);
+                        builder
+                    });
+                    builder.push(&values, pool)?;
                 }
-                rows.entry(point).or_insert((width, Vec::new())).1.extend_from_slice(&values);
-            }
-            Ok(())
-        })?;
+                Ok(())
+            })?;
+        }
+        for (range, weight) in places(&self.held_out, TokenSpan::sum(&self.seen)) {
+            // Errors are squares: a token with this factor counts that often.
+            let factor = weight.sqrt() as f32;
+            self.run(backend, block, range, false, cancel, &mut |point, tensor| {
+                if let Some(width) = width_at(point).filter(|_| points.contains(&point)) {
+                    let values = backend.download(tensor)?;
+                    if let Some(position) = values.iter().position(|value| !value.is_finite()) {
+                        let message =
+                            format!("a token has the value {} at input {}", values[position], position % width);
+                        return Err(Error::new(ErrorCode::ValueNotFinite, message)
+                            .subject("calibration input")
+                            .hint("The model overflows on this text; check its weights, or run it in f32 precision"));
+                    }
+                    let rows = &mut rows.entry(point).or_insert((width, Vec::new())).1;
+                    rows.extend(values.iter().map(|value| value * factor));
+                }
+                Ok(())
+            })?;
+        }
         Ok(CapturedInputs {
             statistics: builders.into_iter().map(|(point, builder)| (point, builder.finish(pool))).collect(),
             held_out: rows.into_iter().map(|(point, (width, rows))| (point, HoldOut::new(width, rows))).collect(),
@@ -179,13 +197,17 @@ impl<B: Backend> CalibrationStream<B> {
         Ok(())
     }
 
-    /// The first sequences of the stream that together have at most `tokens` tokens; at least one.
+    /// The first sequences of the stream that together have at most `tokens` tokens, as many of each source whatever its
+    /// weight; at least one of each.
     ///
     /// # Errors
     /// `ERR_OUTPUT_UNWRITABLE` when they cannot be read.
     pub(crate) fn first_rows(&self, tokens: usize) -> Result<Vec<f32>> {
-        let rows = (tokens / self.length).max(1) * self.length;
-        self.hidden.read(0..rows.min(self.tokens() - self.held_out))
+        let mut rows = Vec::new();
+        for range in TokenSpan::sample(&self.seen, tokens, self.length) {
+            rows.extend(self.hidden.read(range)?);
+        }
+        Ok(rows)
     }
 
     /// What a part of `block` makes of `rows`, whole sequences.
@@ -262,4 +284,14 @@ impl<B: Backend> CalibrationStream<B> {
         }
         Ok(pass)
     }
+}
+
+/// Where spans lie that begin at token `first`, and what their tokens count.
+fn places(spans: &[TokenSpan], mut first: usize) -> Vec<(Range<usize>, f64)> {
+    let place = |span: &TokenSpan| {
+        let range = first..first + span.tokens;
+        first = range.end;
+        (range, span.weight)
+    };
+    spans.iter().map(place).collect()
 }

@@ -1,22 +1,54 @@
+use std::ops::Range;
+
 use kintsugi_checkpoint::Checkpoint;
 use kintsugi_linalg::SplitMix64;
 use kintsugi_model::DecoderSpec;
 use kintsugi_runtime::{Error, ErrorCode, Result};
 
-use crate::CalibrationRecipe;
 use crate::calibration_source::{enough_tokens, read_tokens};
+use crate::{CalibrationRecipe, CalibrationSource};
 
-/// The tokens that calibration runs over: sequences of one length.
+/// The tokens that calibration runs over: sequences of one length, source by source. Behind those that statistics are
+/// taken from come those that are held out: the first half of each source, then the second, so that each half of all is
+/// a mixture too.
 #[derive(Clone, Debug)]
 pub struct CalibrationTokens {
     tokens: Vec<u32>,
     length: usize,
-    held_out: usize,
+    seen: Vec<TokenSpan>,
+    held_out: Vec<TokenSpan>,
+}
+
+/// Consecutive tokens of one source, whole sequences.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct TokenSpan {
+    pub(crate) tokens: usize,
+    /// What each of them counts.
+    pub(crate) weight: f64,
+}
+
+impl TokenSpan {
+    pub(crate) fn sum(spans: &[TokenSpan]) -> usize {
+        spans.iter().map(|span| span.tokens).sum()
+    }
+
+    /// The first sequences of each of `spans` that make a sample of at most `tokens` tokens, as many of every span; at
+    /// least one of each: ranges in all of them together.
+    pub(crate) fn sample(spans: &[TokenSpan], tokens: usize, length: usize) -> Vec<Range<usize>> {
+        let share = (tokens / spans.len().max(1) / length).max(1) * length;
+        let mut first = 0;
+        let take = |span: &TokenSpan| {
+            let range = first..first + share.min(span.tokens);
+            first += span.tokens;
+            range
+        };
+        spans.iter().map(take).collect()
+    }
 }
 
 impl CalibrationTokens {
-    /// Reads the file of `recipe`, checks it, and cuts what it holds into sequences: the first ones, or with a seed those
-    /// that chance chooses, always the same. No sequence overlaps another.
+    /// Reads the files of `recipe`, checks them, and cuts what each holds into sequences: the first ones, or with a seed
+    /// those that chance chooses, always the same. No sequence overlaps another.
     ///
     /// # Errors
     /// `ERR_TEXT_UNREADABLE`, `ERR_TEXT_TOO_SHORT`, `ERR_CONTEXT_EXCEEDED`; `ERR_TOKENIZER_INVALID` for text.
@@ -29,23 +61,36 @@ impl CalibrationTokens {
                 .subject("calibration.length")
                 .hint(format!("Use a length of at most {}", spec.context_length)));
         }
-        let tokens = read_tokens(recipe, checkpoint, spec, enough_tokens(recipe))?;
-        if tokens.len() < length {
-            let message = format!("the file has {} tokens, less than one sequence of {length}", tokens.len());
-            return Err(Error::new(ErrorCode::TextTooShort, message)
-                .subject(recipe.file.display())
-                .hint("Give more of it or a smaller calibration.length"));
+        let mut read = CalibrationTokens { tokens: Vec::new(), length, seen: Vec::new(), held_out: Vec::new() };
+        let mut halves = [(Vec::new(), Vec::new()), (Vec::new(), Vec::new())];
+        for source in recipe.texts() {
+            let (mut tokens, seen) = read_source(source, checkpoint, spec, length)?;
+            let held_out = tokens.split_off(seen);
+            read.seen.push(TokenSpan { tokens: seen, weight: source.weight });
+            read.tokens.extend(tokens);
+            let (first, second) = held_out.split_at((held_out.len() / length).div_ceil(2) * length);
+            for ((tokens, spans), part) in halves.iter_mut().zip([first, second]) {
+                tokens.extend_from_slice(part);
+                spans.push(TokenSpan { tokens: part.len(), weight: source.weight });
+            }
         }
-        let (seen, held_out) = divide(tokens.len() / length, recipe.sequences, recipe.hold_out);
-        let tokens = choose(tokens, seen + held_out, length, recipe.seed);
-        Ok(CalibrationTokens { tokens, length, held_out: held_out * length })
+        for (tokens, spans) in halves {
+            read.tokens.extend(tokens);
+            read.held_out.extend(spans.into_iter().filter(|span| span.tokens > 0));
+        }
+        Ok(read)
     }
 
-    /// The first sequences that together have at most `tokens` tokens; at least one.
+    /// The first sequences that together have at most `tokens` tokens, as many of each source; at least one of each.
     pub(crate) fn first(&self, tokens: usize) -> Self {
-        let count = (tokens / self.length).max(1) * self.length;
-        let tokens = self.tokens[..count.min(self.seen())].to_vec();
-        CalibrationTokens { tokens, length: self.length, held_out: 0 }
+        let ranges = TokenSpan::sample(&self.seen, tokens, self.length);
+        let taken = |(span, range): (&TokenSpan, &Range<usize>)| TokenSpan { tokens: range.len(), ..*span };
+        CalibrationTokens {
+            tokens: ranges.iter().flat_map(|range| self.tokens[range.clone()].iter().copied()).collect(),
+            length: self.length,
+            seen: self.seen.iter().zip(&ranges).map(taken).collect(),
+            held_out: Vec::new(),
+        }
     }
 
     /// All tokens, sequence after sequence.
@@ -55,18 +100,41 @@ impl CalibrationTokens {
 
     /// How many of them, at the end, take no part in statistics.
     pub fn held_out(&self) -> usize {
-        self.held_out
+        TokenSpan::sum(&self.held_out)
     }
 
     /// How many of them, at the beginning, statistics are taken from.
     pub fn seen(&self) -> usize {
-        self.tokens.len() - self.held_out
+        TokenSpan::sum(&self.seen)
+    }
+
+    /// The spans of the sources: of those that statistics are taken from, and of those that are held out.
+    pub(crate) fn spans(&self) -> (&[TokenSpan], &[TokenSpan]) {
+        (&self.seen, &self.held_out)
     }
 
     /// Tokens of a sequence.
     pub fn length(&self) -> usize {
         self.length
     }
+}
+
+/// The sequences of one source, and how many of their tokens statistics are taken from.
+fn read_source(
+    source: &CalibrationSource,
+    checkpoint: &Checkpoint,
+    spec: &DecoderSpec,
+    length: usize,
+) -> Result<(Vec<u32>, usize)> {
+    let tokens = read_tokens(source, checkpoint, spec, enough_tokens(source, length))?;
+    if tokens.len() < length {
+        let message = format!("the file has {} tokens, less than one sequence of {length}", tokens.len());
+        return Err(Error::new(ErrorCode::TextTooShort, message)
+            .subject(source.file.display())
+            .hint("Give more of it or a smaller calibration.length"));
+    }
+    let (seen, held_out) = divide(tokens.len() / length, source.sequences, source.hold_out);
+    Ok((choose(tokens, seen + held_out, length, source.seed), seen * length))
 }
 
 /// How many of the sequences that are there statistics are taken from, and how many are held out: what is asked for, or
@@ -116,6 +184,14 @@ mod tests {
         assert_eq!(divide(3, 128, 1), (2, 1));
         assert_eq!(divide(1, 128, 1), (1, 0));
         assert_eq!(divide(20, 20, 0), (20, 0));
+    }
+
+    #[test]
+    fn a_sample_has_as_many_tokens_of_each_source() {
+        let span = |tokens| TokenSpan { tokens, weight: 1.0 };
+        assert_eq!(TokenSpan::sample(&[span(100)], 64, 10), vec![0..60]);
+        assert_eq!(TokenSpan::sample(&[span(100)], 5, 10), vec![0..10]);
+        assert_eq!(TokenSpan::sample(&[span(100), span(20), span(50)], 90, 10), vec![0..30, 100..120, 120..150]);
     }
 
     #[test]

@@ -16,8 +16,8 @@ use crate::ledger_unit::LedgerUnit;
 use crate::recovered_scales::{AsCompressed, as_compressed};
 use crate::solved_factors::SolvedFactors;
 use crate::{
-    BlockCompressor, CalibrationRecipe, CompensationSummary, DiskPlan, EoraRecipe, LinearReport, MeanError, MemoryPlan,
-    PhaseSeconds, Recipe,
+    BlockCompressor, CalibrationRecipe, CalibrationShare, CompensationSummary, DiskPlan, EoraRecipe, LinearReport,
+    MeanError, MemoryPlan, PhaseSeconds, Recipe,
 };
 
 /// A compensation of a checkpoint that is compressed already, by whomever and however.
@@ -98,6 +98,8 @@ pub struct CompensationJobSummary {
     pub bits_per_weight: f64,
     /// Tokens of calibration.
     pub calibration_tokens: u64,
+    /// The same by source.
+    pub calibration: Vec<CalibrationShare>,
     /// Mean over the Linears.
     pub mean_error: Option<MeanError>,
     /// Ranks, proofs, errors on inputs that took no part.
@@ -245,7 +247,7 @@ pub fn compensate<B: Backend>(
     let compression = recipe.compression();
     compression.validate()?;
     let pair = Pair::open(recipe)?;
-    plan(recipe, &compression, &pair, compression.passes().map_or(0, |calibration| calibration.length))?;
+    plan(recipe, &compression, &pair, compression.least_calibration_tokens())?;
     progress.begin("prepare", pair.spec.layers as u64);
     let calibration = CalibrationData::read(&compression, &pair.original, &pair.spec)?;
     let plan = plan(recipe, &compression, &pair, calibration.tokens())?;
@@ -311,7 +313,7 @@ impl Job<'_> {
         let before = self.units.last().map_or((0.0, PhaseSeconds::default()), |unit| (unit.seconds, unit.phases));
         let (spec, folder) = (&self.pair.spec, self.staged.path().to_path_buf());
         let mut phases = PhaseSeconds::default();
-        let tokens = calibration.seen() as u64;
+        let (tokens, shares) = (calibration.seen(), calibration.shares.clone());
         let finished = self.units.len();
         let on_disk = plan.memory.activations_on_disk.then_some(folder.as_path());
         let saved = self.units.last().and_then(|unit| unit.activations.as_deref());
@@ -370,9 +372,8 @@ impl Job<'_> {
             summary: CompensationJobSummary {
                 bytes: bits.div_ceil(8),
                 bits_per_weight: bits as f64 / weights.max(1) as f64,
-                // Statistics know how many tokens they were taken from.
-                calibration_tokens: tokens
-                    .max(linears.iter().filter_map(|linear| linear.calibration_tokens).max().unwrap_or(0)),
+                calibration_tokens: tokens,
+                calibration: shares,
                 mean_error: MeanError::over(&linears),
                 compensation: CompensationSummary::over(&linears, allocation),
                 seconds: before.0 + self.started.elapsed().as_secs_f64(),

@@ -16,8 +16,8 @@ use crate::ledger_unit::LedgerUnit;
 use crate::plan::stored_type;
 use crate::solved_factors::SolvedFactors;
 use crate::{
-    BlockCompressor, CalibrationInput, CalibrationStream, CalibrationTokens, CompensationSummary, CompressedBlock,
-    MeanError, PhaseSeconds, Plan, Recipe, Report, SavedStatistics, StatisticsWriter, Summary,
+    BlockCompressor, CalibrationInput, CalibrationShare, CalibrationStream, CalibrationTokens, CompensationSummary,
+    CompressedBlock, MeanError, PhaseSeconds, Plan, Recipe, Report, SavedStatistics, StatisticsWriter, Summary,
 };
 
 /// What `recipe` would do, from the headers of the checkpoint alone.
@@ -33,41 +33,44 @@ pub fn plan(recipe: &Recipe) -> Result<Plan> {
     Ok(plan)
 }
 
-/// What the statistics of a job come from.
-pub(crate) enum CalibrationData {
-    /// There are none.
-    None,
+/// What the statistics of a job come from; nothing where there are none.
+pub(crate) struct CalibrationData {
     /// Tokens that the model reads.
-    Tokens(CalibrationTokens),
-    /// A file of statistics.
-    Saved(Box<SavedStatistics>),
+    pub(crate) tokens: Option<CalibrationTokens>,
+    /// Files of statistics.
+    pub(crate) saved: Vec<SavedStatistics>,
+    /// What each source gives.
+    pub(crate) shares: Vec<CalibrationShare>,
 }
 
 impl CalibrationData {
     /// Tokens that the model reads.
     pub(crate) fn tokens(&self) -> usize {
-        match self {
-            CalibrationData::Tokens(tokens) => tokens.tokens().len(),
-            CalibrationData::None | CalibrationData::Saved(_) => 0,
-        }
+        self.tokens.as_ref().map_or(0, |tokens| tokens.tokens().len())
     }
 
-    /// Those that statistics are taken from.
-    pub(crate) fn seen(&self) -> usize {
-        match self {
-            CalibrationData::Tokens(tokens) => tokens.seen(),
-            CalibrationData::None | CalibrationData::Saved(_) => 0,
-        }
+    /// Tokens that statistics are of.
+    pub(crate) fn seen(&self) -> u64 {
+        self.shares.iter().map(|share| share.tokens).sum()
     }
 
     pub(crate) fn read(recipe: &Recipe, checkpoint: &Checkpoint, spec: &DecoderSpec) -> Result<Self> {
-        Ok(match &recipe.calibration {
-            None => CalibrationData::None,
-            Some(calibration) if recipe.uses_statistics() => {
-                CalibrationData::Saved(Box::new(SavedStatistics::open(&calibration.file, checkpoint, spec)?))
-            }
-            Some(calibration) => CalibrationData::Tokens(CalibrationTokens::read(calibration, checkpoint, spec)?),
-        })
+        let Some(calibration) = &recipe.calibration else {
+            return Ok(CalibrationData { tokens: None, saved: Vec::new(), shares: Vec::new() });
+        };
+        let open = |source| SavedStatistics::open(source, checkpoint, spec);
+        let saved: Vec<SavedStatistics> = calibration.statistics().map(open).collect::<Result<_>>()?;
+        let tokens = recipe.passes().map(|texts| CalibrationTokens::read(texts, checkpoint, spec)).transpose()?;
+        // Both kinds are in the order of the sources.
+        let mut of_saved = saved.iter().map(SavedStatistics::all_tokens);
+        let mut of_texts = tokens.as_ref().map_or(&[][..], |tokens| tokens.spans().0).iter();
+        let counts = calibration.sources.iter().map(|source| match source.is_statistics() {
+            true => of_saved.next().unwrap_or(Ok(0)),
+            false => Ok(of_texts.next().map_or(0, |span| span.tokens as u64)),
+        });
+        let counts: Vec<u64> = counts.collect::<Result<_>>()?;
+        let shares = CalibrationShare::of(&calibration.sources, &counts);
+        Ok(CalibrationData { tokens, saved, shares })
     }
 }
 
@@ -87,7 +90,7 @@ pub fn compress<B: Backend>(recipe: &Recipe, backend: &B, cancel: &CancelToken, 
     let checkpoint = Checkpoint::open(&recipe.source)?;
     let spec = DecoderSpec::of(&checkpoint)?;
     // What is refused with one sequence is refused before the file is read; how many it holds is known afterwards.
-    Plan::new(recipe, &checkpoint, &spec, recipe.passes().map_or(0, |calibration| calibration.length))?;
+    Plan::new(recipe, &checkpoint, &spec, recipe.least_calibration_tokens())?;
     progress.begin("prepare", spec.layers as u64);
     let calibration = CalibrationData::read(recipe, &checkpoint, &spec)?;
     let plan = Plan::new(recipe, &checkpoint, &spec, calibration.tokens())?;
@@ -182,8 +185,8 @@ impl Compression<'_> {
         }
         let finished_blocks = self.units.len() - 1;
         let folder = self.writer.folder().to_path_buf();
-        let allocated = match (&calibration, recipe.bit_budget) {
-            (CalibrationData::Tokens(text), Some(_)) if finished_blocks < spec.layers => {
+        let allocated = match (&calibration.tokens, recipe.bit_budget) {
+            (Some(text), Some(_)) if finished_blocks < spec.layers => {
                 let checkpoint = self.checkpoint;
                 let (format, stored) = (linear_format(plan.format)?, stored_type(checkpoint, spec));
                 let search = Search { recipe, checkpoint, spec, backend, text, format, stored, cancel };
@@ -197,7 +200,7 @@ impl Compression<'_> {
         };
         let recipe = allocated.as_ref().unwrap_or(recipe);
         let on_disk = plan.memory.activations_on_disk.then_some(folder.as_path());
-        let tokens = calibration.seen() as u64;
+        let (tokens, shares) = (calibration.seen(), calibration.shares.clone());
         let done = finished_blocks == spec.layers;
         let saver = match &recipe.save_statistics {
             // The last run may have ended before the file had its name.
@@ -249,8 +252,6 @@ impl Compression<'_> {
         let bytes = self.writer.seal(&config)? - self.ledger.bytes();
         phases.write += finishing.elapsed().as_secs_f64();
         let SolvedFactors { linears, allocation } = solved;
-        // Statistics know how many tokens they were taken from.
-        let most_tokens = linears.iter().filter_map(|linear| linear.calibration_tokens).max().unwrap_or(0);
         let stored_bits: u64 = linears.iter().map(|linear| linear.stored_bits).sum();
         let report = Report {
             recipe: self.recipe.clone(),
@@ -260,7 +261,8 @@ impl Compression<'_> {
                 bytes,
                 source_bytes: plan.source_bytes,
                 quantized_weights: plan.quantized_weights,
-                calibration_tokens: tokens.max(most_tokens),
+                calibration_tokens: tokens,
+                calibration: shares,
                 mean_error: MeanError::over(&linears),
                 compensation: CompensationSummary::over(&linears, allocation),
                 seconds: before.0 + self.started.elapsed().as_secs_f64(),
@@ -315,16 +317,14 @@ pub(crate) fn calibration_input<B: Backend>(
     on_disk: Option<&Path>,
     folder: &Path,
 ) -> Result<CalibrationInput<B>> {
-    Ok(match (calibration, saved) {
-        (CalibrationData::Saved(saved), _) => CalibrationInput::Saved(*saved),
-        (CalibrationData::Tokens(text), _) if finished_blocks == 0 => {
-            CalibrationInput::Stream(CalibrationStream::new(checkpoint, spec, &text, on_disk)?)
+    let stream = match (&calibration.tokens, saved) {
+        (Some(text), _) if finished_blocks == 0 => Some(CalibrationStream::new(checkpoint, spec, text, on_disk)?),
+        (Some(text), Some(saved)) if finished_blocks < spec.layers => {
+            Some(CalibrationStream::resume(spec, text, on_disk, folder, saved)?)
         }
-        (CalibrationData::Tokens(text), Some(saved)) if finished_blocks < spec.layers => {
-            CalibrationInput::Stream(CalibrationStream::resume(spec, &text, on_disk, folder, saved)?)
-        }
-        _ => CalibrationInput::None,
-    })
+        _ => None,
+    };
+    Ok(CalibrationInput { stream, saved: calibration.saved })
 }
 
 /// Removes from the folder of a job what was for a later run only, and what an interrupted one was writing.

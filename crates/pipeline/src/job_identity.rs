@@ -22,9 +22,7 @@ pub(crate) fn identity(
 ) -> Result<Value> {
     let mut inputs = Map::new();
     let mut files: Vec<PathBuf> = checkpoints.iter().flat_map(|checkpoint| checkpoint.files()).collect();
-    if let CalibrationData::Saved(saved) = calibration {
-        files.push(saved.path().to_path_buf());
-    }
+    files.extend(calibration.saved.iter().map(|saved| saved.path().to_path_buf()));
     files.sort();
     files.dedup();
     for file in files {
@@ -35,7 +33,7 @@ pub(crate) fn identity(
         let state = state.map_err(|error| Error::io(ErrorCode::CheckpointNotFound, &file, &error))?;
         inputs.insert(file.display().to_string(), state.into());
     }
-    if let CalibrationData::Tokens(tokens) = calibration {
+    if let Some(tokens) = &calibration.tokens {
         let mut hasher = DefaultHasher::new();
         tokens.tokens().hash(&mut hasher);
         let (count, hash) = (tokens.tokens().len(), hasher.finish());

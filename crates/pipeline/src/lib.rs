@@ -7,6 +7,7 @@
 mod activation_buffer;
 mod bit_allocation;
 mod block_compressor;
+mod calibration_recipe;
 mod calibration_source;
 mod calibration_statistics;
 mod calibration_stream;
@@ -33,6 +34,7 @@ mod scale_folding;
 mod solved_factors;
 
 pub use block_compressor::{BlockCompressor, CalibrationInput, CompressedBlock};
+pub use calibration_recipe::{ActivationPlace, CalibrationRecipe, CalibrationSource};
 pub use calibration_source::CalibrationKind;
 pub use calibration_statistics::{SavedStatistics, StatisticsWriter};
 pub use calibration_stream::{CalibrationStream, CapturedInputs};
@@ -57,5 +59,5 @@ pub use merging::{
 };
 pub use plan::{Plan, PlannedLinear};
 pub use rank_division::AllocationReport;
-pub use recipe::{ActivationPlace, CalibrationRecipe, Recipe};
-pub use report::{CompensationSummary, LinearReport, MeanError, PhaseSeconds, Report, Summary};
+pub use recipe::Recipe;
+pub use report::{CalibrationShare, CompensationSummary, LinearReport, MeanError, PhaseSeconds, Report, Summary};

@@ -1,9 +1,8 @@
 use kintsugi_calibration::{CHUNK_TOKENS, Calibration};
 use kintsugi_checkpoint::Checkpoint;
-use kintsugi_compensate::Residual;
+use kintsugi_compensate::{Residual, directions_bytes};
 use kintsugi_compress::{AxisRule, tile_rows};
 use kintsugi_kernels::PAGE_POSITIONS;
-use kintsugi_linalg::BlockKrylov;
 use kintsugi_model::{CpuBackend, DecoderSpec, LinearSpec, PositionRule, TapPoint};
 use kintsugi_runtime::{Error, ErrorCode, Result, ThreadPool, available_memory_bytes};
 use kintsugi_weights::ElementType;
@@ -11,7 +10,7 @@ use serde::Serialize;
 
 use crate::activation_buffer::ActivationBuffer;
 use crate::calibration_source::reading_bytes;
-use crate::{ActivationPlace, CalibrationStream, Recipe};
+use crate::{ActivationPlace, CalibrationRecipe, CalibrationStream, Recipe};
 
 /// What the process has before a job begins: code, threads, the headers of the checkpoint, the tokenizer.
 const BASE: u64 = 160 << 20;
@@ -242,7 +241,10 @@ impl Shapes<'_> {
             .sum();
         MemoryParts {
             base: BASE,
-            text: recipe.passes().map_or(0, reading_bytes),
+            text: recipe.calibration.as_ref().map_or(0, |calibration| {
+                let of_source = |source| reading_bytes(source, calibration.length);
+                calibration.texts().map(of_source).max().unwrap_or(0)
+            }),
             embedding: if calibrated { self.embedding() } else { 0 },
             weights: weights + self.beside + if folds { elements * 4 } else { 0 },
             // Linears with groups along the outputs are packed as f32.
@@ -276,7 +278,7 @@ impl Shapes<'_> {
 
     /// Tokens that take no part in the statistics.
     fn held_out(&self) -> usize {
-        let held_out = self.recipe.passes().map_or(0, |calibration| calibration.hold_out * calibration.length);
+        let held_out = self.recipe.passes().map_or(0, CalibrationRecipe::most_held_out);
         held_out.min(self.tokens)
     }
 
@@ -350,11 +352,8 @@ impl Shapes<'_> {
             return 0;
         }
         let [rows, columns, wide_rank] = [m, k, rank].map(|size| size as u64);
-        let side = rows.min(columns);
-        let complete = 40 * side * side + if m > k { 3 * 8 * rows * columns } else { 8 * rows * columns };
         let factors = wide_rank * (rows + columns) * 36;
-        let krylov = BlockKrylov::working_bytes(m, rank) + BlockKrylov::block_size(m, rank) as u64 * columns * 16;
-        let directions = if BlockKrylov::pays(m.min(k), rank) { krylov } else { complete };
+        let directions = directions_bytes(m, k, rank);
         // Inputs that took no part: two halves in f32, one of them in f64.
         let held_out = 8 * self.held_out() as u64 * columns;
         Residual::bytes(m, k) + directions.max(factors + held_out)
@@ -375,8 +374,7 @@ impl Shapes<'_> {
 
     /// What a sample of tokens takes that runs through the block again and again: as input and output, twice each.
     fn sample(&self) -> u64 {
-        let length = self.recipe.calibration.as_ref().map_or(0, |calibration| calibration.length);
-        SAMPLE_TOKENS.max(length) as u64 * self.spec.hidden_size as u64 * 4 * 4
+        SAMPLE_TOKENS.max(self.recipe.least_calibration_tokens()) as u64 * self.spec.hidden_size as u64 * 4 * 4
     }
 
     fn folding(&self) -> u64 {

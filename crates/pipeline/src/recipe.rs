@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use crate::calibration_source::most_tokens;
 use crate::output_format::AUTO;
-use crate::{CalibrationKind, EoraRecipe, LinearOverride};
+use crate::{CalibrationRecipe, CalibrationSource, EoraRecipe, LinearOverride};
 
 /// What the user asked for.
 #[derive(Clone, Debug, Serialize)]
@@ -62,53 +62,6 @@ pub struct Recipe {
     /// Bytes of memory that the job may take; `None` for what is available. Changes no bit of the output.
     #[serde(skip)]
     pub memory: Option<u64>,
-}
-
-/// Where calibration statistics come from.
-#[derive(Clone, Debug, Serialize)]
-#[serde(rename_all = "camelCase")]
-pub struct CalibrationRecipe {
-    /// The file.
-    pub file: PathBuf,
-    /// What it holds.
-    pub kind: CalibrationKind,
-    /// JSONL: the field with the text.
-    pub field: String,
-    /// Most sequences that are taken. Statistics have theirs already.
-    pub sequences: usize,
-    /// Tokens of a sequence.
-    pub length: usize,
-    /// Chooses the sequences by chance; `null` takes those at the beginning.
-    pub seed: Option<u64>,
-    /// Sequences behind those that take no part in the statistics: errors of a compensation are measured on them, too.
-    pub hold_out: usize,
-    /// Recompute the inputs of each group of Linears after those before it are compressed ("true sequential").
-    pub subset: bool,
-    /// Where the activations of all tokens are kept. Changes no bit of the output.
-    #[serde(skip)]
-    pub activations: ActivationPlace,
-}
-
-impl CalibrationRecipe {
-    /// Most tokens that are held out unless more are asked for.
-    const HELD_OUT_TOKENS: usize = 2048;
-
-    /// The usual number of sequences that are held out: an eighth of those that are not, while their tokens are few.
-    pub fn usual_hold_out(sequences: usize, length: usize) -> usize {
-        (sequences / 8).clamp(1, (Self::HELD_OUT_TOKENS / length.max(1)).max(1))
-    }
-}
-
-/// Where a job keeps the calibration activations.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum ActivationPlace {
-    /// In memory if they fit into the budget, else on disk.
-    #[default]
-    Auto,
-    /// In memory.
-    Memory,
-    /// In the folder of the unfinished output.
-    Disk,
 }
 
 impl Recipe {
@@ -168,18 +121,7 @@ impl Recipe {
             }
         }
         self.validate_statistics()?;
-        if let Some(calibration) = &self.calibration {
-            for (subject, value, least) in
-                [("calibration.sequences", calibration.sequences, 1), ("calibration.length", calibration.length, 2)]
-            {
-                if value < least {
-                    return Err(Error::new(ErrorCode::OptionInvalid, format!("{subject} is {value}"))
-                        .subject(subject)
-                        .hint(format!("Use at least {least}")));
-                }
-            }
-        }
-        Ok(())
+        self.calibration.as_ref().map_or(Ok(()), CalibrationRecipe::validate)
     }
 
     fn validate_axis(&self) -> Result<()> {
@@ -226,7 +168,7 @@ impl Recipe {
             (Some(_), None) => {
                 refuse("saveStatistics", "without calibration there are no statistics".into(), "Give calibration")
             }
-            (Some(_), _) if given => {
+            (Some(_), Some(calibration)) if given && calibration.sources.len() == 1 => {
                 refuse("saveStatistics", "the statistics are saved already".into(), "Copy the file")
             }
             (Some(_), _) if folds => {
@@ -237,23 +179,32 @@ impl Recipe {
         }
     }
 
-    /// Whether statistics come from a file, so that no forward pass runs.
+    /// Whether some statistics come from a file.
     pub(crate) fn uses_statistics(&self) -> bool {
-        self.calibration.as_ref().is_some_and(|calibration| calibration.kind == CalibrationKind::Statistics)
+        self.calibration.as_ref().is_some_and(|calibration| calibration.statistics().next().is_some())
     }
 
     /// The calibration, if it runs forward passes.
     pub(crate) fn passes(&self) -> Option<&CalibrationRecipe> {
-        self.calibration.as_ref().filter(|_| !self.uses_statistics())
+        self.calibration.as_ref().filter(|calibration| calibration.texts().next().is_some())
     }
 
-    /// Most tokens that calibration runs over: what is asked for, or what the file can hold; at least one sequence.
+    /// Most tokens that calibration runs over: what is asked for, or what the files can hold; at least one sequence of
+    /// each.
     pub(crate) fn most_calibration_tokens(&self) -> usize {
         self.passes().map_or(0, |calibration| {
             let length = calibration.length.max(1);
-            let sequences = calibration.sequences.saturating_add(calibration.hold_out);
-            sequences.min(most_tokens(calibration) / length).max(1).saturating_mul(length)
+            let of_source = |source: &CalibrationSource| {
+                let sequences = source.sequences.saturating_add(source.hold_out);
+                sequences.min(most_tokens(source) / length).max(1).saturating_mul(length)
+            };
+            calibration.texts().map(of_source).fold(0, usize::saturating_add)
         })
+    }
+
+    /// Fewest tokens that calibration runs over: one sequence of each source.
+    pub(crate) fn least_calibration_tokens(&self) -> usize {
+        self.passes().map_or(0, |calibration| calibration.length.saturating_mul(calibration.texts().count()))
     }
 
     /// The method that turns each Linear into codes.

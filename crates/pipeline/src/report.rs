@@ -1,8 +1,10 @@
+use std::path::PathBuf;
+
 use kintsugi_compensate::{Certificate, HoldOutError, ResidualError};
 use kintsugi_weights::GroupAxis;
 use serde::{Deserialize, Serialize};
 
-use crate::{AllocationReport, Recipe};
+use crate::{AllocationReport, CalibrationKind, CalibrationSource, Recipe};
 
 /// What a compression did, as `report.json` holds it.
 #[derive(Clone, Debug, Serialize)]
@@ -32,6 +34,8 @@ pub struct Summary {
     pub quantized_weights: u64,
     /// Tokens of calibration; 0 without.
     pub calibration_tokens: u64,
+    /// The same by source; empty without.
+    pub calibration: Vec<CalibrationShare>,
     /// Mean over the Linears; `null` without calibration.
     pub mean_error: Option<MeanError>,
     /// The compensation; `null` without.
@@ -42,6 +46,38 @@ pub struct Summary {
     pub phases: PhaseSeconds,
     /// Largest resident set of the process so far; `null` where the system does not tell.
     pub peak_memory_bytes: Option<u64>,
+}
+
+/// What a source gives to the statistics of a job.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct CalibrationShare {
+    /// The file.
+    pub file: PathBuf,
+    /// What it holds.
+    pub kind: CalibrationKind,
+    /// Tokens that took part, or that the statistics were taken from.
+    pub tokens: u64,
+    /// How often each of them counts.
+    pub weight: f64,
+    /// What all of them count, as a share of all sources.
+    pub share: f64,
+}
+
+impl CalibrationShare {
+    /// Those of sources with so many tokens.
+    pub(crate) fn of(sources: &[CalibrationSource], tokens: &[u64]) -> Vec<Self> {
+        let counts = |(source, &tokens): (&CalibrationSource, &u64)| source.weight * tokens as f64;
+        let total: f64 = sources.iter().zip(tokens).map(counts).sum();
+        let of_source = |(source, tokens): (&CalibrationSource, &u64)| CalibrationShare {
+            file: source.file.clone(),
+            kind: source.kind,
+            tokens: *tokens,
+            weight: source.weight,
+            share: if total > 0.0 { counts((source, tokens)) / total } else { 0.0 },
+        };
+        sources.iter().zip(tokens).map(of_source).collect()
+    }
 }
 
 /// Means of the relative output errors over the Linears.

@@ -230,7 +230,7 @@ mod tests {
     use kintsugi_runtime::CpuLevel;
 
     use super::*;
-    use crate::{ActivationPlace, CalibrationKind, CalibrationRecipe, CalibrationTokens};
+    use crate::{ActivationPlace, CalibrationKind, CalibrationRecipe, CalibrationSource, CalibrationTokens};
 
     /// Scales between 1/4 and 4, no two alike.
     struct Uneven;
@@ -258,17 +258,17 @@ mod tests {
     fn fold(folder: &Path, text: PathBuf) -> (usize, usize, f64) {
         let checkpoint = Checkpoint::open(folder).unwrap();
         let spec = DecoderSpec::of(&checkpoint).unwrap();
-        let recipe = CalibrationRecipe {
+        let source = CalibrationSource {
             file: text,
             kind: CalibrationKind::Text,
             field: "text".to_owned(),
             sequences: 2,
-            length: 32,
             seed: None,
             hold_out: 0,
-            subset: false,
-            activations: ActivationPlace::Auto,
+            weight: 1.0,
         };
+        let recipe =
+            CalibrationRecipe { sources: vec![source], length: 32, subset: false, activations: ActivationPlace::Auto };
         let text = CalibrationTokens::read(&recipe, &checkpoint, &spec).unwrap();
         let backend = CpuBackend::with(Kernels::new(CpuLevel::best()).unwrap(), Precision::F32, ThreadPool::global());
         let mut stream = CalibrationStream::new(&checkpoint, &spec, &text, None).unwrap();

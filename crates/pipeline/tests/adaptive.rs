@@ -13,7 +13,7 @@ use kintsugi_weights::{GroupAxis, WeightMatrix};
 /// A job on few calibration tokens.
 fn short(source: &Path, out: &Path, method: &str, bits: u8) -> Recipe {
     let mut recipe = recipe(source, out, method, bits, 0);
-    recipe.calibration.as_mut().unwrap().sequences = 8;
+    recipe.calibration.as_mut().unwrap().sources[0].sequences = 8;
     recipe
 }
 

@@ -25,7 +25,7 @@ impl Scene {
         }
         let mut recipe = recipe(&source, &root.path().join("out"), "gptq", 4, 4);
         let calibration = recipe.calibration.as_mut().unwrap();
-        calibration.sequences = 2;
+        calibration.sources[0].sequences = 2;
         calibration.length = 64;
         Scene { root, recipe }
     }
@@ -148,7 +148,7 @@ fn an_empty_calibration_text() {
     let mut scene = Scene::new();
     let path = scene.root.path().join("empty.txt");
     fs::write(&path, "").unwrap();
-    scene.recipe.calibration.as_mut().unwrap().file = path;
+    scene.recipe.calibration.as_mut().unwrap().sources[0].file = path;
     scene.refused(ErrorCode::TextTooShort, "empty.txt");
 }
 
@@ -159,7 +159,7 @@ fn a_calibration_text_that_is_not_text_even_where_the_method_does_not_need_it() 
     fs::write(&path, [0x66, 0xff, 0xfe]).unwrap();
     scene.recipe.method = "rtn".to_owned();
     scene.recipe.eora = None;
-    scene.recipe.calibration.as_mut().unwrap().file = path;
+    scene.recipe.calibration.as_mut().unwrap().sources[0].file = path;
     scene.refused(ErrorCode::TextUnreadable, "binary.txt");
 }
 

@@ -8,8 +8,8 @@ use kintsugi_calibration::Calibration;
 use kintsugi_checkpoint::Checkpoint;
 use kintsugi_model::{Block, BlockWeights, CpuBackend, DecoderSpec, TapPoint, Tokenizer, read_tokenizer};
 use kintsugi_pipeline::{
-    ActivationPlace, CalibrationKind, CalibrationRecipe, CalibrationStream, CalibrationTokens, Recipe, Report,
-    compress, plan,
+    ActivationPlace, CalibrationKind, CalibrationRecipe, CalibrationSource, CalibrationStream, CalibrationTokens,
+    Recipe, Report, compress, plan,
 };
 use kintsugi_runtime::{CancelToken, Error, ErrorCode, Progress};
 
@@ -20,7 +20,7 @@ fn scene() -> (tempfile::TempDir, Recipe) {
     let root = tempfile::tempdir().unwrap();
     let mut recipe = recipe(&assets("tinystories-656k"), &root.path().join("out"), "gptq", 3, 4);
     let calibration = recipe.calibration.as_mut().unwrap();
-    (calibration.sequences, calibration.length) = (4, LENGTH);
+    (calibration.sources[0].sequences, calibration.length) = (4, LENGTH);
     (root, recipe)
 }
 
@@ -56,9 +56,9 @@ fn tools(source: &Path) -> (Checkpoint, DecoderSpec, Tokenizer) {
 
 fn with_file(recipe: &Recipe, file: PathBuf) -> Recipe {
     let mut recipe = recipe.clone();
-    let calibration = recipe.calibration.as_mut().unwrap();
-    calibration.kind = CalibrationKind::of(&file).unwrap();
-    calibration.file = file;
+    let source = &mut recipe.calibration.as_mut().unwrap().sources[0];
+    source.kind = CalibrationKind::of(&file).unwrap();
+    source.file = file;
     recipe
 }
 
@@ -114,7 +114,7 @@ fn the_same_tokens_in_any_form_give_the_same_bytes() {
     assert_eq!(refusal(&Recipe { source: mute.source, ..recipe.clone() }).code, ErrorCode::TokenizerInvalid);
     for file in files {
         let recipe = with_file(&recipe, file);
-        assert_eq!(recipe.calibration.as_ref().unwrap().kind, CalibrationKind::Tokens);
+        assert_eq!(recipe.calibration.as_ref().unwrap().sources[0].kind, CalibrationKind::Tokens);
         assert!(outcome(&recipe) == expected, "{:?}", recipe.calibration);
     }
 }
@@ -130,14 +130,15 @@ fn records_are_tokenized_apart_and_joined() {
     fs::write(&path, lines.join("\n")).unwrap();
     let mut recipe = with_file(&recipe, path);
     let calibration = recipe.calibration.as_mut().unwrap();
-    assert_eq!(calibration.kind, CalibrationKind::Jsonl);
-    (calibration.field, calibration.length, calibration.sequences) = ("story".to_owned(), 2, 100);
+    assert_eq!(calibration.sources[0].kind, CalibrationKind::Jsonl);
+    calibration.length = 2;
+    (calibration.sources[0].field, calibration.sources[0].sequences) = ("story".to_owned(), 100);
     let expected: Vec<u32> = texts.iter().flat_map(|text| tokenizer.encode(text, false).unwrap()).collect();
     let read = |calibration: &CalibrationRecipe| CalibrationTokens::read(calibration, &checkpoint, &spec);
     assert_eq!(read(calibration).unwrap().tokens(), &expected[..expected.len() / 2 * 2]);
 
     // A seed shuffles the same tokens.
-    calibration.seed = Some(7);
+    calibration.sources[0].seed = Some(7);
     let (once, again) = (read(calibration).unwrap(), read(calibration).unwrap());
     assert_eq!(once.tokens(), again.tokens());
     assert_eq!(once.tokens().len(), expected.len() / 2 * 2);
@@ -181,7 +182,7 @@ fn what_a_calibration_file_cannot_mean_is_named_with_its_place() {
     fs::create_dir(&folder).unwrap();
     assert_eq!(CalibrationKind::of(&folder).unwrap_err().code, ErrorCode::TextUnreadable);
     let mut in_folder = recipe.clone();
-    in_folder.calibration.as_mut().unwrap().file = folder;
+    in_folder.calibration.as_mut().unwrap().sources[0].file = folder;
     assert_eq!(refusal(&in_folder).code, ErrorCode::TextUnreadable);
     #[cfg(unix)]
     {
@@ -198,7 +199,7 @@ fn what_a_calibration_file_cannot_mean_is_named_with_its_place() {
 fn neither_the_place_of_the_activations_nor_the_memory_changes_a_bit() {
     let (root, mut recipe) = scene();
     // A text so short that reading it is not what needs most.
-    let text = fs::read(&recipe.calibration.as_ref().unwrap().file).unwrap();
+    let text = fs::read(&recipe.calibration.as_ref().unwrap().sources[0].file).unwrap();
     let short = root.path().join("short.txt");
     fs::write(&short, &text[..4096]).unwrap();
     recipe = with_file(&recipe, short);
@@ -241,7 +242,7 @@ fn what_a_file_cannot_hold_is_not_planned_for() {
     let ids = root.path().join("ids.jsonl");
     fs::write(&ids, format!("{}\n", serde_json::json!(vec![1234; 3 * LENGTH])).repeat(2)).unwrap();
     let mut recipe = with_file(&recipe, ids);
-    recipe.calibration.as_mut().unwrap().sequences = usize::MAX;
+    recipe.calibration.as_mut().unwrap().sources[0].sequences = usize::MAX;
     let planned = plan(&recipe).unwrap();
     assert!(planned.memory.parts.activations <= 16 * LENGTH as u64 * 2 * 128, "{:?}", planned.memory);
     assert_eq!(planned.memory.parts.text, 0, "lines are read one at a time");
@@ -250,7 +251,7 @@ fn what_a_file_cannot_hold_is_not_planned_for() {
     // Of a text no more than is used; chance chooses among all of it.
     let mut recipe = scene().1;
     let text = plan(&recipe).unwrap().memory;
-    recipe.calibration.as_mut().unwrap().seed = Some(1);
+    recipe.calibration.as_mut().unwrap().sources[0].seed = Some(1);
     let whole = plan(&recipe).unwrap().memory;
     assert_eq!(whole.parts.text, 128 * fs::metadata(assets("text/calibration-wikipedia.txt")).unwrap().len());
     assert!(text.parts.text >= 4 * LENGTH as u64 * 128 && text.parts.text < whole.parts.text / 10);
@@ -270,7 +271,7 @@ fn saved_statistics_give_the_bytes_of_the_job_that_saved_them() {
 
     recipe.save_statistics = None;
     let again = with_file(&recipe, file.clone());
-    assert_eq!(again.calibration.as_ref().unwrap().kind, CalibrationKind::Statistics);
+    assert_eq!(again.calibration.as_ref().unwrap().sources[0].kind, CalibrationKind::Statistics);
     assert!(outcome(&again) == expected);
     assert_eq!(run(&again).summary.calibration_tokens, 4 * LENGTH as u64);
     fs::remove_dir_all(&again.out).unwrap();
@@ -345,17 +346,17 @@ fn statistics_of_a_relative_with_the_same_norms_are_refused() {
 /// Second moments at the input of the first block and of its MLP.
 fn moments(source: &Path, file: &Path) -> Vec<Calibration> {
     let (checkpoint, spec, _) = tools(source);
-    let calibration = CalibrationRecipe {
+    let source = CalibrationSource {
         file: file.to_path_buf(),
         kind: CalibrationKind::Tokens,
         field: String::new(),
         sequences: 1000,
-        length: LENGTH,
         seed: None,
         hold_out: 0,
-        subset: false,
-        activations: ActivationPlace::Auto,
+        weight: 1.0,
     };
+    let calibration =
+        CalibrationRecipe { sources: vec![source], length: LENGTH, subset: false, activations: ActivationPlace::Auto };
     let tokens = CalibrationTokens::read(&calibration, &checkpoint, &spec).unwrap();
     let mut stream = CalibrationStream::<CpuBackend>::new(&checkpoint, &spec, &tokens, None).unwrap();
     let weights = BlockWeights::read(&checkpoint, &spec, 0).unwrap();
@@ -371,7 +372,7 @@ fn the_order_of_the_samples_hardly_changes_the_second_moments() {
     let (root, recipe) = scene();
     let (checkpoint, spec, _) = tools(&recipe.source);
     let mut calibration = recipe.calibration.clone().unwrap();
-    calibration.sequences = 40;
+    calibration.sources[0].sequences = 40;
     let tokens = CalibrationTokens::read(&calibration, &checkpoint, &spec).unwrap();
     let mut sequences: Vec<&[u32]> = tokens.tokens().chunks(LENGTH).collect();
     let file = root.path().join("ids.json");
@@ -404,7 +405,7 @@ fn the_first_tokens_of_a_text_do_not_depend_on_how_much_of_it_is_read() {
         let whole = tokenizer.encode(&fs::read_to_string(&file).unwrap(), false).unwrap();
         for sequences in [1, 5, 20] {
             let mut calibration = scene().1.calibration.unwrap();
-            (calibration.file, calibration.sequences) = (file.clone(), sequences);
+            (calibration.sources[0].file, calibration.sources[0].sequences) = (file.clone(), sequences);
             let tokens = CalibrationTokens::read(&calibration, &checkpoint, &spec).unwrap();
             assert_eq!(tokens.tokens(), &whole[..sequences * LENGTH], "{model} {sequences}");
         }

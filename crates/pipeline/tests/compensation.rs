@@ -21,7 +21,8 @@ fn compression(root: &Path, method: &str, bits: u8, rank: usize) -> Recipe {
     let out = root.join(format!("{method}-{bits}-{rank}"));
     let mut recipe = recipe(&assets("llama-7m"), &out, method, bits, rank);
     let calibration = recipe.calibration.as_mut().unwrap();
-    (calibration.sequences, calibration.length, calibration.hold_out) = (4, 128, 2);
+    calibration.length = 128;
+    (calibration.sources[0].sequences, calibration.sources[0].hold_out) = (4, 2);
     recipe
 }
 

@@ -36,8 +36,9 @@ fn every_family_is_compressed_written_loaded_and_run() {
         let mut recipe = recipe(&source, &out, "gptq", 8, 4);
         recipe.group_size = Some(16);
         let settings = recipe.calibration.as_mut().unwrap();
-        settings.file.clone_from(&calibration);
-        (settings.sequences, settings.length, settings.subset) = (16, 32, true);
+        settings.sources[0].file.clone_from(&calibration);
+        settings.sources[0].sequences = 16;
+        (settings.length, settings.subset) = (32, true);
         let report = compress(&recipe, &backend(), &CancelToken::new(), &Progress::new()).unwrap();
 
         let spec = DecoderSpec::of(&Checkpoint::open(&source).unwrap()).unwrap();
@@ -69,8 +70,8 @@ fn scales_are_folded_in_every_family_that_takes_them() {
         let mut recipe = recipe(&source, &out, "awq", 8, 0);
         (recipe.group_size, recipe.clip) = (Some(16), true);
         let settings = recipe.calibration.as_mut().unwrap();
-        settings.file.clone_from(&calibration);
-        (settings.sequences, settings.length) = (16, 32);
+        settings.sources[0].file.clone_from(&calibration);
+        (settings.sources[0].sequences, settings.length) = (16, 32);
         let report = compress(&recipe, &backend(), &CancelToken::new(), &Progress::new()).unwrap();
 
         let spec = DecoderSpec::of(&Checkpoint::open(&source).unwrap()).unwrap();
@@ -91,9 +92,9 @@ fn an_expert_that_no_token_reaches_is_compressed_all_the_same() {
     let mut recipe = recipe(&source, &out, "gptq", 8, 4);
     recipe.group_size = Some(16);
     let settings = recipe.calibration.as_mut().unwrap();
-    settings.file.clone_from(&calibration);
+    settings.sources[0].file.clone_from(&calibration);
     // Two tokens with two experts each leave at least one of five alone.
-    (settings.sequences, settings.length) = (1, 2);
+    (settings.sources[0].sequences, settings.length) = (1, 2);
     let report = compress(&recipe, &backend(), &CancelToken::new(), &Progress::new()).unwrap();
     let alone: Vec<_> = report.linears.iter().filter(|linear| linear.calibration_tokens.is_none()).collect();
     assert!(alone.len() >= 2 * 3, "{}", alone.len());

@@ -32,7 +32,7 @@ fn compressed() -> &'static Compressed {
         let mut recipe = crate::common::recipe(&crate::common::assets("llama-7m"), &model, "rtn", 3, EORA_RANK);
         recipe.save_statistics = Some(statistics.clone());
         let calibration = recipe.calibration.as_mut().unwrap();
-        (calibration.sequences, calibration.length) = (8, 128);
+        (calibration.sources[0].sequences, calibration.length) = (8, 128);
         compress(&recipe, &backend(), &CancelToken::new(), &Progress::new()).unwrap();
         Compressed { _folder: folder, model, statistics }
     })

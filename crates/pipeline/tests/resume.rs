@@ -20,7 +20,7 @@ fn scene() -> (tempfile::TempDir, Recipe) {
     }
     let mut recipe = recipe(&source, &root.path().join("out"), "gptq", 3, 4);
     let calibration = recipe.calibration.as_mut().unwrap();
-    calibration.sequences = 2;
+    calibration.sources[0].sequences = 2;
     calibration.length = 128;
     (root, recipe)
 }
@@ -178,12 +178,12 @@ fn another_recipe_or_changed_input_is_named_and_refused_until_it_is_discarded() 
     refused(&Recipe { bits: 4, ..recipe.clone() }, "recipe.bits 3, this one has 4");
     refused(&Recipe { eora: None, ..recipe.clone() }, "recipe.eora");
 
-    let text = recipe.calibration.as_ref().unwrap().file.clone();
+    let text = recipe.calibration.as_ref().unwrap().sources[0].file.clone();
     let other = recipe.source.join("other.txt");
     fs::write(&other, fs::read_to_string(&text).unwrap().replacen("the", "THE", 50)).unwrap();
     let mut changed = recipe.clone();
-    changed.calibration.as_mut().unwrap().file = other;
-    refused(&changed, "recipe.calibration.file");
+    changed.calibration.as_mut().unwrap().sources[0].file = other;
+    refused(&changed, "recipe.calibration.sources");
 
     let config = recipe.source.join("config.json");
     let before = fs::read(&config).unwrap();
@@ -237,8 +237,8 @@ fn input_that_is_removed_is_named_and_what_was_done_stays() {
     let (root, recipe) = scene();
     let mut recipe = recipe;
     let text = root.path().join("text.txt");
-    fs::copy(&recipe.calibration.as_ref().unwrap().file, &text).unwrap();
-    recipe.calibration.as_mut().unwrap().file = text.clone();
+    fs::copy(&recipe.calibration.as_ref().unwrap().sources[0].file, &text).unwrap();
+    recipe.calibration.as_mut().unwrap().sources[0].file = text.clone();
     interrupt_after(&recipe, 2).unwrap_err();
     let refused = |code: ErrorCode, subject: &str| {
         let error = compress(&recipe, &backend(), &CancelToken::new(), &Progress::new()).unwrap_err();

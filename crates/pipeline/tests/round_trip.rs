@@ -24,8 +24,14 @@ fn compress_in_memory(recipe: &Recipe) -> Model<CpuBackend> {
     let text = CalibrationTokens::read(recipe.calibration.as_ref().unwrap(), &checkpoint, &spec).unwrap();
     let stream = CalibrationStream::new(&checkpoint, &spec, &text, None).unwrap();
     let memory = MemoryPlan::new(recipe, &checkpoint, &spec, text.tokens().len()).unwrap();
-    let mut compressor =
-        BlockCompressor::new(recipe, &spec, &backend, CalibrationInput::Stream(stream), &memory).unwrap();
+    let mut compressor = BlockCompressor::new(
+        recipe,
+        &spec,
+        &backend,
+        CalibrationInput { stream: Some(stream), saved: Vec::new() },
+        &memory,
+    )
+    .unwrap();
     let mut model = Model::without_blocks(spec.clone(), backend, tokenizer, &outside).unwrap();
     for block in 0..spec.layers {
         let weights = BlockWeights::read(&checkpoint, &spec, block).unwrap();
@@ -54,7 +60,7 @@ fn greedy(model: Arc<Model<CpuBackend>>) -> Vec<u32> {
 fn small(source: &str, out: &Path, bits: u8, rank: usize) -> Recipe {
     let mut recipe = recipe(&assets(source), out, "gptq", bits, rank);
     let calibration = recipe.calibration.as_mut().unwrap();
-    calibration.sequences = 8;
+    calibration.sources[0].sequences = 8;
     calibration.length = 128;
     recipe
 }

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use kintsugi_compress::AxisRule;
 use kintsugi_kernels::Kernels;
 use kintsugi_model::{CompensationChoice, CpuBackend, LoadOptions, LoadedModel, Precision};
-use kintsugi_pipeline::{ActivationPlace, CalibrationKind, CalibrationRecipe, EoraRecipe, Recipe};
+use kintsugi_pipeline::{ActivationPlace, CalibrationKind, CalibrationRecipe, CalibrationSource, EoraRecipe, Recipe};
 use kintsugi_runtime::{CancelToken, CpuLevel, Progress, ThreadPool};
 
 pub(crate) fn assets(name: &str) -> PathBuf {
@@ -40,13 +40,16 @@ pub(crate) fn recipe(source: &Path, out: &Path, method: &str, bits: u8, rank: us
         damping: 0.01,
         scale_type: None,
         calibration: Some(CalibrationRecipe {
-            file: assets("text/calibration-wikipedia.txt"),
-            kind: CalibrationKind::Text,
-            field: "text".to_owned(),
-            sequences: 64,
+            sources: vec![CalibrationSource {
+                file: assets("text/calibration-wikipedia.txt"),
+                kind: CalibrationKind::Text,
+                field: "text".to_owned(),
+                sequences: 64,
+                seed: None,
+                hold_out: 0,
+                weight: 1.0,
+            }],
             length: 256,
-            seed: None,
-            hold_out: 0,
             subset: false,
             activations: ActivationPlace::Auto,
         }),
