@@ -1,5 +1,6 @@
 // What merges of adapters are worth: held-out perplexity of each domain, by method, rank and weight, as Markdown; and the
-// share of the gain of the single adapters that is kept, the mean of ln(base / merged) / ln(base / single) over domains.
+// share of the gain of the single adapters that is kept, the mean of ln(base / merged) / ln(base / single) over the domains
+// whose adapter gains something.
 // Rows are printed as they come.
 //
 //   node --import=tsx bench/merge-quality.ts --checkpoint DIR --adapters DIR --texts DIR --domains a,b,…
@@ -16,6 +17,8 @@ import { parseArgs } from 'node:util'
 import { loadModel, merge, type MergeOptions, type Model } from 'kintsugi'
 
 const LENGTH = 256
+/** Domains whose adapter gains less, in nats per token, have no share that could be kept. */
+const LEAST_GAIN = 0.05
 
 const { values: given } = parseArgs({
   options: {
@@ -109,11 +112,13 @@ using model = await loadModel(checkpoint, {
 const base = await measure(model)
 const single: number[][] = []
 for (const domain of domains) single.push(await measure(model, domain))
-const kept = (found: number[]): number =>
-  mean(found.map((value, i) => Math.log(base[i]! / value) / Math.log(base[i]! / single[i]![i]!)))
+const gain = (i: number): number => Math.log(base[i]! / single[i]![i]!)
+const counted = domains.map((_, i) => i).filter((i) => gain(i) >= LEAST_GAIN)
+const kept = (found: number[]): number => mean(counted.map((i) => Math.log(base[i]! / found[i]!) / gain(i)))
 
 console.log(`| | ${domains.join(' | ')} |\n|---|${'---|'.repeat(domains.length)}\n| base | ${cells(base)} |`)
 for (const [index, domain] of domains.entries()) console.log(`| ${domain} alone | ${cells(single[index]!)} |`)
+console.log(`\nGain kept: over ${counted.map((i) => domains[i]).join(', ')}.`)
 const peerHead = peer.size > 0 ? ' peft | |' : ''
 const rule = '---|'.repeat(domains.length + 3 + (peer.size > 0 ? 2 : 0))
 console.log(`\n| method | weight | ${domains.join(' | ')} | gain kept |${peerHead}\n|${rule}`)
