@@ -19,6 +19,9 @@ pub(crate) trait IntegerLevel: Level {
     const RUN_LIMIT: usize;
     /// How many sums must grow side by side to keep the multipliers busy.
     const SUMS_UNDER_WAY: usize;
+    /// Whether steps and registers are written out one after another. Compilers unroll loops over them where they know
+    /// the instructions, but take `asm!` for long.
+    const WRITTEN_OUT: bool = false;
     /// What [`bytes`](Self::bytes) and [`look_up`](Self::look_up) add to the number that they stand for.
     const BYTE_CENTRE: i32;
 

@@ -175,12 +175,18 @@ where
                 partial[0] = open::<L, E, ROWS, REGISTERS>(level, &sums);
                 for _ in 0..run / UNROLLED_STEPS {
                     L::PREFETCH.ahead_of(panel, UNROLLED_STEPS * 4 * LANES);
-                    // Written out, because compilers do not unroll a loop with as much in it as some levels have.
                     let chains = const { chains::<L>(ROWS * REGISTERS) };
-                    step::<L, E, ROWS, REGISTERS>(level, state, panel, &x, 0, &mut partial[0]);
-                    step::<L, E, ROWS, REGISTERS>(level, state, panel, &x, 1, &mut partial[1 % chains]);
-                    step::<L, E, ROWS, REGISTERS>(level, state, panel, &x, 2, &mut partial[2 % chains]);
-                    step::<L, E, ROWS, REGISTERS>(level, state, panel, &x, 3, &mut partial[3 % chains]);
+                    if L::WRITTEN_OUT {
+                        step::<L, E, ROWS, REGISTERS>(level, state, panel, &x, 0, &mut partial[0]);
+                        step::<L, E, ROWS, REGISTERS>(level, state, panel, &x, 1, &mut partial[1 % chains]);
+                        step::<L, E, ROWS, REGISTERS>(level, state, panel, &x, 2, &mut partial[2 % chains]);
+                        step::<L, E, ROWS, REGISTERS>(level, state, panel, &x, 3, &mut partial[3 % chains]);
+                    } else {
+                        for index in 0..UNROLLED_STEPS {
+                            let sums = &mut partial[index % chains];
+                            step::<L, E, ROWS, REGISTERS>(level, state, panel, &x, index, sums);
+                        }
+                    }
                     panel = panel.add(UNROLLED_STEPS * 4 * LANES);
                     for row in 0..ROWS {
                         x[row] = x[row].add(UNROLLED_STEPS * E::QUADS);
@@ -253,14 +259,18 @@ unsafe fn step<L, E, const ROWS: usize, const REGISTERS: usize>(
     L: IntegerLevel,
     E: IntegerEncoding<L>,
 {
-    const { assert!(REGISTERS == 2 || REGISTERS == 4) };
-    // SAFETY: the caller's pointers are good for one step. Written out for the same reason as the steps.
+    // SAFETY: the caller's pointers are good for one step.
     unsafe {
-        step_of_register::<L, E, ROWS, REGISTERS>(level, state, panel, x, index, 0, partial);
-        step_of_register::<L, E, ROWS, REGISTERS>(level, state, panel, x, index, 1, partial);
-        if REGISTERS > 2 {
+        if L::WRITTEN_OUT {
+            const { assert!(!L::WRITTEN_OUT || REGISTERS == 4) };
+            step_of_register::<L, E, ROWS, REGISTERS>(level, state, panel, x, index, 0, partial);
+            step_of_register::<L, E, ROWS, REGISTERS>(level, state, panel, x, index, 1, partial);
             step_of_register::<L, E, ROWS, REGISTERS>(level, state, panel, x, index, 2, partial);
             step_of_register::<L, E, ROWS, REGISTERS>(level, state, panel, x, index, 3, partial);
+        } else {
+            for register in 0..REGISTERS {
+                step_of_register::<L, E, ROWS, REGISTERS>(level, state, panel, x, index, register, partial);
+            }
         }
     }
 }

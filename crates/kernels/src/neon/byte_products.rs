@@ -36,6 +36,7 @@ impl<P: ByteProducts> IntegerLevel for Neon<P> {
     const ROWS: usize = 8;
     const RUN_LIMIT: usize = P::RUN_LIMIT;
     const SUMS_UNDER_WAY: usize = P::SUMS_UNDER_WAY.div_ceil(2);
+    const WRITTEN_OUT: bool = true;
     const BYTE_CENTRE: i32 = if P::SIGNED { 0 } else { 128 };
 
     #[inline(always)]

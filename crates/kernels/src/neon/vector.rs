@@ -173,7 +173,7 @@ impl<P: Copy> Level for Neon<P> {
     fn load_i8(self, bytes: &[u8; LANES]) -> F32x32 {
         registers!(F32x32, |i| {
             let eight = vmovl_s8(vreinterpret_s8_u8(vld1_u8(bytes.as_ptr().add(i / 2 * 8))));
-            let four = if i % 2 == 0 { vget_low_s16(eight) } else { vget_high_s16(eight) };
+            let four = if i.is_multiple_of(2) { vget_low_s16(eight) } else { vget_high_s16(eight) };
             vcvtq_f32_s32(vmovl_s16(four))
         })
     }

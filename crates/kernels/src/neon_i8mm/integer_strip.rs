@@ -93,7 +93,7 @@ unsafe fn unpack<L, E>(
                     let words = words(octet);
                     (E::unpack::<0>(level, state, words), E::unpack::<1>(level, state, words))
                 }
-                _ if octet % 2 == 0 => {
+                _ if octet.is_multiple_of(2) => {
                     let words = words(octet / 2);
                     (E::unpack::<0>(level, state, words), E::unpack::<1>(level, state, words))
                 }
