@@ -7,7 +7,10 @@ import { abortSignal, checkOptions, number, oneOf, optional, signalOf, text, wit
 export interface FoldOptions {
   /** Folder to write. It must not exist, or be empty. */
   out: string
-  /** What the update is multiplied with, beside the scaling of the adapter; default 1. */
+  /**
+   * What the update is multiplied with, beside the scaling of the adapter; default 1. Of a module that the adapter
+   * holds whole the update is its difference from that of the base.
+   */
   weight?: number
   /** Number type of the weights that are written; `auto` (the default) leaves each in its own. */
   elementType?: 'auto' | 'bf16' | 'f16' | 'f32'
@@ -18,8 +21,10 @@ export interface FoldOptions {
 /** What was done. */
 export interface FoldReport {
   recipe: { checkpoint: string; adapter: string; weight: number; out: string; elementType: string | null }
-  /** Weights that were changed. */
+  /** Weights to which factors were added. */
   modules: number
+  /** Tensors that the adapter holds whole (`modules_to_save`) and that took the place of those of the base. */
+  wholeTensors: number
   /** Bytes of the folder. */
   bytes: number
   seconds: number
@@ -36,7 +41,8 @@ const schema = {
 
 /**
  * Adds a LoRA adapter to the weights of its base model and writes the sum as a Hugging Face folder, tensor by tensor.
- * The folder appears whole or not at all.
+ * Modules that the adapter holds whole (`modules_to_save`) take the place of those of the base. The folder appears whole
+ * or not at all.
  */
 export function fold(source: string | Checkpoint, adapter: string, options: FoldOptions): Job<FoldReport> {
   return new Job(() => {

@@ -119,4 +119,5 @@ def main():
     print(f"rtn error {(((d @ s) * d).sum() / energy).sqrt():.6f}")
 
 
-main()
+if __name__ == "__main__":
+    main()

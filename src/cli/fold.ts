@@ -28,11 +28,12 @@ export function registerFold(program: Command): void {
     )
 }
 
-function describe({ recipe, modules, bytes, seconds, peakMemoryBytes }: FoldReport): string {
+function describe({ recipe, modules, wholeTensors, bytes, seconds, peakMemoryBytes }: FoldReport): string {
   return formatPairs(
     [
       ['written', recipe.out],
       ['weights changed', String(modules)],
+      ['tensors replaced', wholeTensors > 0 ? String(wholeTensors) : undefined],
       ['size', formatBytes(bytes)],
       ['time', formatSeconds(seconds)],
       ['peak memory', peakMemoryBytes === null ? undefined : formatBytes(peakMemoryBytes)],

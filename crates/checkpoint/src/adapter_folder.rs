@@ -4,9 +4,11 @@ use std::path::{Path, PathBuf};
 use kintsugi_runtime::{Error, ErrorCode, Result};
 use kintsugi_weights::{DenseMatrix, ElementType, LowRank};
 
+use crate::factor_rows::FactorRows;
 use crate::factor_scales::FactorScales;
 use crate::peft_adapter::invalid;
 use crate::peft_config::PeftConfig;
+use crate::safetensors_writer::float_dtype;
 use crate::tensor_set::TensorSet;
 use crate::torch_archive::TorchArchive;
 
@@ -301,10 +303,23 @@ impl AdapterFolder {
     /// # Errors
     /// `ERR_ADAPTER_INVALID` when they are damaged, hold NaN or infinite values, or the module has none.
     pub fn stored_factors(&self, module: &str) -> Result<[DenseMatrix; 2]> {
-        let Some([a, b]) = self.keys.get(module) else {
-            return Err(invalid("the adapter has no such module", module).hint("Check the name"));
-        };
+        let [a, b] = self.keys_of(module)?;
         Ok([self.weights.matrix(a)?, self.weights.matrix(b)?])
+    }
+
+    /// As [`AdapterFolder::stored_factors`], but nothing is read before rows are asked for. `None` for the older
+    /// `adapter_model.bin`, whose tensors need not lie row after row.
+    ///
+    /// # Errors
+    /// `ERR_ADAPTER_INVALID` when the module has no factors, or tensors that are no matrices of floats.
+    pub fn factor_rows(&self, module: &str) -> Result<Option<[FactorRows<'_>; 2]>> {
+        let [a, b] = self.keys_of(module)?;
+        let Weights::Safetensors(set) = &self.weights else { return Ok(None) };
+        Ok(Some([factor_rows(set, a)?, factor_rows(set, b)?]))
+    }
+
+    fn keys_of(&self, module: &str) -> Result<&[String; 2]> {
+        self.keys.get(module).ok_or_else(|| invalid("the adapter has no such module", module).hint("Check the name"))
     }
 
     /// The factors of a module in their own type; a pair of two types becomes f32. Quantized ones come with their codes.
@@ -319,6 +334,15 @@ impl AdapterFolder {
             Some(scales) if scales.has(module) => Ok(LowRank::of_codes(scales.codes(module, &plain)?)),
             _ => Ok(plain),
         }
+    }
+}
+
+fn factor_rows<'a>(set: &'a TensorSet, name: &'a str) -> Result<FactorRows<'a>> {
+    let (file, tensor) = set.require(name).map_err(as_adapter_error)?;
+    let element_type = ElementType::ALL.into_iter().find(|&element_type| float_dtype(element_type) == tensor.dtype);
+    match (tensor.shape.as_slice(), element_type) {
+        (&[rows, columns], Some(element_type)) => Ok(FactorRows { name, file, tensor, rows, columns, element_type }),
+        _ => Err(not_a_factor(name)),
     }
 }
 

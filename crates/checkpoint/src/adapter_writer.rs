@@ -1,7 +1,7 @@
 use std::path::Path;
 
 use kintsugi_runtime::{Error, ErrorCode, Result, StagedFolder};
-use kintsugi_weights::{DenseMatrix, DenseValues, ElementType, LowRank};
+use kintsugi_weights::{ElementType, LowRank};
 use serde_json::{Map, Value, json};
 
 use crate::adapter_folder::{PREFIX, WEIGHTS};
@@ -144,28 +144,22 @@ impl AdapterWriter {
         Ok(())
     }
 
-    /// Writes A `[rank, in]` and B `[out, rank]` of the next module as they are.
+    /// Writes the next module as bytes: `copy` hands on those of A `[rank, in]` and then of B `[out, rank]`, in the type
+    /// of the file.
     ///
     /// # Errors
-    /// `ERR_OUTPUT_UNWRITABLE`; `ERR_INTERNAL` for factors that are not those of the module, or of another type or rank
-    /// than announced.
-    pub fn write_stored(&mut self, [a, b]: [&DenseMatrix; 2]) -> Result<()> {
+    /// `ERR_OUTPUT_UNWRITABLE`, what `copy` reports, `ERR_INTERNAL` when it gives more or less than that.
+    pub fn write_stored(&mut self, copy: impl FnOnce(&mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()>) -> Result<()> {
         let module = self.modules.get(self.next).ok_or_else(|| internal("more modules than were announced"))?;
-        let shapes = [(a.rows(), a.columns()), (b.rows(), b.columns())];
-        if shapes != [(module.rank, module.in_features), (module.out_features, module.rank)]
-            || [a, b].iter().any(|factor| factor.element_type() != self.description.element_type)
-        {
-            return Err(internal("factors that do not fit their module"));
-        }
+        let mut left: u64 =
+            factor_headers(module, self.description.element_type).iter().map(|header| header.bytes).sum();
         self.next += 1;
-        for factor in [a, b] {
-            self.writer.write(match factor.values() {
-                DenseValues::F32(values) => bytemuck::cast_slice(values),
-                DenseValues::F16(values) => bytemuck::cast_slice(values),
-                DenseValues::Bf16(values) => bytemuck::cast_slice(values),
-            })?;
-        }
-        Ok(())
+        let writer = &mut self.writer;
+        copy(&mut |bytes| {
+            left = left.checked_sub(bytes.len() as u64).ok_or_else(|| internal("more factors than the module has"))?;
+            writer.write(bytes)
+        })?;
+        if left == 0 { Ok(()) } else { Err(internal("fewer factors than the module has")) }
     }
 
     /// Writes the factors of the next module, `None` for zeros.

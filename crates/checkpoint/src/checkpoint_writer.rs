@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 
 use crate::companion_files::copy_companions;
 use crate::float8_scaling::Float8Scaling;
-use crate::safetensors_writer::{float_bytes, float_dtype, floats_of, write_synced};
+use crate::safetensors_writer::{float_bytes, float_dtype, write_synced};
 use crate::staged_parts::{PartRecord, StagedParts};
 use crate::tensor_set::missing_tensor;
 use crate::{Checkpoint, LinearFormat, MatrixForm, PackQuantized, QuantizationConfig, Scheme, write_adapter};
@@ -255,11 +255,11 @@ impl CheckpointWriter {
             let count = band.min(values - start);
             let mut raw = vec![0; count * width];
             file.read_part(stored, (start * width) as u64, &mut raw)?;
-            let mut part = floats_of(&raw, from);
+            let mut part = from.widen(&raw);
             change(start / row, &mut part)?;
             let written = float_bytes(&part, to);
             // Rounding to a narrower type makes infinities of its own.
-            if !floats_of(&written, to).iter().all(|value| value.is_finite()) {
+            if to.first_not_finite(&written).is_some() {
                 let message = match part.iter().all(|value| value.is_finite()) {
                     true => format!("the tensor has values that {} cannot hold", to.name()),
                     false => "the tensor has values that are NaN or infinite".to_string(),

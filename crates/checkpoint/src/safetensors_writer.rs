@@ -161,18 +161,6 @@ pub(crate) fn float_bytes(values: &[f32], element_type: ElementType) -> Vec<u8> 
     }
 }
 
-/// Little-endian bytes of `element_type` as f32.
-pub(crate) fn floats_of(bytes: &[u8], element_type: ElementType) -> Vec<f32> {
-    let halves = || bytes.chunks_exact(2).map(|pair| u16::from_le_bytes([pair[0], pair[1]]));
-    match element_type {
-        ElementType::F32 => {
-            bytes.chunks_exact(4).map(|word| f32::from_le_bytes([word[0], word[1], word[2], word[3]])).collect()
-        }
-        ElementType::F16 => halves().map(|bits| f16::from_bits(bits).to_f32()).collect(),
-        ElementType::Bf16 => halves().map(|bits| bf16::from_bits(bits).to_f32()).collect(),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::borrow::Cow;

@@ -175,10 +175,12 @@ where
                 partial[0] = open::<L, E, ROWS, REGISTERS>(level, &sums);
                 for _ in 0..run / UNROLLED_STEPS {
                     L::PREFETCH.ahead_of(panel, UNROLLED_STEPS * 4 * LANES);
-                    for step_index in 0..UNROLLED_STEPS {
-                        let sums = &mut partial[step_index % chains::<L>(ROWS * REGISTERS)];
-                        step::<L, E, ROWS, REGISTERS>(level, state, panel, &x, step_index, sums);
-                    }
+                    // Written out, because compilers do not unroll a loop with as much in it as some levels have.
+                    let chains = const { chains::<L>(ROWS * REGISTERS) };
+                    step::<L, E, ROWS, REGISTERS>(level, state, panel, &x, 0, &mut partial[0]);
+                    step::<L, E, ROWS, REGISTERS>(level, state, panel, &x, 1, &mut partial[1 % chains]);
+                    step::<L, E, ROWS, REGISTERS>(level, state, panel, &x, 2, &mut partial[2 % chains]);
+                    step::<L, E, ROWS, REGISTERS>(level, state, panel, &x, 3, &mut partial[3 % chains]);
                     panel = panel.add(UNROLLED_STEPS * 4 * LANES);
                     for row in 0..ROWS {
                         x[row] = x[row].add(UNROLLED_STEPS * E::QUADS);
@@ -251,20 +253,42 @@ unsafe fn step<L, E, const ROWS: usize, const REGISTERS: usize>(
     L: IntegerLevel,
     E: IntegerEncoding<L>,
 {
-    for register in 0..REGISTERS {
-        // SAFETY: the caller's pointers are good for one step.
-        unsafe {
-            let words = level.load_codes(panel.add((index * LANES + register * L::ROWS) * 4));
-            let at = index * E::QUADS;
-            // Written out, because shifts by a constant need a constant quad.
-            add::<L, E, ROWS, REGISTERS>(level, E::unpack::<0>(level, state, words), register, x, at, partial);
-            if E::QUADS > 1 {
-                add::<L, E, ROWS, REGISTERS>(level, E::unpack::<1>(level, state, words), register, x, at + 1, partial);
-            }
-            if E::QUADS > 2 {
-                add::<L, E, ROWS, REGISTERS>(level, E::unpack::<2>(level, state, words), register, x, at + 2, partial);
-                add::<L, E, ROWS, REGISTERS>(level, E::unpack::<3>(level, state, words), register, x, at + 3, partial);
-            }
+    const { assert!(REGISTERS == 2 || REGISTERS == 4) };
+    // SAFETY: the caller's pointers are good for one step. Written out for the same reason as the steps.
+    unsafe {
+        step_of_register::<L, E, ROWS, REGISTERS>(level, state, panel, x, index, 0, partial);
+        step_of_register::<L, E, ROWS, REGISTERS>(level, state, panel, x, index, 1, partial);
+        if REGISTERS > 2 {
+            step_of_register::<L, E, ROWS, REGISTERS>(level, state, panel, x, index, 2, partial);
+            step_of_register::<L, E, ROWS, REGISTERS>(level, state, panel, x, index, 3, partial);
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn step_of_register<L, E, const ROWS: usize, const REGISTERS: usize>(
+    level: L,
+    state: E::State,
+    panel: *const u8,
+    x: &[*const u32; ROWS],
+    index: usize,
+    register: usize,
+    partial: &mut [[E::Partial; REGISTERS]; ROWS],
+) where
+    L: IntegerLevel,
+    E: IntegerEncoding<L>,
+{
+    // SAFETY: as the caller promises. Written out, because shifts by a constant need a constant quad.
+    unsafe {
+        let words = level.load_codes(panel.add((index * LANES + register * L::ROWS) * 4));
+        let at = index * E::QUADS;
+        add::<L, E, ROWS, REGISTERS>(level, E::unpack::<0>(level, state, words), register, x, at, partial);
+        if E::QUADS > 1 {
+            add::<L, E, ROWS, REGISTERS>(level, E::unpack::<1>(level, state, words), register, x, at + 1, partial);
+        }
+        if E::QUADS > 2 {
+            add::<L, E, ROWS, REGISTERS>(level, E::unpack::<2>(level, state, words), register, x, at + 2, partial);
+            add::<L, E, ROWS, REGISTERS>(level, E::unpack::<3>(level, state, words), register, x, at + 3, partial);
         }
     }
 }

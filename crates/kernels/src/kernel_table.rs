@@ -46,8 +46,8 @@ pub(crate) struct KernelTable {
 ///
 /// `bf16` are the products in bf16: of few rows and of many. `queries` is how many queries attention keeps in registers, `shapes` the `(rows, panels)` of products, `strip` the
 /// fewest rows that are worth a strip and the rows and halves of a panel of its tiles. `integers` is the same for products in int8: the
-/// registers of a panel and the most rows that fit into registers, then the fewest rows of a strip and the rows and
-/// registers of its tiles.
+/// registers of a panel and the most rows that fit into registers, then the fewest rows of a strip and its body with the
+/// rows and registers of its tiles.
 macro_rules! kernel_table {
     (
         level: $level:ty,
@@ -58,7 +58,7 @@ macro_rules! kernel_table {
         queries: $queries:literal,
         strip: ($least:literal, $strip_rows:expr, $strip_halves:literal),
         shapes: [$($shape:tt)+],
-        integers: ($registers:literal, $most:literal: [$($integer_rows:literal)+], $least_strip:literal, $tile:literal, $tile_registers:literal),
+        integers: ($registers:literal, $most:literal: [$($integer_rows:literal)+], $least_strip:literal, $integer_strip:ident($tile:literal, $tile_registers:literal)),
     ) => {
         /// The functions of this level.
         pub(crate) static TABLE: $crate::kernel_table::KernelTable = $crate::kernel_table::KernelTable {
@@ -173,12 +173,12 @@ macro_rules! kernel_table {
         ) -> $crate::integer_strip::AccumulateIntegerStrip {
             use $crate::codec;
             use $crate::integer_encoding::IntegerEncoding;
-            use $crate::integer_strip::{IntegerStripJob, accumulate_strip};
+            use $crate::integer_strip::IntegerStripJob;
             use $crate::packed_matrix::PanelEncoding;
             $(#[target_feature(enable = $features)])?
             unsafe fn product<E: IntegerEncoding<$level>>(job: &IntegerStripJob<'_>) {
                 // SAFETY: the caller has the level and a sound job.
-                unsafe { accumulate_strip::<$level, E, $tile, $tile_registers>(job) }
+                unsafe { $integer_strip::<$level, E, $tile, $tile_registers>(job) }
             }
             match encoding {
                 PanelEncoding::Bits2 => product::<codec::Bits2>,

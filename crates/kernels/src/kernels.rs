@@ -14,6 +14,8 @@ use crate::shared_rows::SharedRows;
 use crate::{PackedLowRank, PackedMatrix, RotaryTable, scalar};
 #[cfg(target_arch = "x86_64")]
 use crate::{avx2, avx512, avxvnni};
+#[cfg(target_arch = "aarch64")]
+use crate::{neon, neon_dotprod, neon_i8mm};
 
 /// Elements that are worth a task of their own in the element-wise operations.
 const TASK_ELEMENTS: usize = 1 << 14;
@@ -72,6 +74,12 @@ impl Kernels {
             CpuLevel::AvxVnni => &avxvnni::TABLE,
             #[cfg(target_arch = "x86_64")]
             CpuLevel::Avx512Vnni => &avx512::TABLE,
+            #[cfg(target_arch = "aarch64")]
+            CpuLevel::Neon => &neon::TABLE,
+            #[cfg(target_arch = "aarch64")]
+            CpuLevel::NeonDotprod => &neon_dotprod::TABLE,
+            #[cfg(target_arch = "aarch64")]
+            CpuLevel::NeonI8mm => &neon_i8mm::TABLE,
             _ => &scalar::TABLE,
         };
         Ok(Kernels { level, bf16: CpuFeatures::detect().fast_bf16, table })

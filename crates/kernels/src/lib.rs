@@ -1,8 +1,8 @@
 //! CPU products chosen at run time, and the small operations of a decoder block.
 //!
 //! [`Kernels`] holds the functions of one CPU level. Every operation is written once over `vector::Level`, the
-//! instructions of a level, and compiled for each level as a whole; `scalar`, `avx2`, `avxvnni` and `avx512` supply the
-//! instructions and instantiate the table of functions.
+//! instructions of a level, and compiled for each level as a whole; `scalar`, `avx2`, `avxvnni` and `avx512`, `neon`,
+//! `neon_dotprod` and `neon_i8mm` supply the instructions and instantiate the table of functions.
 #![allow(unsafe_code, reason = "instructions of a CPU level exist only as unsafe functions")]
 
 mod accumulate;
@@ -25,6 +25,12 @@ mod kernel_table;
 mod kernels;
 mod kv_pages;
 mod machine_speed;
+#[cfg(target_arch = "aarch64")]
+mod neon;
+#[cfg(target_arch = "aarch64")]
+mod neon_dotprod;
+#[cfg(target_arch = "aarch64")]
+mod neon_i8mm;
 mod norm;
 mod pack;
 mod packed_input;

@@ -43,7 +43,7 @@ pub use merge_method::{METHODS, MergeMethod, Solution, check_statistics, merge_m
 pub use merge_options::{Coordinates, Gauge, MOST_RANK, MergeOptions, RankRule, ScaleRule, SignElection};
 pub use merge_report::{LinearMergeReport, Overlap, SourceShare, sum_norms};
 pub use metric_weights::{MetricFormula, metric_weights};
-pub use stored_cat::{StoredSource, concatenate_stored};
+pub use stored_cat::{StoredCat, StoredSource};
 pub use svd::Svd;
 pub use tsv::Tsv;
 pub use unit_stack::UnitStack;

@@ -180,8 +180,8 @@ fn adapters(folder: &Path, count: usize, rank: usize, blocks: usize) -> Vec<Path
             };
             let mut writer = AdapterWriter::create(&path, description, modules, &[]).unwrap();
             for module in writer.modules().to_vec() {
-                let [a, b] = [values(rank, module.in_features), values(module.out_features, rank)];
-                writer.write_stored([&a, &b]).unwrap();
+                let factors = [values(rank, module.in_features), values(module.out_features, rank)];
+                writer.write_stored(|put| factors.iter().try_for_each(|factor| put(factor.bytes()))).unwrap();
             }
             writer.finish().unwrap();
             // The writer makes adapters of scaling 1.

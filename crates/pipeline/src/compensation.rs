@@ -1,7 +1,7 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
-use kintsugi_checkpoint::{Checkpoint, write_adapter_files};
+use kintsugi_checkpoint::{Checkpoint, Ledger, write_adapter_files};
 use kintsugi_model::{Backend, BlockWeights, DecoderSpec, attach_compensation};
 use kintsugi_runtime::{
     CancelToken, Error, ErrorCode, Progress, Result, StagedFolder, peak_memory_bytes, replace_file,
@@ -11,7 +11,8 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::compression::{CalibrationData, calibration_input, refuse_compressed, remove_block_files, timed};
-use crate::ledger::{Ledger, LedgerUnit, identity, is_worth_resuming};
+use crate::job_identity::{identity, is_worth_resuming};
+use crate::ledger_unit::LedgerUnit;
 use crate::recovered_scales::{AsCompressed, as_compressed};
 use crate::solved_factors::SolvedFactors;
 use crate::{
@@ -271,7 +272,7 @@ pub fn compensate<B: Backend>(
 
 /// Goes on with what an interrupted job left, or starts anew.
 fn begin(recipe: &CompensateRecipe, identity: &Value) -> Result<(StagedFolder, Ledger, Vec<LedgerUnit>)> {
-    match Ledger::reopen(&recipe.out, identity) {
+    match Ledger::reopen::<LedgerUnit>(&recipe.out, identity) {
         Err(error) if !(recipe.fresh && error.code == ErrorCode::ResumeMismatch) => return Err(error),
         Ok(Some((ledger, units))) if !recipe.fresh => {
             if let Some(staged) = StagedFolder::reopen(&recipe.out)? {

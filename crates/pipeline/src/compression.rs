@@ -3,7 +3,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use kintsugi_checkpoint::{
-    Checkpoint, CheckpointWriter, LinearFormat, QuantizationConfig, Scheme, UnitRecord, linear_format,
+    Checkpoint, CheckpointWriter, Ledger, LinearFormat, QuantizationConfig, Scheme, UnitRecord, linear_format,
 };
 use kintsugi_model::{Backend, BlockWeights, DecoderSpec};
 use kintsugi_runtime::{CancelToken, Error, ErrorCode, Progress, Result, peak_memory_bytes, replace_file};
@@ -11,7 +11,8 @@ use kintsugi_weights::{GroupAxis, WeightMatrix};
 use serde_json::Value;
 
 use crate::bit_allocation::{BitAllocation, Search};
-use crate::ledger::{Ledger, LedgerUnit, identity, is_worth_resuming};
+use crate::job_identity::{identity, is_worth_resuming};
+use crate::ledger_unit::LedgerUnit;
 use crate::plan::stored_type;
 use crate::solved_factors::SolvedFactors;
 use crate::{
@@ -134,7 +135,7 @@ fn begin(
     format: &'static dyn LinearFormat,
     identity: &Value,
 ) -> Result<(CheckpointWriter, Ledger, Vec<LedgerUnit>)> {
-    match Ledger::reopen(&recipe.out, identity) {
+    match Ledger::reopen::<LedgerUnit>(&recipe.out, identity) {
         Err(error) if !(recipe.fresh && error.code == ErrorCode::ResumeMismatch) => return Err(error),
         Ok(Some((ledger, units))) if !recipe.fresh => {
             let parts: Vec<UnitRecord> = units.iter().filter_map(|unit| unit.part.clone()).collect();

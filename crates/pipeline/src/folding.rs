@@ -2,7 +2,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Instant;
 
-use kintsugi_checkpoint::{AdapterFolder, AdapterModule, Checkpoint, CheckpointWriter, ModuleKind};
+use kintsugi_checkpoint::{AdapterFolder, AdapterModule, Checkpoint, CheckpointWriter, ModuleKind, WholeTensor};
 use kintsugi_linalg::{MatrixView, product};
 use kintsugi_model::DecoderSpec;
 use kintsugi_runtime::{CancelToken, Error, ErrorCode, Progress, Result, ThreadPool, peak_memory_bytes};
@@ -17,7 +17,8 @@ pub struct FoldRecipe {
     pub checkpoint: PathBuf,
     /// PEFT folder.
     pub adapter: PathBuf,
-    /// What the update is multiplied with, beside the scaling of the adapter.
+    /// What the update is multiplied with, beside the scaling of the adapter. Of a module that is saved whole the update
+    /// is its difference from that of the base.
     pub weight: f64,
     /// Folder that is written.
     pub out: PathBuf,
@@ -31,8 +32,10 @@ pub struct FoldRecipe {
 pub struct FoldReport {
     /// What was asked.
     pub recipe: FoldRecipe,
-    /// Weights that were changed.
+    /// Weights to which factors were added.
     pub modules: usize,
+    /// Tensors that the adapter holds whole (`modules_to_save`) and that took the place of those of the base.
+    pub whole_tensors: usize,
     /// Bytes of the folder.
     pub bytes: u64,
     /// Wall time.
@@ -41,8 +44,8 @@ pub struct FoldReport {
     pub peak_memory_bytes: Option<u64>,
 }
 
-/// Adds an adapter to the weights of its base model: `W + weight · scaling · B A`, in f64, rounded once. Tensor by
-/// tensor, in bands of rows, so that memory is taken for the factors of one module and a few megabytes. The folder
+/// Adds an adapter to the weights of its base model: `W + weight · scaling · B A`, in f64, rounded once; a tensor V that
+/// the adapter holds whole makes it `W + weight · (V − W)`, at weight 1 V itself, as peft has it. Tensor by tensor, in bands of rows, so that memory is taken for the factors of one module and a few megabytes. The folder
 /// appears whole or not at all.
 ///
 /// # Errors
@@ -73,8 +76,15 @@ pub fn fold_adapter(
             .subject(recipe.checkpoint.display())
             .hint("Make a folder of it first: kintsugi convert FILE.gguf -o FOLDER --format bf16"));
     }
-    let adapter = AdapterFolder::open(&recipe.adapter)?;
+    let adapter = AdapterFolder::open_with_whole_modules(&recipe.adapter)?;
     let targets = targets(&checkpoint, &adapter)?;
+    let whole = whole_tensors(&checkpoint, &adapter)?;
+    if let Some(module) = whole.keys().find_map(|name| targets.get(name)) {
+        let message = "the module has factors and is also saved whole: peft would leave the factors out";
+        return Err(Error::new(ErrorCode::AdapterInvalid, message)
+            .subject(&module.name)
+            .hint("Save the adapter with one or the other"));
+    }
     let names: Vec<String> = checkpoint.tensors().map(|tensor| tensor.name.clone()).collect();
     progress.begin("fold", names.len() as u64);
     let mut writer = CheckpointWriter::create(&recipe.out, &checkpoint)?.element_type(recipe.element_type);
@@ -84,8 +94,8 @@ pub fn fold_adapter(
         let floats = checkpoint
             .tensor(name)
             .is_some_and(|tensor| ElementType::from_name(&tensor.dtype.to_ascii_lowercase()).is_some());
-        match targets.get(name) {
-            Some(module) => {
+        match (targets.get(name), whole.get(name)) {
+            (Some(module), _) => {
                 let update = RowUpdate::new(&adapter, module, recipe.weight)?;
                 writer.transform(name, recipe.element_type, |first, band| {
                     cancel.check()?;
@@ -93,10 +103,23 @@ pub fn fold_adapter(
                     Ok(())
                 })?;
             }
-            None if floats && recipe.element_type.is_some() => {
+            (None, Some(tensor)) => {
+                let (width, row) = (tensor.element_type.bits() / 8, tensor.shape.iter().skip(1).product::<usize>());
+                writer.transform(name, recipe.element_type, |first, band| {
+                    cancel.check()?;
+                    let mut bytes = vec![0; band.len() * width];
+                    adapter.read_whole(&tensor.name, (first * row * width) as u64, &mut bytes)?;
+                    for (value, saved) in band.iter_mut().zip(tensor.element_type.widen(&bytes)) {
+                        let (from, to) = (f64::from(*value), f64::from(saved));
+                        *value = if recipe.weight == 1.0 { saved } else { (from + recipe.weight * (to - from)) as f32 };
+                    }
+                    Ok(())
+                })?;
+            }
+            (None, None) if floats && recipe.element_type.is_some() => {
                 writer.transform(name, recipe.element_type, |_, _| Ok(()))?;
             }
-            None => {
+            (None, None) => {
                 writer.copy(name)?;
             }
         }
@@ -109,6 +132,7 @@ pub fn fold_adapter(
     Ok(FoldReport {
         recipe: recipe.clone(),
         modules: targets.len(),
+        whole_tensors: whole.len(),
         bytes,
         seconds: started.elapsed().as_secs_f64(),
         peak_memory_bytes: peak_memory_bytes(),
@@ -127,6 +151,42 @@ fn tied_head(checkpoint: &Checkpoint) -> Option<&'static str> {
     }
 }
 
+/// The name of a tensor of the adapter's model in the checkpoint. Some checkpoints are of the model without the head
+/// around it, whose paths lack the first part.
+fn name_in(checkpoint: &Checkpoint, path: &str) -> Option<String> {
+    let bare = path.split_once('.').map_or("", |(_, rest)| rest);
+    [path, bare].into_iter().find(|name| checkpoint.tensor(name).is_some()).map(str::to_string)
+}
+
+/// The tensors that the adapter holds whole, by those whose place they take.
+fn whole_tensors<'a>(checkpoint: &Checkpoint, adapter: &'a AdapterFolder) -> Result<BTreeMap<String, &'a WholeTensor>> {
+    let invalid = |message: &str, tensor: &WholeTensor, hint: &str| {
+        Error::new(ErrorCode::AdapterInvalid, message).subject(&tensor.name).hint(hint)
+    };
+    let spec = DecoderSpec::of(checkpoint).ok();
+    let tied = tied_head(checkpoint);
+    let mut found = BTreeMap::new();
+    for tensor in adapter.whole_tensors() {
+        let embedding = spec.as_ref().map_or("embed_tokens", |spec| spec.family.embedding);
+        let of = |module: &str| format!(".{}", tensor.name).ends_with(&format!(".{module}.weight"));
+        if tied.is_some_and(|head| of(head) || of(embedding)) {
+            let message = "embedding and output head are one weight, and the adapter holds one of them whole";
+            return Err(invalid(message, tensor, "Give the base model a head of its own first"));
+        }
+        let name = name_in(checkpoint, &tensor.name).ok_or_else(|| {
+            let message = "the checkpoint has no such tensor, which the adapter holds whole";
+            invalid(message, tensor, "Use an adapter that was made for this base model")
+        })?;
+        if let Some(of_base) = checkpoint.tensor(&name).filter(|of_base| of_base.shape != tensor.shape) {
+            let message =
+                format!("the adapter holds the tensor as {:?}, the base as {:?}", tensor.shape, of_base.shape);
+            return Err(invalid(&message, tensor, "An adapter with more tokens needs a base model with as many"));
+        }
+        found.insert(name, tensor);
+    }
+    Ok(found)
+}
+
 /// The modules of the adapter by the tensors that they change.
 fn targets<'a>(checkpoint: &Checkpoint, adapter: &'a AdapterFolder) -> Result<BTreeMap<String, &'a AdapterModule>> {
     let invalid = |message: &str, module: &AdapterModule| {
@@ -137,11 +197,7 @@ fn targets<'a>(checkpoint: &Checkpoint, adapter: &'a AdapterFolder) -> Result<BT
     let tied = tied_head(checkpoint);
     let mut targets = BTreeMap::new();
     for module in adapter.modules() {
-        // Some checkpoints are of the model without the head around it, whose paths lack the first part.
-        let bare = module.name.split_once('.').map_or("", |(_, rest)| rest);
-        let mut names = [module.name.as_str(), bare].into_iter().map(|name| format!("{name}.weight"));
-        let name = names
-            .find(|name| checkpoint.tensor(name).is_some())
+        let name = name_in(checkpoint, &format!("{}.weight", module.name))
             .ok_or_else(|| invalid("the checkpoint has no such module", module))?;
         let turned = adapter.fan_in_fan_out() || module.kind == ModuleKind::Embedding;
         let shape = match turned {

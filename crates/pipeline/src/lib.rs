@@ -18,7 +18,8 @@ mod disk_plan;
 mod eora_recipe;
 mod folding;
 mod inspection;
-mod ledger;
+mod job_identity;
+mod ledger_unit;
 mod linear_override;
 mod memory_plan;
 mod merging;
@@ -58,14 +59,3 @@ pub use plan::{Plan, PlannedLinear};
 pub use rank_division::AllocationReport;
 pub use recipe::{ActivationPlace, CalibrationRecipe, Recipe};
 pub use report::{CompensationSummary, LinearReport, MeanError, PhaseSeconds, Report, Summary};
-
-/// Readers without a public name, for the fuzz targets.
-#[doc(hidden)]
-pub mod fuzzing {
-    use std::path::Path;
-
-    /// Reads the ledger that an interrupted job left beside `out`.
-    pub fn read_ledger(out: &Path) {
-        drop(crate::ledger::Ledger::reopen(out, &serde_json::Value::Null));
-    }
-}

@@ -7,7 +7,7 @@ use kintsugi_model::DecoderSpec;
 use kintsugi_runtime::{Error, ErrorCode, Result};
 use kintsugi_weights::{Adapter, AdapterEntry, LowRank};
 
-use crate::ledger::LedgerUnit;
+use crate::ledger_unit::LedgerUnit;
 use crate::rank_division::{RankDivision, SolvedLinear};
 use crate::{AllocationReport, LinearReport, Recipe};
 

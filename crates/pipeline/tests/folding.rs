@@ -3,7 +3,9 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use kintsugi_checkpoint::{AdapterDescription, AdapterFolder, AdapterWriter, Checkpoint, MergedModule, ModuleKind};
+use kintsugi_checkpoint::{
+    AdapterDescription, AdapterFolder, AdapterWriter, Checkpoint, MergedModule, ModuleKind, WholeTensor,
+};
 use kintsugi_pipeline::{FoldRecipe, FoldReport, fold_adapter};
 use kintsugi_runtime::{CancelToken, Error, ErrorCode, Progress, ThreadPool};
 use kintsugi_weights::{ElementType, LowRank};
@@ -132,6 +134,103 @@ fn values_that_the_written_type_cannot_hold_are_refused() {
         assert_eq!(fs::read_dir(out.path()).unwrap().count(), 0);
         fold(&base, &shakespeare, &path, 1.0, None).unwrap();
         fs::remove_dir_all(&path).unwrap();
+    }
+}
+
+/// An adapter of one Linear of the family vector `llama`, and these tensors whole.
+fn adapter_with_whole(folder: &Path, whole: &[(&str, Vec<usize>)], value: f32, module: &str) -> PathBuf {
+    let mut tensors: Vec<WholeTensor> = whole
+        .iter()
+        .map(|(name, shape)| WholeTensor {
+            name: (*name).to_string(),
+            element_type: ElementType::F32,
+            bytes: 4 * shape.iter().product::<usize>() as u64,
+            shape: shape.clone(),
+        })
+        .collect();
+    tensors.sort_by(|left, right| left.name.cmp(&right.name));
+    let description = AdapterDescription {
+        base_model: None,
+        task_type: None,
+        fan_in_fan_out: false,
+        targets_by_suffix: true,
+        element_type: ElementType::F32,
+        modules_to_save: vec!["lm_head".into(), "norm".into(), "embed_tokens".into(), "up_proj".into()]
+            .into_iter()
+            .filter(|name: &String| whole.iter().any(|(tensor, _)| tensor.contains(name.as_str())))
+            .collect(),
+    };
+    let base = Checkpoint::open(&vectors("families/llama")).unwrap();
+    let &[out_features, in_features] = base.tensor(&format!("{module}.weight")).unwrap().shape.as_slice() else {
+        panic!("{module} is no matrix")
+    };
+    let merged = MergedModule { name: module.into(), kind: ModuleKind::Linear, out_features, in_features, rank: 1 };
+    let mut writer = AdapterWriter::create(folder, description, vec![merged], &tensors).unwrap();
+    let copy = |writer: &mut AdapterWriter| {
+        let elements = |tensor: &WholeTensor| tensor.bytes / 4;
+        let put_all = |tensor: &WholeTensor, put: &mut dyn FnMut(&[u8]) -> kintsugi_runtime::Result<()>| {
+            (0..elements(tensor)).try_for_each(|at| put(&(value + at as f32).to_le_bytes()))
+        };
+        writer.write_whole(put_all).unwrap();
+    };
+    copy(&mut writer);
+    let factors =
+        LowRank::new(out_features, in_features, 1, vec![0.5; out_features], vec![0.25; in_features], ElementType::F32);
+    writer.write(Some(&factors)).unwrap();
+    copy(&mut writer);
+    writer.finish().unwrap();
+    folder.to_path_buf()
+}
+
+#[test]
+fn modules_that_the_adapter_holds_whole_take_the_place_of_those_of_the_base() {
+    let folder = tempfile::tempdir().unwrap();
+    let (base, module) = (vectors("families/llama"), "model.layers.0.mlp.up_proj");
+    let before = Checkpoint::open(&base).unwrap();
+    let (head, norm) = ("lm_head.weight", "model.norm.weight");
+    let shape = |name: &str| before.tensor(name).unwrap().shape.clone();
+    let whole = [(head, shape(head)), (norm, shape(norm))];
+    let adapter = adapter_with_whole(&folder.path().join("adapter"), &whole, -3.0, module);
+    for weight in [1.0, 0.25] {
+        let out = folder.path().join(format!("out-{weight}"));
+        let report = fold(&base, &adapter, &out, weight, Some(ElementType::F32)).unwrap();
+        assert_eq!((report.modules, report.whole_tensors), (1, 2));
+        let after = Checkpoint::open(&out).unwrap();
+        for name in [head, norm] {
+            let values = |checkpoint: &Checkpoint| match checkpoint.tensor(name).unwrap().shape.len() {
+                1 => checkpoint.vector(name).unwrap(),
+                _ => checkpoint.dense(name).unwrap().to_f32(),
+            };
+            for (at, (old, new)) in values(&before).into_iter().zip(values(&after)).enumerate() {
+                let expected = f64::from(old) + weight * (f64::from(-3.0 + at as f32) - f64::from(old));
+                assert!((f64::from(new) - expected).abs() <= expected.abs() * 6e-8, "{name} {at} {weight}");
+            }
+        }
+        let changed = format!("{module}.weight");
+        let (old, new) = (before.dense(&changed).unwrap().to_f32(), after.dense(&changed).unwrap().to_f32());
+        assert!(old.iter().zip(&new).all(|(old, new)| (new - old - 0.125 * weight as f32).abs() < 1e-6));
+    }
+
+    let refused = |base: &Path, whole: &[(&str, Vec<usize>)], module: &str, subject: &str, part: &str| {
+        let path = folder.path().join("refused");
+        let adapter = adapter_with_whole(&path, whole, 1.0, module);
+        let error = fold(base, &adapter, &folder.path().join("out"), 1.0, None).unwrap_err();
+        assert_eq!((error.code, error.subject.as_str()), (ErrorCode::AdapterInvalid, subject), "{error}");
+        assert!(error.message.contains(part) && !error.hint.is_empty(), "{error}");
+        assert!(!folder.path().join("out").exists());
+        fs::remove_dir_all(path).unwrap();
+    };
+    refused(&base, &[(head, vec![7, 2])], module, head, "[7, 2]");
+    refused(&base, &[("lm_head.bias", vec![3])], module, "lm_head.bias", "no such tensor");
+    let up = "model.layers.0.mlp.up_proj.weight";
+    refused(&base, &[(up, shape(up))], module, module, "factors");
+    let tied = folder.path().join("tied");
+    copy_with(&base, &tied, |_| {});
+    let mut config: Value = serde_json::from_slice(&fs::read(tied.join("config.json")).unwrap()).unwrap();
+    config["tie_word_embeddings"] = true.into();
+    fs::write(tied.join("config.json"), config.to_string()).unwrap();
+    for name in [head, "model.embed_tokens.weight"] {
+        refused(&tied, &[(name, shape(name))], module, name, "one weight");
     }
 }
 

@@ -2,7 +2,7 @@ use std::sync::OnceLock;
 
 use crate::{Error, ErrorCode, Result};
 
-/// What the instruction set of a kernel is called, in the order of speed.
+/// What the instruction set of a kernel is called; those of one architecture in the order of speed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum CpuLevel {
     /// Portable Rust, vectorized by the compiler for the baseline of the target.
@@ -13,6 +13,12 @@ pub enum CpuLevel {
     AvxVnni,
     /// AVX-512 F, BW, VL, DQ and VNNI; BF16 products where the CPU has them.
     Avx512Vnni,
+    /// NEON as every 64-bit ARM CPU has it.
+    Neon,
+    /// The same with dot products of bytes (FEAT_DotProd).
+    NeonDotprod,
+    /// The same with products of unsigned and signed bytes, and of matrices of them (FEAT_I8MM).
+    NeonI8mm,
 }
 
 /// Optional features beyond the level.
@@ -27,7 +33,15 @@ pub struct CpuFeatures {
 
 impl CpuLevel {
     /// Every level, lowest first.
-    pub const ALL: [CpuLevel; 4] = [CpuLevel::Scalar, CpuLevel::Avx2, CpuLevel::AvxVnni, CpuLevel::Avx512Vnni];
+    pub const ALL: [CpuLevel; 7] = [
+        CpuLevel::Scalar,
+        CpuLevel::Avx2,
+        CpuLevel::AvxVnni,
+        CpuLevel::Avx512Vnni,
+        CpuLevel::Neon,
+        CpuLevel::NeonDotprod,
+        CpuLevel::NeonI8mm,
+    ];
 
     /// The name that `KINTSUGI_CPU` takes and `doctor` prints.
     pub const fn name(self) -> &'static str {
@@ -36,6 +50,9 @@ impl CpuLevel {
             CpuLevel::Avx2 => "avx2",
             CpuLevel::AvxVnni => "avxvnni",
             CpuLevel::Avx512Vnni => "avx512vnni",
+            CpuLevel::Neon => "neon",
+            CpuLevel::NeonDotprod => "neon-dotprod",
+            CpuLevel::NeonI8mm => "neon-i8mm",
         }
     }
 
@@ -56,9 +73,23 @@ impl CpuLevel {
                 CpuLevel::Avx2 => avx2(),
                 CpuLevel::AvxVnni => avx2() && has!("avxvnni"),
                 CpuLevel::Avx512Vnni => avx2() && avx512() && has!("avx512vnni"),
+                CpuLevel::Neon | CpuLevel::NeonDotprod | CpuLevel::NeonI8mm => false,
             }
         }
-        #[cfg(not(target_arch = "x86_64"))]
+        #[cfg(target_arch = "aarch64")]
+        {
+            use std::arch::is_aarch64_feature_detected as has;
+            // Kernels take words from memory as they lie there, and codes are little-endian.
+            let neon = || cfg!(target_endian = "little") && has!("neon");
+            match self {
+                CpuLevel::Scalar => true,
+                CpuLevel::Avx2 | CpuLevel::AvxVnni | CpuLevel::Avx512Vnni => false,
+                CpuLevel::Neon => neon(),
+                CpuLevel::NeonDotprod => neon() && has!("dotprod"),
+                CpuLevel::NeonI8mm => neon() && has!("dotprod") && has!("i8mm"),
+            }
+        }
+        #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
         {
             self == CpuLevel::Scalar
         }
@@ -136,5 +167,17 @@ mod tests {
         assert_eq!(error.code, ErrorCode::CpuLevel);
         assert!(error.hint.contains("avx2"));
         assert!(CpuLevel::available().any(|level| level == CpuLevel::Scalar));
+    }
+
+    #[test]
+    fn a_level_comes_with_those_below_it() {
+        use CpuLevel::{Avx2, Avx512Vnni, AvxVnni, Neon, NeonDotprod, NeonI8mm, Scalar};
+        for (level, below) in [(AvxVnni, Avx2), (Avx512Vnni, Avx2), (NeonI8mm, NeonDotprod), (NeonDotprod, Neon)] {
+            assert!(!level.is_available() || below.is_available(), "{} without {}", level.name(), below.name());
+        }
+        let portable = cfg!(not(any(target_arch = "x86_64", target_arch = "aarch64")));
+        assert!(!portable || CpuLevel::best() == Scalar);
+        assert!(cfg!(target_arch = "aarch64") || !Neon.is_available());
+        assert!(cfg!(target_arch = "x86_64") || !Avx2.is_available());
     }
 }

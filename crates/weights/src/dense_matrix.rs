@@ -56,6 +56,15 @@ impl DenseMatrix {
         &self.values
     }
 
+    /// The stored values as bytes in the order of the machine.
+    pub fn bytes(&self) -> &[u8] {
+        match &self.values {
+            DenseValues::F32(values) => bytemuck::cast_slice(values),
+            DenseValues::F16(values) => bytemuck::cast_slice(values),
+            DenseValues::Bf16(values) => bytemuck::cast_slice(values),
+        }
+    }
+
     /// The type of the stored values.
     pub fn element_type(&self) -> ElementType {
         match self.values {
@@ -103,11 +112,7 @@ impl DenseMatrix {
 
     /// Row and column of the first value that is NaN or infinite.
     pub fn first_not_finite(&self) -> Option<(usize, usize)> {
-        let position = match &self.values {
-            DenseValues::F32(values) => position_in_chunks(values, |value| value.to_bits() << 1 >= 0xff << 24),
-            DenseValues::F16(values) => position_in_chunks(values, |value| value.to_bits() << 1 >= 0x1f << 11),
-            DenseValues::Bf16(values) => position_in_chunks(values, |value| value.to_bits() << 1 >= 0xff << 8),
-        }?;
+        let position = self.element_type().first_not_finite(self.bytes())?;
         Some((position / self.columns, position % self.columns))
     }
 
@@ -118,15 +123,6 @@ impl DenseMatrix {
             DenseValues::Bf16(values) => values.len(),
         }
     }
-}
-
-/// Position of the first value for which `found` holds. Whole chunks are looked at before single values, because a loop
-/// without an exit works on many values at a time.
-fn position_in_chunks<T: Copy>(values: &[T], found: impl Fn(T) -> bool) -> Option<usize> {
-    const CHUNK: usize = 4096;
-    let start =
-        values.chunks(CHUNK).position(|chunk| chunk.iter().fold(false, |any, &value| any | found(value)))? * CHUNK;
-    values[start..].iter().position(|&value| found(value)).map(|position| start + position)
 }
 
 #[cfg(test)]

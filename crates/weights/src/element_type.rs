@@ -48,4 +48,35 @@ impl ElementType {
             ElementType::Bf16 => bf16::from_f32(value).to_f32(),
         }
     }
+
+    /// The values of `bytes`, little-endian, as f32.
+    pub fn widen(self, bytes: &[u8]) -> Vec<f32> {
+        let halves = || bytes.chunks_exact(2).map(|pair| u16::from_le_bytes([pair[0], pair[1]]));
+        match self {
+            ElementType::F32 => {
+                bytes.chunks_exact(4).map(|word| f32::from_le_bytes([word[0], word[1], word[2], word[3]])).collect()
+            }
+            ElementType::F16 => halves().map(|bits| f16::from_bits(bits).to_f32()).collect(),
+            ElementType::Bf16 => halves().map(|bits| bf16::from_bits(bits).to_f32()).collect(),
+        }
+    }
+
+    /// Position of the first value of `bytes`, little-endian, that is NaN or infinite.
+    pub fn first_not_finite(self, bytes: &[u8]) -> Option<usize> {
+        match self {
+            ElementType::F32 => position_in_chunks(bytes, |word: [u8; 4]| u32::from_le_bytes(word) << 1 >= 0xff << 24),
+            ElementType::F16 => position_in_chunks(bytes, |pair: [u8; 2]| u16::from_le_bytes(pair) << 1 >= 0x1f << 11),
+            ElementType::Bf16 => position_in_chunks(bytes, |pair: [u8; 2]| u16::from_le_bytes(pair) << 1 >= 0xff << 8),
+        }
+    }
+}
+
+/// Position of the first value for which `found` holds. Whole chunks are looked at before single values, because a loop
+/// without an exit works on many values at a time.
+fn position_in_chunks<const N: usize>(bytes: &[u8], found: impl Fn([u8; N]) -> bool) -> Option<usize> {
+    const CHUNK: usize = 4096;
+    let values = bytes.as_chunks::<N>().0;
+    let start =
+        values.chunks(CHUNK).position(|chunk| chunk.iter().fold(false, |any, &value| any | found(value)))? * CHUNK;
+    values[start..].iter().position(|&value| found(value)).map(|position| start + position)
 }

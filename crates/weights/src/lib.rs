@@ -13,6 +13,7 @@ mod low_rank;
 mod quantized_matrix;
 mod reference_product;
 mod row_source;
+mod stored_rows;
 
 pub use adapter::{Adapter, AdapterEntry};
 pub use bit_packing::{pack_codes, packed_words, unpack_codes};
@@ -24,3 +25,4 @@ pub use low_rank::{FactorCodes, LowRank};
 pub use quantized_matrix::{CODE_BITS, GroupAxis, GroupSize, QuantizedMatrix, QuantizedParts};
 pub use reference_product::reference_product;
 pub use row_source::RowSource;
+pub use stored_rows::StoredRows;

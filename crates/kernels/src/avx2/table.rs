@@ -1,5 +1,6 @@
 use super::vector::Avx2;
 use crate::accumulate::Accumulate;
+use crate::integer_strip::accumulate_strip as integer_strip;
 use crate::kernel_table::kernel_table;
 use crate::packed_matrix::PanelEncoding;
 use crate::strip::AccumulateStrip;
@@ -13,7 +14,7 @@ kernel_table! {
     queries: 2,
     strip: (8, 6, 1),
     shapes: [(1, 1) (2, 1) (3, 1)],
-    integers: (4, 3: [1 2 3], 9, 6, 2),
+    integers: (4, 3: [1 2 3], 9, integer_strip(6, 2)),
 }
 
 fn no_bf16(_: PanelEncoding, _: usize, _: usize) -> Accumulate {

@@ -3,6 +3,7 @@ use super::bf16_strip::{TILE_ROWS, accumulate_strip as accumulate_bf16_strip};
 use super::vector::Avx512;
 use crate::accumulate::Accumulate;
 use crate::codec::{Bf16, Bits2, Bits4, Bits8};
+use crate::integer_strip::accumulate_strip as integer_strip;
 use crate::kernel_table::{kernel_table, product_shapes};
 use crate::packed_matrix::PanelEncoding;
 use crate::strip::{AccumulateStrip, StripJob};
@@ -16,7 +17,7 @@ kernel_table! {
     queries: 4,
     strip: (9, TILE_ROWS, 2),
     shapes: [(1, 2) (1, 1) (2, 2) (2, 1) (3, 1) (4, 1) (5, 1) (6, 1) (7, 1) (8, 1)],
-    integers: (2, 8: [1 2 3 4 5 6 7 8], 9, 12, 2),
+    integers: (2, 8: [1 2 3 4 5 6 7 8], 9, integer_strip(12, 2)),
 }
 
 product_shapes!(

@@ -1,5 +1,6 @@
 use super::vector::Scalar;
 use crate::accumulate::Accumulate;
+use crate::integer_strip::accumulate_strip as integer_strip;
 use crate::kernel_table::kernel_table;
 use crate::packed_matrix::PanelEncoding;
 use crate::strip::AccumulateStrip;
@@ -12,7 +13,7 @@ kernel_table! {
     queries: 1,
     strip: (8, 2, 1),
     shapes: [(1, 1) (2, 1) (3, 1) (4, 1)],
-    integers: (4, 2: [1 2], 3, 4, 1),
+    integers: (4, 2: [1 2], 3, integer_strip(4, 1)),
 }
 
 fn no_bf16(_: PanelEncoding, _: usize, _: usize) -> Accumulate {

@@ -5,12 +5,12 @@ use kintsugi_checkpoint::{AdapterDescription, AdapterFolder, AdapterWriter, Merg
 use kintsugi_linalg::{LeadingDirections, UpperTriangle};
 use kintsugi_merge::{
     Coordinates, LinearMergeReport, LinearSources, MergeMethod, MergeOptions, MergeSource, RankRule, ScaleRule,
-    StoredSource, Svd, check_statistics, concatenate_stored, join, merge_linear, merge_method, sum_norms,
+    StoredCat, Svd, check_statistics, join, merge_linear, merge_method, sum_norms,
 };
 use kintsugi_runtime::{
     CancelToken, Error, ErrorCode, Progress, Result, StagedFolder, ThreadPool, peak_memory_bytes, replace_file,
 };
-use kintsugi_weights::{DenseMatrix, ElementType, LowRank};
+use kintsugi_weights::{ElementType, LowRank};
 
 use super::factor_spill::FactorSpill;
 use super::input_statistics::InputStatistics;
@@ -58,12 +58,19 @@ pub fn merge_adapters(
     let (mut writer, rank) = if job.ranks_are_known() {
         let (mut writer, rank) = job.writer(|index| plan.modules[index].rank)?;
         let order = job.in_order(writer.modules());
-        job.run(&order, pool, cancel, progress, |index, merged| {
+        let mut cat = StoredCat::new();
+        let stored = if job.moves_bytes()? { order.as_slice() } else { &[] };
+        for &index in stored {
+            cancel.check()?;
+            progress.at("merge", plan.modules[index].name.clone());
             job.write_whole(&mut writer, cancel)?;
-            match &merged.factors {
-                Factors::Stored([a, b]) => writer.write_stored([a, b])?,
-                Factors::Solved(factors) => writer.write(factors.as_deref())?,
-            }
+            prints[index] = job.concatenate(index, &mut cat, &mut writer, pool)?;
+            reports.push(job.empty_report(index));
+            progress.advance(1);
+        }
+        job.run(&order[stored.len()..], pool, cancel, progress, |index, merged| {
+            job.write_whole(&mut writer, cancel)?;
+            writer.write(merged.factors.as_ref())?;
             prints[index] = merged.prints;
             reports.push(merged.report);
             Ok(())
@@ -74,9 +81,8 @@ pub fn merge_adapters(
         let mut ranks = vec![1; plan.modules.len()];
         let order: Vec<usize> = (0..plan.modules.len()).collect();
         job.run(&order, pool, cancel, progress, |index, merged| {
-            let Factors::Solved(factors) = merged.factors else { return Err(unexpected()) };
-            spill.push(factors.as_deref())?;
-            ranks[index] = factors.map_or(1, |factors| factors.rank());
+            spill.push(merged.factors.as_ref())?;
+            ranks[index] = merged.factors.as_ref().map_or(1, LowRank::rank);
             prints[index] = merged.prints;
             reports.push(merged.report);
             Ok(())
@@ -117,33 +123,26 @@ pub fn merge_adapters(
     Ok(report)
 }
 
-/// The factors of a module as they will be written.
-enum Factors {
-    /// `None` where nothing is left.
-    Solved(Option<Box<LowRank>>),
-    /// A and B in the type of the file.
-    Stored([DenseMatrix; 2]),
-}
-
 /// What became of a module.
 struct MergedFactors {
-    factors: Factors,
+    /// `None` where nothing is left.
+    factors: Option<LowRank>,
     report: ModuleMergeReport,
     /// Of each of its adapters.
     prints: Vec<SourcePrint>,
 }
 
 /// Adapters that fit together, and what becomes of them.
-struct MergeJob<'a> {
-    recipe: &'a MergeRecipe,
-    method: &'static dyn MergeMethod,
-    options: MergeOptions,
-    folders: Vec<AdapterFolder>,
-    compensation: Option<AdapterFolder>,
+pub(super) struct MergeJob<'a> {
+    pub(super) recipe: &'a MergeRecipe,
+    pub(super) method: &'static dyn MergeMethod,
+    pub(super) options: MergeOptions,
+    pub(super) folders: Vec<AdapterFolder>,
+    pub(super) compensation: Option<AdapterFolder>,
     statistics: Option<InputStatistics>,
     whole: WholeModules,
     kinds: Vec<ModuleKind>,
-    plan: MergePlan,
+    pub(super) plan: MergePlan,
 }
 
 impl<'a> MergeJob<'a> {
@@ -341,31 +340,16 @@ impl<'a> MergeJob<'a> {
 
     fn merge(&self, index: usize, pool: &ThreadPool) -> Result<MergedFactors> {
         let module = &self.plan.modules[index];
-        let mut report = ModuleMergeReport {
-            name: module.name.clone(),
-            out_features: module.out_features,
-            in_features: module.in_features,
-            adapters: module.adapters.clone(),
-            rank: module.rank,
-            cluster_sizes: Vec::new(),
-            scales: Vec::new(),
-            scale: 1.0,
-            kept: None,
-            joined: None,
-        };
+        let mut report = self.empty_report(index);
         let mut prints = Vec::with_capacity(module.adapters.len());
         let mut sources = Vec::with_capacity(module.adapters.len());
         for &adapter in &module.adapters {
-            let scaling = self.folders[adapter].module(&module.name).map_or(0.0, |module| module.scaling);
-            let factors = self.folders[adapter].stored_factors(&module.name)?;
-            prints.push(SourcePrint::of_module(&module.name, scaling, &factors));
-            let [a, b] = factors;
-            sources.push(StoredSource { a, b, scaling, weight: self.recipe.weights[adapter] });
-        }
-        if self.moves_bytes(index)
-            && let Some(factors) = concatenate_stored(&module.name, &sources, self.plan.factor_type)?
-        {
-            return Ok(MergedFactors { factors: Factors::Stored(factors), report, prints });
+            let scaling = self.scaling(adapter, module);
+            let [a, b] = self.folders[adapter].stored_factors(&module.name)?;
+            prints.push(SourcePrint::of_module(&module.name, scaling, [&a, &b])?);
+            let factor_type = if a.element_type() == b.element_type() { a.element_type() } else { ElementType::F32 };
+            let factors = LowRank::new(b.rows(), a.columns(), a.rows(), b.to_f32(), a.to_f32(), factor_type);
+            sources.push((factors, scaling, self.recipe.weights[adapter]));
         }
         let second_moment = match &self.statistics {
             Some(statistics) => statistics.second_moment(&module.name, module.in_features)?,
@@ -376,14 +360,12 @@ impl<'a> MergeJob<'a> {
         let options = MergeOptions { factor_type, ..self.options.clone() };
         let mut merged = None;
         if !sources.is_empty() {
-            let factors: Vec<LowRank> = sources.iter().map(StoredSource::to_low_rank).collect();
-            let plain = sources.iter().zip(&factors).map(|(source, factors)| MergeSource {
+            let plain = sources.iter().map(|(factors, scaling, weight)| MergeSource {
                 factors,
-                scaling: source.scaling,
-                weight: source.weight,
+                scaling: *scaling,
+                weight: *weight,
             });
             let mut linear = LinearSources::new(&module.name, &plain.collect::<Vec<_>>(), self.folders.len())?;
-            drop(sources);
             if let Some(second_moment) = &second_moment
                 && check_statistics(self.method, self.options.scale).is_ok()
             {
@@ -402,20 +384,28 @@ impl<'a> MergeJob<'a> {
             merged = joined;
         }
         report.rank = merged.as_ref().map_or(0, LowRank::rank);
-        Ok(MergedFactors { factors: Factors::Solved(merged.map(Box::new)), report, prints })
+        Ok(MergedFactors { factors: merged, report, prints })
     }
 
-    /// Whether the factors of a module can go from file to file as they are.
-    fn moves_bytes(&self, index: usize) -> bool {
+    /// The report of a module of which nothing is known but the plan.
+    fn empty_report(&self, index: usize) -> ModuleMergeReport {
         let module = &self.plan.modules[index];
-        let ranks = || self.plan.modules.iter().map(|module| module.rank);
-        let unpadded = match self.recipe.padding {
-            RankPadding::None => true,
-            RankPadding::Uniform => Some(module.rank) == ranks().max(),
-            RankPadding::Vllm => VLLM_RANKS.contains(&module.rank) && Some(module.rank) == ranks().max(),
-        };
-        let uncut = self.folders.len() > 1 || self.recipe.options.rank.is_none();
-        self.method.is_exact() && unpadded && uncut && !self.options.report && self.compensation.is_none()
+        ModuleMergeReport {
+            name: module.name.clone(),
+            out_features: module.out_features,
+            in_features: module.in_features,
+            adapters: module.adapters.clone(),
+            rank: module.rank,
+            cluster_sizes: Vec::new(),
+            scales: Vec::new(),
+            scale: 1.0,
+            kept: None,
+            joined: None,
+        }
+    }
+
+    pub(super) fn scaling(&self, adapter: usize, module: &PlannedMerge) -> f64 {
+        self.folders[adapter].module(&module.name).map_or(0.0, |module| module.scaling)
     }
 
     /// The compensation of a module and its merged adapters as one update.
@@ -505,10 +495,6 @@ impl<'a> MergeJob<'a> {
             })
             .collect()
     }
-}
-
-fn unexpected() -> Error {
-    Error::new(ErrorCode::Internal, "factors of known rank where ranks were to be found").subject("merge")
 }
 
 /// The base model that the result is for: the compressed one of a compensation, else the one that all adapters name;

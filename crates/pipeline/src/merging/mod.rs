@@ -9,6 +9,7 @@ mod merge_plan;
 mod merge_recipe;
 mod merge_report;
 mod source_print;
+mod stored_merge;
 mod united_module;
 mod whole_modules;
 

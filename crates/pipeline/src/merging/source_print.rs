@@ -1,6 +1,6 @@
 use kintsugi_checkpoint::{AdapterFolder, WholeTensor};
 use kintsugi_runtime::Result;
-use kintsugi_weights::DenseMatrix;
+use kintsugi_weights::StoredRows;
 
 /// Rows of a factor that a fingerprint looks at.
 const ROWS: usize = 8;
@@ -22,20 +22,23 @@ impl SourcePrint {
     }
 
     /// Of the factors A and B of one module.
-    pub(crate) fn of_module(name: &str, scaling: f64, factors: &[DenseMatrix; 2]) -> Self {
+    ///
+    /// # Errors
+    /// What reading reports.
+    pub(crate) fn of_module(name: &str, scaling: f64, factors: [&dyn StoredRows; 2]) -> Result<Self> {
         let mut print = Self::new();
         name.bytes().for_each(|byte| print.add(u32::from(byte)));
         print.add_wide(scaling.to_bits());
         for factor in factors {
             print.add_wide(factor.rows() as u64);
             print.add_wide(factor.columns() as u64);
-            let mut row = vec![0.0; factor.columns()];
+            let mut row = vec![0; factor.columns() * factor.element_type().bits() / 8];
             for i in 0..ROWS.min(factor.rows()) {
-                factor.row_to_f32(i * factor.rows() / ROWS.min(factor.rows()), &mut row);
-                row.iter().for_each(|value| print.add(value.to_bits()));
+                factor.read_rows(i * factor.rows() / ROWS.min(factor.rows()), &mut row)?;
+                factor.element_type().widen(&row).iter().for_each(|value| print.add(value.to_bits()));
             }
         }
-        print
+        Ok(print)
     }
 
     /// Of a tensor that is saved whole: name, type, shape, and bytes from its start to its end.

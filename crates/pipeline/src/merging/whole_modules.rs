@@ -121,7 +121,7 @@ impl WholeModules {
             let mut mean = vec![0.0; length * 8 / tensor.element_type.bits()];
             for &(adapter, share) in sources {
                 folders[adapter].read_whole(&tensor.name, start, &mut bytes[..length])?;
-                let values = values(&bytes[..length], tensor.element_type);
+                let values = tensor.element_type.widen(&bytes[..length]);
                 if values.iter().any(|value| !value.is_finite()) {
                     return Err(Error::new(
                         ErrorCode::AdapterInvalid,
@@ -168,17 +168,6 @@ fn equal(
         }
     }
     Ok(true)
-}
-
-fn values(bytes: &[u8], element_type: ElementType) -> Vec<f32> {
-    let halves = || bytes.chunks_exact(2).map(|pair| u16::from_le_bytes([pair[0], pair[1]]));
-    match element_type {
-        ElementType::F32 => {
-            bytes.chunks_exact(4).map(|word| f32::from_le_bytes([word[0], word[1], word[2], word[3]])).collect()
-        }
-        ElementType::F16 => halves().map(|bits| f16::from_bits(bits).to_f32()).collect(),
-        ElementType::Bf16 => halves().map(|bits| bf16::from_bits(bits).to_f32()).collect(),
-    }
 }
 
 fn narrow(values: &[f64], element_type: ElementType) -> Vec<u8> {

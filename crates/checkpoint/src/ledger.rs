@@ -1,57 +1,30 @@
 use std::fs::{self, File};
-use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::{Read, Write};
 use std::path::{Component, Path, PathBuf};
-use std::time::UNIX_EPOCH;
 
-use kintsugi_checkpoint::{Checkpoint, UnitRecord};
-use kintsugi_compensate::RankProfile;
 use kintsugi_runtime::{Error, ErrorCode, Result};
-use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value, json};
-
-use crate::compression::CalibrationData;
-use crate::{LinearReport, PhaseSeconds};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
 
 /// Largest ledger that is read; a record of a block takes some kilobytes.
 const LEDGER_LIMIT: u64 = 1 << 30;
 
+/// What a job records of a finished unit of its work.
+pub trait RecordedUnit: Serialize + DeserializeOwned {
+    /// Files in the folder of the ledger that a later run opens.
+    fn file_names(&self) -> Vec<&str>;
+}
+
 /// One record per finished unit of work in `OUT.partial/ledger.jsonl`: what makes a job resumable.
 ///
-/// The first line says what the job is; every further line is a [`LedgerUnit`], written when all that it speaks of is
-/// on the disk. A line that is not whole was being written when the process ended, and is dropped.
-pub(crate) struct Ledger {
+/// The first line says what the job is; every further line is a unit, written when all that it speaks of is on the disk.
+/// A line that is not whole was being written when the process ended, and is dropped.
+#[derive(Debug)]
+pub struct Ledger {
     file: File,
     path: PathBuf,
     bytes: u64,
-}
-
-/// A finished unit: the tensors outside of the blocks, or a block.
-#[derive(Debug, Default, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub(crate) struct LedgerUnit {
-    /// What its part file holds.
-    pub(crate) part: Option<UnitRecord>,
-    /// What was done to each of its Linears.
-    pub(crate) linears: Vec<LinearReport>,
-    /// What each rank of their factors leaves, where a budget of ranks is to be divided; else empty.
-    #[serde(default)]
-    pub(crate) profiles: Vec<Option<RankProfile>>,
-    /// The file with the input of the next block; `None` without calibration.
-    pub(crate) activations: Option<String>,
-    /// The folder with its factors; `None` without.
-    pub(crate) factors: Option<String>,
-    /// Seconds of the job so far, earlier runs included.
-    pub(crate) seconds: f64,
-    /// The same by phase.
-    pub(crate) phases: PhaseSeconds,
-}
-
-impl LedgerUnit {
-    /// What a later run opens in the folder of the ledger.
-    fn file_names(&self) -> impl Iterator<Item = &str> {
-        self.activations.iter().chain(&self.factors).map(String::as_str)
-    }
 }
 
 impl Ledger {
@@ -61,7 +34,7 @@ impl Ledger {
     ///
     /// # Errors
     /// `ERR_OUTPUT_UNWRITABLE`.
-    pub(crate) fn create(folder: &Path, identity: &Value) -> Result<Self> {
+    pub fn create(folder: &Path, identity: &Value) -> Result<Self> {
         let path = folder.join(Self::FILE_NAME);
         let file = File::create(&path).map_err(|error| Error::unwritable(&path, &error))?;
         let mut ledger = Ledger { file, path, bytes: 0 };
@@ -76,7 +49,7 @@ impl Ledger {
     /// # Errors
     /// `ERR_RESUME_MISMATCH`, naming what differs, when it belongs to another job; `ERR_OUTPUT_BUSY` while that job
     /// runs; `ERR_OUTPUT_UNWRITABLE`.
-    pub(crate) fn reopen(out: &Path, identity: &Value) -> Result<Option<(Self, Vec<LedgerUnit>)>> {
+    pub fn reopen<U: RecordedUnit>(out: &Path, identity: &Value) -> Result<Option<(Self, Vec<U>)>> {
         let mut name = out.file_name().unwrap_or_default().to_os_string();
         name.push(".partial");
         let folder = out.with_file_name(name);
@@ -106,8 +79,8 @@ impl Ledger {
         }
         let mut units = Vec::new();
         for line in lines {
-            let Ok(unit) = serde_json::from_slice::<LedgerUnit>(line) else { break };
-            if let Some(name) = unit.file_names().find(|name| !is_plain_name(name)) {
+            let Ok(unit) = serde_json::from_slice::<U>(line) else { break };
+            if let Some(name) = unit.file_names().into_iter().find(|name| !is_plain_name(name)) {
                 let message = format!("the ledger names '{name}', which is not the name of a file beside it");
                 return Err(Error::new(ErrorCode::ResumeMismatch, message)
                     .subject(ledger.path.display())
@@ -124,12 +97,12 @@ impl Ledger {
     ///
     /// # Errors
     /// `ERR_OUTPUT_UNWRITABLE`.
-    pub(crate) fn append(&mut self, unit: &LedgerUnit) -> Result<()> {
+    pub fn append(&mut self, unit: &impl RecordedUnit) -> Result<()> {
         self.append_line(unit)
     }
 
     /// Its length.
-    pub(crate) fn bytes(&self) -> u64 {
+    pub fn bytes(&self) -> u64 {
         self.bytes
     }
 
@@ -137,7 +110,7 @@ impl Ledger {
     ///
     /// # Errors
     /// `ERR_OUTPUT_UNWRITABLE`.
-    pub(crate) fn remove(self) -> Result<()> {
+    pub fn remove(self) -> Result<()> {
         fs::remove_file(&self.path).map_err(|error| Error::unwritable(&self.path, &error))
     }
 
@@ -158,49 +131,6 @@ impl Ledger {
                 .hint("Wait for it, or choose another output folder")
         })
     }
-}
-
-/// Whether a later run of a job may come further than this error: then what is done is kept.
-pub(crate) fn is_worth_resuming(error: &Error) -> bool {
-    use ErrorCode::{Cancelled, Io, OutputBusy, OutputUnwritable, ResumeMismatch};
-    matches!(error.code, Cancelled | Io | OutputBusy | OutputUnwritable | ResumeMismatch)
-}
-
-/// What the bytes that a job writes depend on.
-///
-/// # Errors
-/// `ERR_CHECKPOINT_NOT_FOUND` when a file of a checkpoint has gone.
-pub(crate) fn identity(
-    recipe: &impl Serialize,
-    checkpoints: &[&Checkpoint],
-    calibration: &CalibrationData,
-    engine: &str,
-) -> Result<Value> {
-    let mut inputs = Map::new();
-    let mut files: Vec<PathBuf> = checkpoints.iter().flat_map(|checkpoint| checkpoint.files()).collect();
-    if let CalibrationData::Saved(saved) = calibration {
-        files.push(saved.path().to_path_buf());
-    }
-    files.sort();
-    files.dedup();
-    for file in files {
-        let state = fs::metadata(&file).and_then(|metadata| {
-            let modified = metadata.modified()?.duration_since(UNIX_EPOCH).unwrap_or_default();
-            Ok(format!("{} bytes of {}.{:09}", metadata.len(), modified.as_secs(), modified.subsec_nanos()))
-        });
-        let state = state.map_err(|error| Error::io(ErrorCode::CheckpointNotFound, &file, &error))?;
-        inputs.insert(file.display().to_string(), state.into());
-    }
-    if let CalibrationData::Tokens(tokens) = calibration {
-        let mut hasher = DefaultHasher::new();
-        tokens.tokens().hash(&mut hasher);
-        let (count, hash) = (tokens.tokens().len(), hasher.finish());
-        inputs.insert("calibration".into(), format!("{count} tokens {hash:x}").into());
-    }
-    let recipe = serde_json::to_value(recipe)
-        .map_err(|error| Error::new(ErrorCode::Internal, format!("the recipe cannot be recorded: {error}")))?;
-    let version = env!("CARGO_PKG_VERSION");
-    Ok(json!({ "version": version, "engine": engine, "recipe": recipe, "inputs": inputs }))
 }
 
 /// The first thing in which the identities of two jobs differ, as a clause.
@@ -234,10 +164,29 @@ fn is_plain_name(name: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use serde::Deserialize;
+    use serde_json::json;
+
     use super::*;
 
-    fn unit(seconds: f64) -> LedgerUnit {
-        LedgerUnit { seconds, ..LedgerUnit::default() }
+    #[derive(Default, Serialize, Deserialize)]
+    struct Unit {
+        seconds: f64,
+        file: Option<String>,
+    }
+
+    impl RecordedUnit for Unit {
+        fn file_names(&self) -> Vec<&str> {
+            self.file.as_deref().into_iter().collect()
+        }
+    }
+
+    fn unit(seconds: f64) -> Unit {
+        Unit { seconds, file: None }
+    }
+
+    fn reopen(out: &Path, identity: &Value) -> Result<Option<(Ledger, Vec<Unit>)>> {
+        Ledger::reopen(out, identity)
     }
 
     #[test]
@@ -245,12 +194,12 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let (out, staging) = (root.path().join("out"), root.path().join("out.partial"));
         let identity = json!({ "recipe": { "bits": 4 } });
-        assert!(Ledger::reopen(&out, &identity).unwrap().is_none());
+        assert!(reopen(&out, &identity).unwrap().is_none());
         fs::create_dir(&staging).unwrap();
         let mut ledger = Ledger::create(&staging, &identity).unwrap();
-        assert_eq!(Ledger::reopen(&out, &identity).err().unwrap().code, ErrorCode::OutputBusy);
+        assert_eq!(reopen(&out, &identity).err().unwrap().code, ErrorCode::OutputBusy);
         drop(ledger);
-        assert!(Ledger::reopen(&out, &identity).unwrap().is_none(), "nothing was finished");
+        assert!(reopen(&out, &identity).unwrap().is_none(), "nothing was finished");
 
         ledger = Ledger::create(&staging, &identity).unwrap();
         ledger.append(&unit(1.0)).unwrap();
@@ -260,16 +209,16 @@ mod tests {
         let whole = fs::read(&path).unwrap();
         for cut in 0..whole.len() {
             fs::write(&path, &whole[..cut]).unwrap();
-            let finished = Ledger::reopen(&out, &identity).unwrap().map_or(0, |(_, units)| units.len());
+            let finished = reopen(&out, &identity).unwrap().map_or(0, |(_, units)| units.len());
             let lines = whole[..cut].iter().filter(|&&byte| byte == b'\n').count();
             assert_eq!(finished, lines.saturating_sub(1), "cut at {cut}");
         }
-        fs::write(&path, [&whole[..], b"{\"part\":nu"].concat()).unwrap();
-        let (mut ledger, units) = Ledger::reopen(&out, &identity).unwrap().unwrap();
+        fs::write(&path, [&whole[..], b"{\"seconds\":1"].concat()).unwrap();
+        let (mut ledger, units) = reopen(&out, &identity).unwrap().unwrap();
         assert_eq!(units.iter().map(|unit| unit.seconds).collect::<Vec<_>>(), [1.0, 2.0]);
         ledger.append(&unit(3.0)).unwrap();
         drop(ledger);
-        assert_eq!(Ledger::reopen(&out, &identity).unwrap().unwrap().1.len(), 3);
+        assert_eq!(reopen(&out, &identity).unwrap().unwrap().1.len(), 3);
     }
 
     #[test]
@@ -278,22 +227,17 @@ mod tests {
         let (out, staging) = (root.path().join("out"), root.path().join("out.partial"));
         fs::create_dir(&staging).unwrap();
         for name in ["../input", "/etc/passwd", "a/../../input", "..", "", "a/b", "..\\input", "C:input"] {
-            for unit in [
-                LedgerUnit { activations: Some(name.into()), ..unit(1.0) },
-                LedgerUnit { factors: Some(name.into()), ..unit(1.0) },
-            ] {
-                let mut ledger = Ledger::create(&staging, &json!({})).unwrap();
-                ledger.append(&unit).unwrap();
-                drop(ledger);
-                let error = Ledger::reopen(&out, &json!({})).err().unwrap();
-                assert_eq!(error.code, ErrorCode::ResumeMismatch, "{name}");
-                assert!(error.subject.ends_with(Ledger::FILE_NAME) && !error.hint.is_empty(), "{error}");
-            }
+            let mut ledger = Ledger::create(&staging, &json!({})).unwrap();
+            ledger.append(&Unit { file: Some(name.into()), ..unit(1.0) }).unwrap();
+            drop(ledger);
+            let error = reopen(&out, &json!({})).err().unwrap();
+            assert_eq!(error.code, ErrorCode::ResumeMismatch, "{name}");
+            assert!(error.subject.ends_with(Ledger::FILE_NAME) && !error.hint.is_empty(), "{error}");
         }
         let mut ledger = Ledger::create(&staging, &json!({})).unwrap();
-        ledger.append(&LedgerUnit { activations: Some("activations-00001".into()), ..unit(1.0) }).unwrap();
+        ledger.append(&Unit { file: Some("activations-00001".into()), ..unit(1.0) }).unwrap();
         drop(ledger);
-        assert_eq!(Ledger::reopen(&out, &json!({})).unwrap().unwrap().1.len(), 1);
+        assert_eq!(reopen(&out, &json!({})).unwrap().unwrap().1.len(), 1);
     }
 
     #[test]

@@ -1,0 +1,6 @@
+//! NEON with the dot products of bytes that ARMv8.2 brought.
+
+mod integer;
+mod table;
+
+pub(crate) use table::TABLE;

@@ -1,0 +1,44 @@
+use kintsugi_checkpoint::{RecordedUnit, UnitRecord};
+use kintsugi_compensate::RankProfile;
+use serde::{Deserialize, Serialize};
+
+use crate::{LinearReport, PhaseSeconds};
+
+/// A finished unit: the tensors outside of the blocks, or a block.
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct LedgerUnit {
+    /// What its part file holds.
+    pub(crate) part: Option<UnitRecord>,
+    /// What was done to each of its Linears.
+    pub(crate) linears: Vec<LinearReport>,
+    /// What each rank of their factors leaves, where a budget of ranks is to be divided; else empty.
+    #[serde(default)]
+    pub(crate) profiles: Vec<Option<RankProfile>>,
+    /// The file with the input of the next block; `None` without calibration.
+    pub(crate) activations: Option<String>,
+    /// The folder with its factors; `None` without.
+    pub(crate) factors: Option<String>,
+    /// Seconds of the job so far, earlier runs included.
+    pub(crate) seconds: f64,
+    /// The same by phase.
+    pub(crate) phases: PhaseSeconds,
+}
+
+impl RecordedUnit for LedgerUnit {
+    fn file_names(&self) -> Vec<&str> {
+        self.activations.iter().chain(&self.factors).map(String::as_str).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_file_of_a_unit_is_named() {
+        let unit = LedgerUnit { activations: Some("a".into()), factors: Some("f".into()), ..LedgerUnit::default() };
+        assert_eq!(unit.file_names(), ["a", "f"]);
+        assert!(LedgerUnit::default().file_names().is_empty());
+    }
+}
