@@ -24,13 +24,22 @@ pub struct ArithmeticCeiling {
 
 impl ArithmeticCeiling {
     /// Those of the level of `kernels`, one for each arithmetic that its CPU has instructions for.
+    #[cfg_attr(
+        not(any(target_arch = "x86_64", target_arch = "aarch64")),
+        allow(unused_variables, reason = "only portable loops")
+    )]
     pub fn of(kernels: &Kernels) -> Vec<ArithmeticCeiling> {
         #[cfg(target_arch = "x86_64")]
-        if let Some(ceilings) = super::x86_loops::arithmetic_ceilings(kernels.level()) {
-            return ceilings;
-        }
-        #[cfg(not(target_arch = "x86_64"))]
-        let _ = kernels;
+        let own = super::x86_loops::arithmetic_ceilings(kernels.level());
+        #[cfg(target_arch = "aarch64")]
+        let own = super::neon_loops::arithmetic_ceilings(kernels.level());
+        #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+        let own: Option<Vec<ArithmeticCeiling>> = None;
+        own.unwrap_or_else(Self::portable)
+    }
+
+    /// What compilers make of plain loops: 128 bits on every target.
+    fn portable() -> Vec<ArithmeticCeiling> {
         vec![
             Self::new(Arithmetic::Int8, "portable 16-bit products and sums", 2 * PORTABLE_I16, portable_i16),
             Self::new(Arithmetic::F32, "portable f32 products and sums", 2 * PORTABLE_F32, portable_f32),
@@ -126,4 +135,27 @@ fn portable_f32() {
         }
     }
     black_box(sums);
+}
+
+#[cfg(test)]
+mod tests {
+    use kintsugi_runtime::CpuLevel;
+
+    use super::*;
+
+    #[test]
+    fn loops_of_every_level_run_on_this_machine() {
+        let pool = ThreadPool::with_threads(2);
+        for level in CpuLevel::available() {
+            let ceilings = ArithmeticCeiling::of(&Kernels::new(level).unwrap());
+            for arithmetic in [Arithmetic::Int8, Arithmetic::F32] {
+                let of_it: Vec<_> = ceilings.iter().filter(|ceiling| ceiling.arithmetic() == arithmetic).collect();
+                assert_eq!(of_it.len(), 1, "{} in {arithmetic:?}", level.name());
+                assert!(of_it[0].rate(&pool).is_finite() && of_it[0].rate_of_one_call().is_finite());
+            }
+        }
+        let reading = ReadingCeiling::new(1);
+        assert_eq!(reading.bytes(), 256 << 10);
+        assert!(reading.rate(&pool).is_finite());
+    }
 }

@@ -3,6 +3,8 @@
 mod ceilings;
 mod matrix_rotation;
 mod measurement;
+#[cfg(target_arch = "aarch64")]
+mod neon_loops;
 mod pace;
 mod rounds;
 mod speed_report;
