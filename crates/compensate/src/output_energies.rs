@@ -153,14 +153,15 @@ mod tests {
         for (weight, input, narrow) in
             [(1.0, 1.0f32, true), (1e-15, 1.0, false), (1e20, 1.0, false), (1.0, 1e-18, false), (1.0, 1e16, false)]
         {
+            let mut random = SplitMix64::new(9);
+            let mut uniform = || random.uniform() - 0.5;
             let mut builder = CalibrationBuilder::new(width);
-            let inputs: Vec<f32> = (0..100 * width).map(|at| input * ((at * at % 97) as f32 - 48.0)).collect();
+            let inputs: Vec<f32> = (0..100 * width).map(|_| input * uniform() as f32).collect();
+            let matrix: Vec<f64> = (0..rows * width).map(|_| weight * uniform()).collect();
             builder.push(&inputs, &pool).unwrap();
             let calibration = builder.finish(&pool);
             let mut energies = OutputEnergies::new(&calibration);
-            let fill = |i: usize, row: &mut [f64]| {
-                row.iter_mut().enumerate().for_each(|(j, value)| *value = weight * ((i + 7 * j) as f64).sin());
-            };
+            let fill = |i: usize, row: &mut [f64]| row.copy_from_slice(&matrix[i * width..(i + 1) * width]);
             let (found, exact) = (energies.of(rows, fill, &pool), energies.exactly(rows, fill, &pool));
             assert_eq!(found.narrow, narrow, "{weight} {input}");
             assert!((found.value / exact - 1.0).abs() <= 1e-5, "{weight} {input}: {found:?} {exact:e}");
