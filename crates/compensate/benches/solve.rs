@@ -4,7 +4,7 @@
 //! `cargo bench -p kintsugi-compensate --bench solve [-- SHAPE… [--rank R] [--solvers fast,exact] [--write DIR]]`, a SHAPE
 //! being `OUTxIN`. With `--write` the matrices are left as `delta-OUTxIN.f32` and `s-IN.f64` for
 //! `bench/peers/eora_torch.py`. `--block` solves the seven Linears of a Llama-3-8B block and says what 32 of them take.
-//! `--equal-bytes` compares ranks and bits of factors that take about the same bytes, on spectra of several slopes.
+//! `--energies` times the energy of a matrix in f32 and f64, in turns. `--equal-bytes` compares ranks and bits of factors that take about the same bytes, on spectra of several slopes.
 #![allow(clippy::print_stdout, reason = "a bench is there to print")]
 
 use std::io::Write;
@@ -12,8 +12,10 @@ use std::path::Path;
 use std::time::Instant;
 
 use kintsugi_calibration::{Calibration, CalibrationBuilder};
-use kintsugi_compensate::{CompensationOptions, FactorPrecision, Residual, compensate, compensation_method};
-use kintsugi_linalg::SplitMix64;
+use kintsugi_compensate::{
+    CompensationOptions, FactorPrecision, Residual, compensate, compensation_method, output_energy,
+};
+use kintsugi_linalg::{SplitMix64, quadratic_forms};
 use kintsugi_runtime::ThreadPool;
 use kintsugi_weights::{DenseMatrix, ElementType, GroupSize, QuantizedMatrix, QuantizedParts};
 
@@ -37,6 +39,9 @@ fn main() {
     }
     let shape = |text: &String| text.split_once('x').and_then(|(m, k)| Some((m.parse().ok()?, k.parse().ok()?)));
     let mut shapes: Vec<(usize, usize)> = arguments.iter().filter_map(shape).collect();
+    if arguments.iter().any(|argument| argument == "--energies") {
+        return energies(shapes.first().copied().unwrap_or((4096, 4096)), pool);
+    }
     if arguments.iter().any(|argument| argument == "--equal-bytes") {
         return equal_bytes(shapes.first().copied().unwrap_or((4096, 4096)), pool);
     }
@@ -104,6 +109,24 @@ fn block(rank: usize, pool: &ThreadPool) {
         }
     }
     println!("\na block: {seconds:.1} s; {BLOCKS} blocks, 224 Linears: {:.1} min", BLOCKS * seconds / 60.0);
+}
+
+/// Prints the seconds of one energy, in f32 and f64.
+fn energies((rows, columns): (usize, usize), pool: &ThreadPool) {
+    println!("{rows}×{columns}\n\n| f32 | f64 | values differ by |\n|---|---|---|");
+    let (calibration, (weight, _)) = (inputs(columns, SLOPE, pool), weights(rows, columns));
+    let (values, moments) = (weight.to_f32(), calibration.second_moment());
+    let narrow = moments.map(|value| value as f32);
+    for _ in 0..3 {
+        let started = Instant::now();
+        let fill = |i: usize, row: &mut [f32]| row.copy_from_slice(&values[i * columns..(i + 1) * columns]);
+        let in_f32: f64 = quadratic_forms(rows, fill, &narrow, pool).iter().sum();
+        let seconds = started.elapsed().as_secs_f64();
+        let started = Instant::now();
+        let in_f64 = output_energy(&values, rows, &calibration, pool);
+        let wide = started.elapsed().as_secs_f64();
+        println!("| {seconds:.2} | {wide:.2} | {:.1e} |", (in_f32 / in_f64 - 1.0).abs());
+    }
 }
 
 /// Prints what factors of several ranks and bits leave, beside 16 bits of rank 64.

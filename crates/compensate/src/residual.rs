@@ -59,22 +59,20 @@ impl<'a> Residual<'a> {
                 .subject("compressed weight")
                 .hint("The compressed checkpoint is damaged; load it from its source again"));
         }
-        let mut energies = OutputEnergies::new(calibration);
+        let energies = OutputEnergies::new(calibration);
         let fill = |i: usize, row: &mut [f64]| row.copy_from_slice(&delta[i * columns..(i + 1) * columns]);
-        let original = energies.of(rows, |i, row| wide_row(weight, i, row), pool).value;
         let energy = energies.of(rows, fill, pool);
-        let narrow = energy.narrow.then(|| NarrowResidual {
-            delta: energies.into_narrow(),
-            second_moment: calibration.second_moment().map(|value| value as f32),
+        let original = energies.of(rows, |i, row| wide_row(weight, i, row), pool).value;
+        let narrow = energies.into_narrow().filter(|_| energy.narrow).map(|second_moment| NarrowResidual {
+            delta: delta.iter().map(|&value| value as f32).collect(),
+            second_moment,
         });
         Ok(Residual { rows, columns, delta, calibration, energy, original, narrow })
     }
 
     /// Bytes beside the weights and the statistics: Δ in f64 and f32, and the second moments in f32.
     pub fn bytes(rows: usize, columns: usize) -> u64 {
-        let narrow = columns >= OutputEnergies::LEAST_CHANNELS;
-        let moments = if narrow { UpperTriangle::<f32>::bytes(columns) } else { 0 };
-        (rows as u64).saturating_mul(12 * columns as u64).saturating_add(moments)
+        (rows as u64).saturating_mul(12 * columns as u64).saturating_add(OutputEnergies::bytes(columns))
     }
 
     /// Δ and S in f32, where that is accurate.

@@ -5,7 +5,6 @@
 
 mod block_krylov;
 mod column_products;
-mod gram_inner;
 mod kernel_k_means;
 mod leading_directions;
 mod matrix_view;
@@ -23,7 +22,6 @@ mod upper_triangle;
 
 pub use block_krylov::{BlockKrylov, SymmetricOperator};
 pub use column_products::{product_by_columns, times_symmetric_by_columns};
-pub use gram_inner::gram_inner;
 pub use kernel_k_means::{KMeansOptions, KernelKMeans};
 pub use leading_directions::{BalancedFactors, LeadingDirections};
 pub use matrix_view::{MatrixView, MatrixViewMut, Scalar};

@@ -2,7 +2,7 @@ use crate::{MatrixView, MatrixViewMut, Scalar};
 
 /// Rows of a band: enough to make one band a good operand of a product, few enough that what bands hold below the
 /// diagonal is little.
-pub(crate) const BAND_ROWS: usize = 256;
+const BAND_ROWS: usize = 256;
 
 /// The upper triangle of a square matrix: of a symmetric matrix all there is to know, of an upper triangular one all
 /// that is not zero.
