@@ -1,6 +1,6 @@
 // What merges of adapters are worth: held-out perplexity of each domain, by method, rank and weight, as Markdown; and the
 // share of the gain of the single adapters that is kept, the mean of ln(base / merged) / ln(base / single) over the domains
-// whose adapter gains something.
+// whose adapter gains something, and of the sums over all domains (together).
 // Rows are printed as they come.
 //
 //   node --import=tsx bench/merge-quality.ts --checkpoint DIR --adapters DIR --texts DIR --domains a,b,…
@@ -101,7 +101,8 @@ async function readPeer(path: string): Promise<Map<string, number[]>> {
 
 const cells = (values: number[]): string => values.map((value) => value.toFixed(2)).join(' | ')
 const percent = (share: number): string => `${(share * 100).toFixed(1)} %`
-const mean = (values: number[]): number => values.reduce((sum, value) => sum + value, 0) / values.length
+const sum = (values: number[]): number => values.reduce((total, value) => total + value, 0)
+const mean = (values: number[]): number => sum(values) / values.length
 
 const peer = given.peer ? await readPeer(given.peer) : new Map<string, number[]>()
 const sources = domains.map((domain) => join(adapters, domain))
@@ -115,13 +116,15 @@ for (const domain of domains) single.push(await measure(model, domain))
 const gain = (i: number): number => Math.log(base[i]! / single[i]![i]!)
 const counted = domains.map((_, i) => i).filter((i) => gain(i) >= LEAST_GAIN)
 const kept = (found: number[]): number => mean(counted.map((i) => Math.log(base[i]! / found[i]!) / gain(i)))
+const together = (found: number[]): number =>
+  sum(found.map((value, i) => Math.log(base[i]! / value))) / sum(domains.map((_, i) => gain(i)))
 
 console.log(`| | ${domains.join(' | ')} |\n|---|${'---|'.repeat(domains.length)}\n| base | ${cells(base)} |`)
 for (const [index, domain] of domains.entries()) console.log(`| ${domain} alone | ${cells(single[index]!)} |`)
 console.log(`\nGain kept: over ${counted.map((i) => domains[i]).join(', ')}.`)
 const peerHead = peer.size > 0 ? ' peft | |' : ''
-const rule = '---|'.repeat(domains.length + 3 + (peer.size > 0 ? 2 : 0))
-console.log(`\n| method | weight | ${domains.join(' | ')} | gain kept |${peerHead}\n|${rule}`)
+const rule = '---|'.repeat(domains.length + 4 + (peer.size > 0 ? 2 : 0))
+console.log(`\n| method | weight | ${domains.join(' | ')} | gain kept | together |${peerHead}\n|${rule}`)
 
 const folder = await mkdtemp(join(tmpdir(), 'kintsugi-merge-'))
 try {
@@ -132,7 +135,7 @@ try {
       try {
         await merge(sources, { ...options, out, weights: sources.map(() => weight), report: false })
       } catch (error) {
-        console.log(`| ${name} | ${weight.toFixed(2)} |${' |'.repeat(domains.length)} ${(error as Error).message} |`)
+        console.log(`| ${name} | ${weight.toFixed(2)} |${' |'.repeat(domains.length + 1)} ${(error as Error).message} |`)
         continue
       }
       using merged = await loadModel(checkpoint, { precision: 'f32', adapters: { merged: out } })
@@ -140,7 +143,7 @@ try {
       const found = await measure(merged, 'merged')
       const theirs = options.rank === undefined || options.rank === 8 ? peer.get(`${peerName} ${weight.toFixed(2)}`) : undefined
       const versus = theirs ? ` ${percent(kept(theirs))} | ${verdict(found, theirs)} |` : peer.size > 0 ? ' | |' : ''
-      console.log(`| ${name} | ${weight.toFixed(2)} | ${cells(found)} | ${percent(kept(found))} |${versus}`)
+      console.log(`| ${name} | ${weight.toFixed(2)} | ${cells(found)} | ${percent(kept(found))} | ${percent(together(found))} |${versus}`)
     }
   }
 } finally {

@@ -31,7 +31,8 @@ export interface CalibrationSourceOptions {
   seed?: number
   /**
    * Compensation: sequences behind those that take no part in the statistics; errors are measured on them, too. By default
-   * an eighth of `sequences`, while that is no more than 2048 tokens of all sources; fewer where the file is short.
+   * an eighth of `sequences`, while that is no more than 2048 tokens of all texts, and at least two of each of several;
+   * fewer where the file is short.
    */
   holdOut?: number
 }

@@ -23,6 +23,10 @@ impl RecordedUnit for Unit {
     fn file_names(&self) -> Vec<&str> {
         self.activations.iter().chain(&self.factors).map(String::as_str).collect()
     }
+
+    fn is_sound(&self) -> bool {
+        true
+    }
 }
 
 /// A checkpoint of one tensor, and the output beside which the ledger lies.

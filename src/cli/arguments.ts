@@ -105,9 +105,12 @@ export function calibrationArguments(given: CalibrationArguments): CalibrationOp
   return withoutUndefined({ sources, field, sequences, length, seed, holdOut, activations, subset })
 }
 
-/** Parses `--calibration FILE[=WEIGHT]`; what stands behind the last `=` is a weight if it looks like a number. */
-function calibrationArgument(value: string, previous: CalibrationFile[] | undefined): CalibrationFile[] {
-  const { file, weight } = /^(?<file>.+?)(?:=(?<weight>[-+]?[\d.]+(?:e[-+]?\d+)?))?$/i.exec(value)?.groups ?? {}
+/**
+ * Parses `--calibration FILE[=WEIGHT]`; what stands behind the last `=` is a weight if it is a number. A file whose name
+ * ends in `=2` is given as `FILE=2=1`.
+ */
+export function calibrationArgument(value: string, previous?: CalibrationFile[]): CalibrationFile[] {
+  const { file, weight } = /^(?<file>.+?)(?:=(?<weight>[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?))?$/i.exec(value)?.groups ?? {}
   const source = { file: file ?? value, ...withoutUndefined({ weight: weight && numberArgument(weight) }) }
   return [...(previous ?? []), source as CalibrationFile]
 }

@@ -337,6 +337,13 @@ impl AdapterFolder {
     }
 }
 
+/// The name of `modules_to_save` that covers a module: PEFT replaces what matches `(^|.*\.)name($|\..*)` as a whole, and
+/// whatever factors are there have no effect.
+pub fn saved_whole<'a>(names: &'a [String], module: &str) -> Option<&'a str> {
+    let path = format!(".{module}.");
+    names.iter().map(String::as_str).find(|name| path.contains(&format!(".{name}.")))
+}
+
 fn factor_rows<'a>(set: &'a TensorSet, name: &'a str) -> Result<FactorRows<'a>> {
     let (file, tensor) = set.require(name).map_err(as_adapter_error)?;
     let element_type = ElementType::ALL.into_iter().find(|&element_type| float_dtype(element_type) == tensor.dtype);
@@ -372,6 +379,9 @@ impl FactorPair {
                 );
             }
         };
+        if a.columns == 0 || b.rows == 0 || a.rows == 0 {
+            return Err(invalid("the factors are empty", name).hint("Save the adapter again with PEFT"));
+        }
         let rank = config.rank(&name);
         if (a.rows, b.columns) != (rank, rank) {
             let (a_rank, b_rank) = (a.rows, b.columns);

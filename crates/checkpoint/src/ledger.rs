@@ -14,6 +14,9 @@ const LEDGER_LIMIT: u64 = 1 << 30;
 pub trait RecordedUnit: Serialize + DeserializeOwned {
     /// Files in the folder of the ledger that a later run opens.
     fn file_names(&self) -> Vec<&str>;
+
+    /// Whether a job can have written it.
+    fn is_sound(&self) -> bool;
 }
 
 /// One record per finished unit of work in `OUT.partial/ledger.jsonl`: what makes a job resumable.
@@ -79,7 +82,7 @@ impl Ledger {
         }
         let mut units = Vec::new();
         for line in lines {
-            let Ok(unit) = serde_json::from_slice::<U>(line) else { break };
+            let Some(unit) = serde_json::from_slice::<U>(line).ok().filter(U::is_sound) else { break };
             if let Some(name) = unit.file_names().into_iter().find(|name| !is_plain_name(name)) {
                 let message = format!("the ledger names '{name}', which is not the name of a file beside it");
                 return Err(Error::new(ErrorCode::ResumeMismatch, message)
@@ -151,6 +154,10 @@ fn differing(begun: &Value, now: &Value, name: &str) -> Option<(String, Value, V
                 differing(&of(begun), &of(now), &name)
             })
         }
+        (Value::Array(begun), Value::Array(now)) if begun.len() == now.len() => {
+            let mut pairs = begun.iter().zip(now).enumerate();
+            pairs.find_map(|(index, (begun, now))| differing(begun, now, &format!("{name}[{index}]")))
+        }
         _ if begun == now => None,
         _ => Some((name.to_owned(), begun.clone(), now.clone())),
     }
@@ -178,6 +185,10 @@ mod tests {
     impl RecordedUnit for Unit {
         fn file_names(&self) -> Vec<&str> {
             self.file.as_deref().into_iter().collect()
+        }
+
+        fn is_sound(&self) -> bool {
+            self.seconds >= 0.0
         }
     }
 
@@ -219,6 +230,12 @@ mod tests {
         ledger.append(&unit(3.0)).unwrap();
         drop(ledger);
         assert_eq!(reopen(&out, &identity).unwrap().unwrap().1.len(), 3);
+
+        let (mut ledger, _) = reopen(&out, &identity).unwrap().unwrap();
+        ledger.append(&unit(-1.0)).unwrap();
+        ledger.append(&unit(4.0)).unwrap();
+        drop(ledger);
+        assert_eq!(reopen(&out, &identity).unwrap().unwrap().1.len(), 3, "what no job writes ends it");
     }
 
     #[test]
@@ -242,11 +259,17 @@ mod tests {
 
     #[test]
     fn what_differs_is_named() {
-        let begun = json!({ "engine": "cpu", "recipe": { "bits": 4, "eora": null }, "inputs": { "a": "1" } });
+        let begun = json!({ "engine": "cpu", "recipe": { "bits": 4, "eora": null, "sources": [{ "file": "x" }, { "file": "y" }] }, "inputs": { "a": "1" } });
         assert_eq!(difference(&begun, &begun), None);
         let cases = [
             ("/recipe/bits", json!(3), "recipe.bits 4, this one has 3"),
             ("/recipe/eora", json!({ "rank": 8 }), "no recipe.eora, this one has {\"rank\":8}"),
+            ("/recipe/sources/1/file", json!("z"), "recipe.sources[1].file \"y\", this one has \"z\""),
+            (
+                "/recipe/sources",
+                json!([{ "file": "x" }]),
+                "recipe.sources [{\"file\":\"x\"},{\"file\":\"y\"}], this one has [{\"file\":\"x\"}]",
+            ),
             ("/inputs/a", json!("2"), "inputs.a \"1\", this one has \"2\""),
         ];
         for (pointer, value, expected) in cases {

@@ -39,7 +39,7 @@ mod tensor_set;
 mod torch_archive;
 mod torch_pickle;
 
-pub use adapter_folder::{AdapterFolder, AdapterModule, ModuleKind, WholeTensor};
+pub use adapter_folder::{AdapterFolder, AdapterModule, ModuleKind, WholeTensor, saved_whole};
 pub use adapter_writer::{AdapterDescription, AdapterWriter, MergedModule};
 pub use byte_source::ByteSource;
 pub use checkpoint::Checkpoint;

@@ -40,7 +40,7 @@ fn narrowly(residual: &Residual<'_>, rank: usize, pool: &ThreadPool) -> Result<O
     let missing = |captured: f64, excess: f64| excess + NARROW_ROUNDINGS * captured;
     let enough =
         |captured: f64, excess: f64| Certificate::suffices(residual.energy(), captured, missing(captured, excess));
-    let found = BlockKrylov::new(&operator, rank, enough, pool)?;
+    let found = BlockKrylov::new(&operator, rank, 0, enough, pool)?;
     Ok(found.sufficient.then(|| {
         let captured: f64 = found.values.iter().take(rank).sum();
         OutputDirections::new(&found.values, found.vectors, rows, rank, missing(captured, found.excess))
@@ -69,7 +69,7 @@ pub(crate) fn leading(
     if BlockKrylov::pays(rows.min(residual.columns()), rank) {
         let operator = OutputOperator { delta: MatrixView::new(residual.delta(), rows, residual.columns()), metric };
         let enough = |captured: f64, excess: f64| Certificate::suffices(energy, captured, excess);
-        let found = BlockKrylov::new(&operator, rank, enough, pool)?;
+        let found = BlockKrylov::new(&operator, rank, BlockKrylov::RESTARTS, enough, pool)?;
         let complete = OutputDirections::complete_bytes(rows, residual.columns());
         // Whether what was not enough is good enough all the same is for the certificate to say.
         if found.sufficient || complete > directions_bytes(rows, residual.columns(), rank) {

@@ -75,6 +75,12 @@ impl RankProfile {
         Some(HoldOutError { tokens: profile.tokens, quantized: of(0), compensated: of(rank) })
     }
 
+    /// Whether it says something about rank 0 at least, of all inputs that it speaks of.
+    pub fn is_sound(&self) -> bool {
+        let held = self.hold_out.iter().flat_map(|profile| &profile.energies);
+        [&self.calibration, &self.best].into_iter().chain(held).all(|energies| !energies.is_empty())
+    }
+
     /// On the calibration inputs.
     pub(crate) fn energies(residual: &Residual<'_>, factors: &LowRank, pool: &ThreadPool) -> Vec<f64> {
         let (rows, columns, rank) = (residual.rows(), residual.columns(), factors.rank());

@@ -35,7 +35,7 @@ impl BlockKrylov {
     /// Most blocks of a space.
     const BLOCKS: usize = 8;
     /// How often a full space begins anew.
-    const RESTARTS: usize = 2;
+    pub const RESTARTS: usize = 2;
 
     /// Vectors of a block for that rank.
     pub fn block_size(side: usize, rank: usize) -> usize {
@@ -65,6 +65,7 @@ impl BlockKrylov {
     pub fn new(
         operator: &dyn SymmetricOperator,
         rank: usize,
+        restarts: usize,
         enough: impl Fn(f64, f64) -> bool,
         pool: &ThreadPool,
     ) -> Result<Self> {
@@ -76,7 +77,7 @@ impl BlockKrylov {
         let (mut first, _) = orthonormal_rows(operator.apply(&start, size, pool), size, side, pool);
         let blocks = Self::BLOCKS.min(side / size).max(1);
         let mut applications = 1;
-        for restart in 0..=Self::RESTARTS {
+        for restart in 0..=restarts {
             let mut space = Space { side, size, basis: first, projected: Vec::new(), dropped: 0.0 };
             first = Vec::new();
             for block in 1..=blocks {
@@ -89,7 +90,7 @@ impl BlockKrylov {
                     let ritz = SymmetricEigen::new(&space.matrix(), space.dimension())?;
                     let excess = space.excess(&ritz, &remainder, rank);
                     let sufficient = enough(ritz.values[..rank].iter().sum(), excess);
-                    if sufficient || (block == blocks && restart == Self::RESTARTS) {
+                    if sufficient || (block == blocks && restart == restarts) {
                         let vectors = space.vectors(&ritz, rank, pool);
                         return Ok(BlockKrylov { values: ritz.values, vectors, excess, applications, sufficient });
                     }
@@ -235,6 +236,11 @@ fn by_cholesky(rows: &[f64], count: usize, side: usize, pool: &ThreadPool) -> Op
         let view = MatrixView::new(&basis, count, side);
         let mut gram = vec![0.0; count * count];
         symmetric_product(view, view.transposed(), &mut gram, pool);
+        // The second round mends what roundings of the first have left, if that is little.
+        let is_near = |(at, &value): (usize, &f64)| (value - f64::from(u8::from(at % (count + 1) == 0))).abs() < 0.1;
+        if round == 1 && !gram.iter().enumerate().all(is_near) {
+            return None;
+        }
         let lower = lower_cholesky(&gram, count)?;
         solve_lower_by_columns(&lower, count, &mut basis, side, pool);
         factor = if round == 0 {
@@ -365,7 +371,7 @@ mod tests {
                         assert!(missing >= -1e-12 * total, "{name} {rank}: more than there is");
                         looked.fetch_add(1, std::sync::atomic::Ordering::Relaxed) + 1 == blocks
                     };
-                    let found = BlockKrylov::new(&operator, rank, enough, &pool).unwrap();
+                    let found = BlockKrylov::new(&operator, rank, BlockKrylov::RESTARTS, enough, &pool).unwrap();
                     assert!(found.sufficient);
                     assert_eq!(found.applications, blocks + 1);
                     check_vectors(&operator, &found, rank, &pool);
@@ -399,7 +405,7 @@ mod tests {
         let (rank, total) = (32, values.iter().sum::<f64>());
         let best: f64 = values[..rank].iter().sum();
         let enough = |captured: f64, excess: f64| excess <= 2e-4 * (total - captured);
-        let found = BlockKrylov::new(&Known::new(values), rank, enough, &pool).unwrap();
+        let found = BlockKrylov::new(&Known::new(values), rank, 0, enough, &pool).unwrap();
         let captured: f64 = found.values[..rank].iter().sum();
         assert!(((total - captured) / (total - best)).sqrt() <= 1.0 + 1e-4);
         assert!(found.applications <= 5, "{}", found.applications);
@@ -412,7 +418,8 @@ mod tests {
         let values: Vec<f64> = (1..=n).map(|i| (i as f64).powf(-0.05)).collect();
         let (rank, best) = (8, values[..8].iter().sum::<f64>());
         let operator = Known::new(values);
-        let found = BlockKrylov::new(&operator, rank, |_, excess| excess <= 1e-9, &pool).unwrap();
+        let found =
+            BlockKrylov::new(&operator, rank, BlockKrylov::RESTARTS, |_, excess| excess <= 1e-9, &pool).unwrap();
         assert!(
             found.sufficient && found.applications > BlockKrylov::BLOCKS + 1,
             "{} {:e}",
@@ -421,7 +428,7 @@ mod tests {
         );
         assert!((found.values[..rank].iter().sum::<f64>() - best).abs() <= 1e-9 + 1e-12 * best);
         check_vectors(&operator, &found, rank, &pool);
-        let never = BlockKrylov::new(&operator, rank, |_, _| false, &pool).unwrap();
+        let never = BlockKrylov::new(&operator, rank, BlockKrylov::RESTARTS, |_, _| false, &pool).unwrap();
         assert!(!never.sufficient && never.excess <= 1e-9);
         assert_eq!(never.applications, 1 + (1 + BlockKrylov::RESTARTS) * BlockKrylov::BLOCKS);
     }
@@ -436,6 +443,26 @@ mod tests {
             let value = |at: usize| independent[at % side] + share * independent[at];
             (0..count * side).map(|at| value(at) * 10f64.powi((at / side % 7) as i32 - 3)).collect()
         };
+        // Kahan's rows: none is near those before it, all together are dependent.
+        let kahan: Vec<f64> = (0..count * side)
+            .map(|at| {
+                let (i, j) = (at / side, at % side);
+                let (s, c) = (0.3f64, (1.0 - 0.09f64).sqrt());
+                s.powi(j as i32)
+                    * if i == j {
+                        1.0
+                    } else if j < i && j < count {
+                        -c
+                    } else {
+                        0.0
+                    }
+            })
+            .collect();
+        let (basis, _) = orthonormal_rows(kahan, count, side, &pool);
+        for (i, j) in (0..count).flat_map(|i| (0..=i).map(move |j| (i, j))) {
+            let dot: f64 = (0..side).map(|k| basis[i * side + k] * basis[j * side + k]).sum();
+            assert!((dot - f64::from(u8::from(i == j))).abs() < 1e-13, "{i} {j} {dot}");
+        }
         for (share, by_products) in [(1.0, true), (1e-3, true), (1e-6, false), (0.0, false)] {
             let rows = mixed(share);
             assert_eq!(by_cholesky(&rows, count, side, &pool).is_some(), by_products, "{share}");
@@ -463,7 +490,7 @@ mod tests {
         let operator = Known::new(values);
         let run = |threads| {
             let pool = ThreadPool::with_threads(threads);
-            BlockKrylov::new(&operator, 10, |_, excess| excess < 1e-6, &pool).unwrap().vectors
+            BlockKrylov::new(&operator, 10, BlockKrylov::RESTARTS, |_, excess| excess < 1e-6, &pool).unwrap().vectors
         };
         assert_eq!(run(1), run(3));
     }
@@ -472,10 +499,10 @@ mod tests {
     fn a_zero_operator_and_a_broken_one() {
         let pool = ThreadPool::with_threads(1);
         let zero = Known { matrix: vec![0.0; 300 * 300], values: vec![0.0; 300] };
-        let found = BlockKrylov::new(&zero, 4, |_, excess| excess == 0.0, &pool).unwrap();
+        let found = BlockKrylov::new(&zero, 4, 0, |_, excess| excess == 0.0, &pool).unwrap();
         assert!(found.values.iter().all(|&value| value == 0.0));
         let broken = Known { matrix: vec![f64::NAN; 300 * 300], values: vec![0.0; 300] };
-        let error = BlockKrylov::new(&broken, 4, |_, _| false, &pool).unwrap_err();
+        let error = BlockKrylov::new(&broken, 4, 0, |_, _| false, &pool).unwrap_err();
         assert_eq!(error.code, kintsugi_runtime::ErrorCode::SolverFailed);
     }
 }

@@ -28,7 +28,8 @@ pub struct StoredSource<'a> {
 /// multiplied in f64 and rounded.
 ///
 /// `put` is given the bytes of A `[rank, in]` and then those of B `[out, rank]`, piece by piece. In memory are all of A
-/// and bands of B, in buffers that stay from one Linear to the next.
+/// and bands of B, in buffers that stay from one Linear to the next; all of B only where units or sources have equal A,
+/// whose order B decides.
 #[derive(Debug, Default)]
 pub struct StoredCat {
     /// A of each source.

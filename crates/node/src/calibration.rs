@@ -33,8 +33,17 @@ pub struct BindingCalibrationSource {
 impl BindingCalibration {
     /// The calibration of a job that compensates, or does not. Looks into files whose ending does not say all.
     pub(crate) fn recipe(&self, compensates: bool) -> Result<CalibrationRecipe> {
+        let mut sources: Vec<CalibrationSource> = self.sources.iter().map(Self::source).collect::<Result<_>>()?;
+        let texts = sources.iter().filter(|source| !source.is_statistics()).count();
+        for (source, given) in sources.iter_mut().zip(&self.sources) {
+            source.hold_out = match given.hold_out {
+                Some(given) => given as usize,
+                None if compensates => CalibrationSource::usual_hold_out(source.sequences, self.length as usize, texts),
+                None => 0,
+            };
+        }
         Ok(CalibrationRecipe {
-            sources: self.sources.iter().map(|source| self.source(source, compensates)).collect::<Result<_>>()?,
+            sources,
             length: self.length as usize,
             subset: self.subset,
             activations: match self.activations.as_str() {
@@ -46,26 +55,19 @@ impl BindingCalibration {
         })
     }
 
-    fn source(&self, source: &BindingCalibrationSource, compensates: bool) -> Result<CalibrationSource> {
+    /// A source without what is held out.
+    fn source(source: &BindingCalibrationSource) -> Result<CalibrationSource> {
         let (file, kind) = match (&source.text, &source.file) {
             (None, Some(file)) => (file.clone(), CalibrationKind::of(file.as_ref())?),
             (text, _) => (text.clone().unwrap_or_default(), CalibrationKind::Text),
-        };
-        let sequences = source.sequences as usize;
-        let hold_out = match source.hold_out {
-            Some(given) => given as usize,
-            None if compensates => {
-                CalibrationSource::usual_hold_out(sequences, self.length as usize, self.sources.len())
-            }
-            None => 0,
         };
         Ok(CalibrationSource {
             file: file.into(),
             kind,
             field: source.field.clone(),
-            sequences,
+            sequences: source.sequences as usize,
             seed: source.seed.map(|seed| seed as u64),
-            hold_out,
+            hold_out: 0,
             weight: source.weight,
         })
     }

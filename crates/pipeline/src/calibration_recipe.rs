@@ -5,11 +5,12 @@ use kintsugi_runtime::{Error, ErrorCode, Result};
 use serde::Serialize;
 
 use crate::CalibrationKind;
+use crate::recipe::is_same_file;
 
 /// What calibration statistics are taken from, and how: one source, or a mixture of several.
 ///
 /// Every token of a source counts as often as its weight says: the second moments of a mixture are
-/// `S = Σ weightᵢ Sᵢ`. Only quotients of weights matter.
+/// `S = Σ weightᵢ Sᵢ`. Within a job only quotients of weights matter; statistics that are saved keep what tokens count.
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct CalibrationRecipe {
@@ -57,19 +58,20 @@ pub enum ActivationPlace {
 }
 
 impl CalibrationSource {
-    /// Most tokens of all sources together that are held out unless more are asked for.
+    /// Most tokens of all texts together that are held out unless more are asked for, or texts are many.
     const HELD_OUT_TOKENS: usize = 2048;
     /// What weights can be.
     const WEIGHTS: RangeInclusive<f64> = 1e-6..=1e6;
 
-    /// The usual number of sequences that are held out of one of so many sources: an eighth of those that are not,
-    /// while their tokens are few.
-    pub fn usual_hold_out(sequences: usize, length: usize, sources: usize) -> usize {
-        (sequences / 8).clamp(1, (Self::HELD_OUT_TOKENS / length.max(1) / sources.max(1)).max(1))
+    /// The usual number of sequences that are held out of one of so many texts: an eighth of those that are not, while
+    /// their tokens are few; of several texts an even number, so that each half of what is held out has as many.
+    pub fn usual_hold_out(sequences: usize, length: usize, texts: usize) -> usize {
+        let most = Self::HELD_OUT_TOKENS / length.max(1) / texts.max(1);
+        if texts > 1 { (sequences / 8).clamp(2, most.max(2)) / 2 * 2 } else { (sequences / 8).clamp(1, most.max(1)) }
     }
 
     /// Whether it holds statistics, so that no forward pass runs for it.
-    pub(crate) fn is_statistics(&self) -> bool {
+    pub fn is_statistics(&self) -> bool {
         self.kind == CalibrationKind::Statistics
     }
 }
@@ -91,7 +93,7 @@ impl CalibrationRecipe {
     }
 
     /// The full name of an option of a source.
-    fn option(&self, source: usize, name: &str) -> String {
+    pub(crate) fn option(&self, source: usize, name: &str) -> String {
         if self.sources.len() == 1 {
             format!("calibration.{name}")
         } else {
@@ -124,6 +126,11 @@ impl CalibrationRecipe {
                 let message = format!("a source cannot count {} times", source.weight);
                 let hint = "Use a weight between 1e-6 and 1e6; only quotients of weights matter".into();
                 return refuse(self.option(index, "weight"), message, hint);
+            }
+            // What is held out of one would be seen by the other.
+            if self.sources[..index].iter().any(|other| is_same_file(&other.file, &source.file)) {
+                let message = format!("{} is named twice", source.file.display());
+                return refuse(self.option(index, "file"), message, "Name it once, with a larger weight".into());
             }
         }
         Ok(())

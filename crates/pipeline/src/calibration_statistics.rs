@@ -28,6 +28,17 @@ struct Description {
     stream: String,
     /// The recipe of the job that took them.
     recipe: Value,
+    /// What a token counts in the sums, on average.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    token_weight: f64,
+}
+
+fn one() -> f64 {
+    1.0
+}
+
+fn is_one(value: &f64) -> bool {
+    *value == 1.0
 }
 
 impl Description {
@@ -65,8 +76,10 @@ pub struct SavedStatistics {
     file: TensorFile,
     path: PathBuf,
     spec: DecoderSpec,
-    /// What each of their tokens counts.
+    /// What the sums are multiplied with.
     weight: f64,
+    /// What a token counts in them already, on average.
+    token_weight: f64,
 }
 
 impl SavedStatistics {
@@ -91,11 +104,21 @@ impl SavedStatistics {
                 return Err(mismatch(format!("the tensor {name} is not there or has not {count} elements")));
             }
         }
-        let saved = SavedStatistics { file, path: path.to_path_buf(), spec: spec.clone(), weight: source.weight };
+        let token_weight = description.token_weight;
+        if !(token_weight.is_finite() && token_weight > 0.0) {
+            return Err(mismatch(format!("a token of the statistics counts {token_weight} times")));
+        }
+        let (path, weight) = (path.to_path_buf(), source.weight);
+        let saved = SavedStatistics { file, path, spec: spec.clone(), weight, token_weight };
         for block in 0..spec.layers {
             spec.tap_stages().concat().into_iter().try_for_each(|point| saved.tokens(block, point).map(|_| ()))?;
         }
         Ok(saved)
+    }
+
+    /// What a token counts in the sums as they are saved, on average.
+    pub(crate) fn token_weight(&self) -> f64 {
+        self.token_weight
     }
 
     /// Where they are.
@@ -193,9 +216,10 @@ impl StatisticsWriter {
         recipe: &Recipe,
         checkpoint: &Checkpoint,
         spec: &DecoderSpec,
+        token_weight: f64,
         finished_blocks: usize,
     ) -> Result<Self> {
-        let (description, tensors) = (describe(recipe, checkpoint, spec)?, tensors(spec));
+        let (description, tensors) = (describe(recipe, checkpoint, spec, token_weight)?, tensors(spec));
         let (path_now, string) = (partial(path), (STATISTICS_KEY, description.as_str()));
         let file = if finished_blocks == 0 {
             // What another job has left there may know experts that this one never reaches.
@@ -211,12 +235,12 @@ impl StatisticsWriter {
         Ok(StatisticsWriter { file, path: path.to_path_buf(), spec: spec.clone() })
     }
 
-    /// Bytes of the file.
+    /// Bytes of the file, but for some digits of what a token of a mixture counts.
     ///
     /// # Errors
     /// What reading the checkpoint reports.
     pub(crate) fn bytes(recipe: &Recipe, checkpoint: &Checkpoint, spec: &DecoderSpec) -> Result<u64> {
-        TensorFileWriter::length(&tensors(spec), (STATISTICS_KEY, &describe(recipe, checkpoint, spec)?))
+        TensorFileWriter::length(&tensors(spec), (STATISTICS_KEY, &describe(recipe, checkpoint, spec, 1.0)?))
     }
 
     /// Writes the statistics at one point of a block.
@@ -273,13 +297,14 @@ fn partial(path: &Path) -> PathBuf {
     path.with_file_name(name)
 }
 
-fn describe(recipe: &Recipe, checkpoint: &Checkpoint, spec: &DecoderSpec) -> Result<String> {
+fn describe(recipe: &Recipe, checkpoint: &Checkpoint, spec: &DecoderSpec, token_weight: f64) -> Result<String> {
     let internal = |error: serde_json::Error| Error::new(ErrorCode::Internal, error.to_string());
     let description = Description {
         version: VERSION,
         model: fingerprint(checkpoint, spec)?,
         stream: "deployed".into(),
         recipe: serde_json::to_value(recipe).map_err(internal)?,
+        token_weight,
     };
     serde_json::to_string(&description).map_err(internal)
 }

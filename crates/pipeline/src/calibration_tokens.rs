@@ -10,7 +10,7 @@ use crate::{CalibrationRecipe, CalibrationSource};
 
 /// The tokens that calibration runs over: sequences of one length, source by source. Behind those that statistics are
 /// taken from come those that are held out: the first half of each source, then the second, so that each half of all is
-/// a mixture too.
+/// a mixture too, of those sources at least that hold out two. Odd ones go to the halves in turns.
 #[derive(Clone, Debug)]
 pub struct CalibrationTokens {
     tokens: Vec<u32>,
@@ -63,12 +63,15 @@ impl CalibrationTokens {
         }
         let mut read = CalibrationTokens { tokens: Vec::new(), length, seen: Vec::new(), held_out: Vec::new() };
         let mut halves = [(Vec::new(), Vec::new()), (Vec::new(), Vec::new())];
+        let mut odd = 0;
         for source in recipe.texts() {
             let (mut tokens, seen) = read_source(source, checkpoint, spec, length)?;
             let held_out = tokens.split_off(seen);
             read.seen.push(TokenSpan { tokens: seen, weight: source.weight });
             read.tokens.extend(tokens);
-            let (first, second) = held_out.split_at((held_out.len() / length).div_ceil(2) * length);
+            let count = held_out.len() / length;
+            odd += count % 2;
+            let (first, second) = held_out.split_at((count + odd % 2) / 2 * length);
             for ((tokens, spans), part) in halves.iter_mut().zip([first, second]) {
                 tokens.extend_from_slice(part);
                 spans.push(TokenSpan { tokens: part.len(), weight: source.weight });

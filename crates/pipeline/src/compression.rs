@@ -41,6 +41,8 @@ pub(crate) struct CalibrationData {
     pub(crate) saved: Vec<SavedStatistics>,
     /// What each source gives.
     pub(crate) shares: Vec<CalibrationShare>,
+    /// What a token counts in the sums, on average.
+    pub(crate) token_weight: f64,
 }
 
 impl CalibrationData {
@@ -56,21 +58,25 @@ impl CalibrationData {
 
     pub(crate) fn read(recipe: &Recipe, checkpoint: &Checkpoint, spec: &DecoderSpec) -> Result<Self> {
         let Some(calibration) = &recipe.calibration else {
-            return Ok(CalibrationData { tokens: None, saved: Vec::new(), shares: Vec::new() });
+            return Ok(CalibrationData { tokens: None, saved: Vec::new(), shares: Vec::new(), token_weight: 1.0 });
         };
         let open = |source| SavedStatistics::open(source, checkpoint, spec);
         let saved: Vec<SavedStatistics> = calibration.statistics().map(open).collect::<Result<_>>()?;
         let tokens = recipe.passes().map(|texts| CalibrationTokens::read(texts, checkpoint, spec)).transpose()?;
         // Both kinds are in the order of the sources.
-        let mut of_saved = saved.iter().map(SavedStatistics::all_tokens);
+        let mut of_saved = saved.iter().map(|saved| Ok((saved.all_tokens()?, saved.token_weight())));
         let mut of_texts = tokens.as_ref().map_or(&[][..], |tokens| tokens.spans().0).iter();
         let counts = calibration.sources.iter().map(|source| match source.is_statistics() {
-            true => of_saved.next().unwrap_or(Ok(0)),
-            false => Ok(of_texts.next().map_or(0, |span| span.tokens as u64)),
+            true => of_saved.next().unwrap_or(Ok((0, 1.0))),
+            false => Ok((of_texts.next().map_or(0, |span| span.tokens as u64), 1.0)),
         });
-        let counts: Vec<u64> = counts.collect::<Result<_>>()?;
+        let counts: Vec<(u64, f64)> = counts.collect::<Result<_>>()?;
         let shares = CalibrationShare::of(&calibration.sources, &counts);
-        Ok(CalibrationData { tokens, saved, shares })
+        let weights = calibration.sources.iter().map(|source| source.weight);
+        let total: f64 = counts.iter().map(|&(tokens, _)| tokens as f64).sum();
+        let weighted: f64 = counts.iter().zip(weights).map(|(&(tokens, each), w)| w * each * tokens as f64).sum();
+        let token_weight = if total > 0.0 { weighted / total } else { 1.0 };
+        Ok(CalibrationData { tokens, saved, shares, token_weight })
     }
 }
 
@@ -201,11 +207,12 @@ impl Compression<'_> {
         let recipe = allocated.as_ref().unwrap_or(recipe);
         let on_disk = plan.memory.activations_on_disk.then_some(folder.as_path());
         let (tokens, shares) = (calibration.seen(), calibration.shares.clone());
+        let token_weight = calibration.token_weight;
         let done = finished_blocks == spec.layers;
         let saver = match &recipe.save_statistics {
             // The last run may have ended before the file had its name.
             Some(path) if !done || StatisticsWriter::is_unfinished(path) || !path.is_file() => {
-                Some(StatisticsWriter::create(path, self.recipe, self.checkpoint, spec, finished_blocks)?)
+                Some(StatisticsWriter::create(path, self.recipe, self.checkpoint, spec, token_weight, finished_blocks)?)
             }
             _ => None,
         };

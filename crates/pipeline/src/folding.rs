@@ -2,7 +2,9 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Instant;
 
-use kintsugi_checkpoint::{AdapterFolder, AdapterModule, Checkpoint, CheckpointWriter, ModuleKind, WholeTensor};
+use kintsugi_checkpoint::{
+    AdapterFolder, AdapterModule, Checkpoint, CheckpointWriter, ModuleKind, WholeTensor, saved_whole,
+};
 use kintsugi_linalg::{MatrixView, product};
 use kintsugi_model::DecoderSpec;
 use kintsugi_runtime::{CancelToken, Error, ErrorCode, Progress, Result, ThreadPool, peak_memory_bytes};
@@ -45,8 +47,9 @@ pub struct FoldReport {
 }
 
 /// Adds an adapter to the weights of its base model: `W + weight · scaling · B A`, in f64, rounded once; a tensor V that
-/// the adapter holds whole makes it `W + weight · (V − W)`, at weight 1 V itself, as peft has it. Tensor by tensor, in bands of rows, so that memory is taken for the factors of one module and a few megabytes. The folder
-/// appears whole or not at all.
+/// the adapter holds whole makes it `W + weight · (V − W)`, at weight 1 V itself, as peft has it. Tensor by tensor, in
+/// bands of rows, so that memory is taken for the factors of one module and a few megabytes. The folder appears whole or
+/// not at all.
 ///
 /// # Errors
 /// `ERR_ADAPTER_INVALID` when the adapter does not belong to the checkpoint, `ERR_QUANTIZATION_UNSUPPORTED` for a
@@ -79,8 +82,11 @@ pub fn fold_adapter(
     let adapter = AdapterFolder::open_with_whole_modules(&recipe.adapter)?;
     let targets = targets(&checkpoint, &adapter)?;
     let whole = whole_tensors(&checkpoint, &adapter)?;
-    if let Some(module) = whole.keys().find_map(|name| targets.get(name)) {
-        let message = "the module has factors and is also saved whole: peft would leave the factors out";
+    if let Some((module, name)) =
+        adapter.modules().iter().find_map(|m| Some((m, saved_whole(adapter.modules_to_save(), &m.name)?)))
+    {
+        let message =
+            format!("the module has factors and is also saved whole, as '{name}': peft would leave the factors out");
         return Err(Error::new(ErrorCode::AdapterInvalid, message)
             .subject(&module.name)
             .hint("Save the adapter with one or the other"));

@@ -29,10 +29,16 @@ impl RecordedUnit for LedgerUnit {
     fn file_names(&self) -> Vec<&str> {
         self.activations.iter().chain(&self.factors).map(String::as_str).collect()
     }
+
+    fn is_sound(&self) -> bool {
+        self.profiles.iter().flatten().all(RankProfile::is_sound)
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use kintsugi_compensate::HoldOutProfile;
+
     use super::*;
 
     #[test]
@@ -40,5 +46,15 @@ mod tests {
         let unit = LedgerUnit { activations: Some("a".into()), factors: Some("f".into()), ..LedgerUnit::default() };
         assert_eq!(unit.file_names(), ["a", "f"]);
         assert!(LedgerUnit::default().file_names().is_empty());
+    }
+
+    #[test]
+    fn a_profile_of_no_rank_is_not_sound() {
+        let profile = RankProfile { calibration: vec![1.0], best: vec![1.0], ..RankProfile::default() };
+        let empty = RankProfile { hold_out: Some(HoldOutProfile::default()), ..profile.clone() };
+        for (profile, sound) in [(profile, true), (empty, false), (RankProfile::default(), false)] {
+            let unit = LedgerUnit { profiles: vec![None, Some(profile)], ..LedgerUnit::default() };
+            assert_eq!(unit.is_sound(), sound);
+        }
     }
 }

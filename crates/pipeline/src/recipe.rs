@@ -1,4 +1,5 @@
-use std::path::PathBuf;
+use std::fs;
+use std::path::{Path, PathBuf};
 
 use kintsugi_checkpoint::linear_format;
 use kintsugi_compress::{
@@ -157,7 +158,12 @@ impl Recipe {
         if given && folds {
             let message =
                 format!("the method '{method}' judges its scales on activations, which statistics do not have");
-            return refuse("calibration.file", message, "Give the text that the statistics were taken from");
+            let at = self.calibration.as_ref().and_then(|calibration| {
+                let index = calibration.sources.iter().position(CalibrationSource::is_statistics)?;
+                Some(calibration.option(index, "file"))
+            });
+            let subject = at.unwrap_or_default();
+            return refuse(&subject, message, "Give the text that the statistics were taken from");
         }
         if given && self.calibration.as_ref().is_some_and(|calibration| calibration.subset) {
             let message = "statistics that were saved cannot be taken again after each group of Linears".to_owned();
@@ -167,6 +173,10 @@ impl Recipe {
             (None, _) => Ok(()),
             (Some(_), None) => {
                 refuse("saveStatistics", "without calibration there are no statistics".into(), "Give calibration")
+            }
+            (Some(path), Some(calibration)) if calibration.sources.iter().any(|s| is_same_file(path, &s.file)) => {
+                let message = "the statistics would take the place of a source of the calibration".to_owned();
+                refuse("saveStatistics", message, "Save them under another name")
             }
             (Some(_), Some(calibration)) if given && calibration.sources.len() == 1 => {
                 refuse("saveStatistics", "the statistics are saved already".into(), "Copy the file")
@@ -292,4 +302,12 @@ fn missing_text(message: String) -> Error {
     Error::new(ErrorCode::OptionInvalid, message)
         .subject("calibration.file")
         .hint("Give a text that resembles what the model will read, or saved statistics")
+}
+
+/// Whether two paths lead to one file that is there.
+pub(crate) fn is_same_file(left: &Path, right: &Path) -> bool {
+    match (fs::canonicalize(left), fs::canonicalize(right)) {
+        (Ok(left), Ok(right)) => left == right,
+        _ => left == right,
+    }
 }

@@ -60,21 +60,22 @@ pub struct CalibrationShare {
     pub tokens: u64,
     /// How often each of them counts.
     pub weight: f64,
-    /// What all of them count, as a share of all sources.
+    /// What all of them count, as a share of all sources. Tokens of statistics count what they counted when these were
+    /// saved, times the weight.
     pub share: f64,
 }
 
 impl CalibrationShare {
-    /// Those of sources with so many tokens.
-    pub(crate) fn of(sources: &[CalibrationSource], tokens: &[u64]) -> Vec<Self> {
-        let counts = |(source, &tokens): (&CalibrationSource, &u64)| source.weight * tokens as f64;
-        let total: f64 = sources.iter().zip(tokens).map(counts).sum();
-        let of_source = |(source, tokens): (&CalibrationSource, &u64)| CalibrationShare {
+    /// Those of sources with so many tokens, each with what its tokens count before the weight of the source.
+    pub(crate) fn of(sources: &[CalibrationSource], tokens: &[(u64, f64)]) -> Vec<Self> {
+        let counts = |source: &CalibrationSource, (tokens, each): (u64, f64)| source.weight * each * tokens as f64;
+        let total: f64 = sources.iter().zip(tokens).map(|(source, &given)| counts(source, given)).sum();
+        let of_source = |(source, &given): (&CalibrationSource, &(u64, f64))| CalibrationShare {
             file: source.file.clone(),
             kind: source.kind,
-            tokens: *tokens,
+            tokens: given.0,
             weight: source.weight,
-            share: if total > 0.0 { counts((source, tokens)) / total } else { 0.0 },
+            share: if total > 0.0 { counts(source, given) / total } else { 0.0 },
         };
         sources.iter().zip(tokens).map(of_source).collect()
     }

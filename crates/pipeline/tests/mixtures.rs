@@ -154,6 +154,12 @@ fn the_statistics_of_a_mixture_are_the_weighted_sum_of_those_of_its_sources() {
             assert_eq!((shares[0].file.as_path(), shares[1].weight), (left, weights.1), "{name}");
             assert!((shares[0].share - 60.0 / (60.0 + 33.0 / 4.0)).abs() < 1e-12, "{name}: {shares:?}");
             assert_eq!(report.summary.calibration_tokens, 53 * LENGTH as u64, "{name}");
+
+            // A mixture that was saved goes on counting as it did.
+            let (_, report) = scene.save("again.safetensors", &[(&mixed, 2.0), (&a, 1.0)]);
+            let share = report.summary.calibration[0].share;
+            let counted = 2.0 * (60.0 + 33.0 / 4.0);
+            assert!((share - counted / (counted + 20.0)).abs() < 1e-12, "{name}: {share}");
         }
     }
 }
@@ -215,6 +221,20 @@ fn held_out_tokens_are_a_mixture_of_the_same_weights() {
     assert!(tokens.tokens()[..4 * LENGTH] == first[..4 * LENGTH]);
     assert!(tokens.tokens()[4 * LENGTH..8 * LENGTH] == second[..4 * LENGTH]);
     assert!(tokens.tokens()[8 * LENGTH..] == held_out.concat());
+
+    // Odd ones go to the halves in turns.
+    let mut recipe = scene.mixture(&[(&a, 1.0), (&b, 1.0)]);
+    let sources = &mut recipe.calibration.as_mut().unwrap().sources;
+    sources.iter_mut().for_each(|source| (source.sequences, source.hold_out) = (4, 3));
+    let checkpoint = Checkpoint::open(&recipe.source).unwrap();
+    let spec = DecoderSpec::of(&checkpoint).unwrap();
+    let tokens = CalibrationTokens::read(recipe.calibration.as_ref().unwrap(), &checkpoint, &spec).unwrap();
+    let halves = [(&first, 4), (&first, 5), (&second, 4), (&first, 6), (&second, 5), (&second, 6)];
+    assert!(tokens.tokens()[8 * LENGTH..] == halves.map(|(ids, index)| sequence(ids, index)).concat());
+    assert_eq!(CalibrationSource::usual_hold_out(128, 2048, 1), 1);
+    assert_eq!(CalibrationSource::usual_hold_out(128, 2048, 5), 2);
+    assert_eq!(CalibrationSource::usual_hold_out(128, 128, 1), 16);
+    assert_eq!(CalibrationSource::usual_hold_out(128, 128, 3), 4);
 
     // The first Linears read the same inputs whatever is done to the model.
     let before = |sources: &[(&Path, f64)]| report(sources).1.linears[0].hold_out.unwrap().quantized;
@@ -291,7 +311,15 @@ fn sources_that_do_not_fit_are_refused_by_name() {
     assert_eq!((error.code, error.subject.as_str()), (ErrorCode::OptionInvalid, "calibration.sources"));
     let mixed = scene.mixture(&[(&a, 1.0), (&of_a, 1.0)]);
     let error = Scene::run(&Recipe { method: "awq".into(), ..mixed.clone() }).unwrap_err();
-    assert_eq!(error.subject, "calibration.file", "{error}");
+    assert_eq!(error.subject, "calibration.sources[1].file", "{error}");
+    let twice = scene.mixture(&[(&a, 1.0), (&of_a, 1.0), (&scene.root.path().join("./a.json"), 2.0)]);
+    let error = Scene::run(&twice).unwrap_err();
+    assert_eq!((error.code, error.subject.as_str()), (ErrorCode::OptionInvalid, "calibration.sources[2].file"));
+    let before = fs::read(&of_a).unwrap();
+    let onto_source = Recipe { save_statistics: Some(scene.root.path().join("./a.safetensors")), ..mixed.clone() };
+    let error = Scene::run(&onto_source).unwrap_err();
+    assert_eq!((error.code, error.subject.as_str()), (ErrorCode::OptionInvalid, "saveStatistics"), "{error}");
+    assert!(fs::read(&of_a).unwrap() == before);
     let mut subset = mixed;
     subset.calibration.as_mut().unwrap().subset = true;
     assert_eq!(Scene::run(&subset).unwrap_err().subject, "calibration.subset");

@@ -183,7 +183,7 @@ fn another_recipe_or_changed_input_is_named_and_refused_until_it_is_discarded() 
     fs::write(&other, fs::read_to_string(&text).unwrap().replacen("the", "THE", 50)).unwrap();
     let mut changed = recipe.clone();
     changed.calibration.as_mut().unwrap().sources[0].file = other;
-    refused(&changed, "recipe.calibration.sources");
+    refused(&changed, "recipe.calibration.sources[0].file");
 
     let config = recipe.source.join("config.json");
     let before = fs::read(&config).unwrap();

@@ -1,7 +1,7 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use kintsugi_checkpoint::{AdapterDescription, AdapterFolder, AdapterWriter, MergedModule, ModuleKind};
+use kintsugi_checkpoint::{AdapterDescription, AdapterFolder, AdapterWriter, MergedModule, ModuleKind, saved_whole};
 use kintsugi_linalg::{LeadingDirections, UpperTriangle};
 use kintsugi_merge::{
     Coordinates, LinearMergeReport, LinearSources, MergeMethod, MergeOptions, MergeSource, RankRule, ScaleRule,
@@ -170,7 +170,9 @@ impl<'a> MergeJob<'a> {
                 .hint("Leave padding out, or merge adapters without modules_to_save"));
         }
         let modules = union(&folders, compensation.as_ref())?;
-        if let Some((module, name)) = modules.keys().find_map(|module| Some((*module, whole.replacing(module)?))) {
+        if let Some((module, name)) =
+            modules.keys().find_map(|module| Some((*module, saved_whole(whole.names(), module)?)))
+        {
             let message = format!(
                 "the module has factors and is also saved whole, as '{name}': PEFT would replace it and leave the factors \
                  out"

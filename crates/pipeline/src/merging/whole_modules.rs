@@ -95,13 +95,6 @@ impl WholeModules {
         &self.names
     }
 
-    /// The name under `modules_to_save` that covers a module: PEFT replaces what matches `(^|.*\.)name($|\..*)` as a
-    /// whole, and whatever factors are there have no effect.
-    pub(crate) fn replacing(&self, module: &str) -> Option<&str> {
-        let path = format!(".{module}.");
-        self.names.iter().map(String::as_str).find(|name| path.contains(&format!(".{name}.")))
-    }
-
     /// Hands the bytes of a tensor on.
     ///
     /// # Errors
