@@ -1,7 +1,8 @@
 #!/usr/bin/env node
+import { readFileSync } from 'node:fs'
+
 import { Command } from 'commander'
 
-import { packageVersion } from '../package-version.js'
 import { registerBench } from './bench.js'
 import { registerCompensate } from './compensate.js'
 import { registerCompress } from './compress.js'
@@ -15,9 +16,13 @@ import { registerMerge } from './merge.js'
 import { registerRemerge } from './remerge.js'
 import { reportFailure } from './run-command.js'
 
+const { version } = JSON.parse(readFileSync(new URL('../../package.json', import.meta.url), 'utf8')) as {
+  version: string
+}
+
 const program = new Command('kintsugi')
   .description('Break a language model to a few bits, and mend it.')
-  .version(packageVersion())
+  .version(version)
   .exitOverride()
   // Failures are printed in one place, reportFailure.
   .configureOutput({ outputError: () => {} })
