@@ -196,8 +196,10 @@ mod tests {
             }
             for ceiling in &ceilings {
                 assert_eq!((ceiling.run)(), expected(ceiling), "{} of {}", ceiling.instructions(), level.name());
-                assert!(ceiling.rate(&pool).is_normal() && ceiling.rate_of_one_call().is_normal());
+                assert!(ceiling.rate_of_one_call().is_normal());
             }
+            // One is enough: an emulated CPU takes long.
+            assert!(ceilings[0].rate(&pool).is_normal());
         }
     }
 
