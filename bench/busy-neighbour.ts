@@ -52,7 +52,8 @@ function products(): number[] {
 /** Runs `work` beside a process that only spins. */
 async function besideNeighbour<T>(work: () => T): Promise<T> {
   const spin = [process.execPath, '-e', 'for (;;);']
-  const core = /list:\s*(\d+)/.exec(spawnSync('taskset', ['-cp', String(process.pid)], { encoding: 'utf8' }).stdout ?? '')?.[1]
+  const { stdout } = spawnSync('taskset', ['-cp', String(process.pid)], { encoding: 'utf8' })
+  const core = /list:\s*(\d+)/.exec(stdout ?? '')?.[1]
   const [program, ...args] = core === undefined ? spin : ['taskset', '-c', core, ...spin]
   const neighbour = spawn(program!, args, { stdio: 'ignore' })
   try {
@@ -78,7 +79,8 @@ for (let turn = 0; turn < Number(values.turns); turn++) {
   worst.quiet.push(Math.max(...alone))
   worst.busy.push(Math.max(...beside))
 }
-console.log(`${availableParallelism()} cores, load before: ${load}; int4 g128 fast, ${SIZE}×${SIZE}, one row, ${values.threads} threads`)
+const product = `int4 g128 fast, ${SIZE}×${SIZE}, one row, ${values.threads} threads`
+console.log(`${availableParallelism()} cores, load before: ${load}; ${product}`)
 console.log('| | mean of a product, median of the turns | longest product, median of the turns |')
 console.log('|---|---|---|')
 console.log(`| alone | ${median(quiet).toFixed(3)} ms | ${median(worst.quiet).toFixed(2)} ms |`)

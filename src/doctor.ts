@@ -1,8 +1,7 @@
-import { readFileSync } from 'node:fs'
-
 import { fromNative } from './errors.js'
 import { glibcVersion } from './load-failure.js'
 import { native } from './native.js'
+import { packageVersion } from './package-version.js'
 
 /** What this machine, this Node.js and this build can do. */
 export interface DoctorReport {
@@ -42,14 +41,11 @@ export interface SelfCheck {
 
 /** Looks at this machine and checks the kernels on it. */
 export async function doctor(): Promise<DoctorReport> {
-  const { version } = JSON.parse(readFileSync(new URL('../package.json', import.meta.url), 'utf8')) as {
-    version: string
-  }
   try {
     const report = (await native().doctor()) as Omit<DoctorReport, 'node' | 'platform' | 'glibc'>
     return {
       ...report,
-      version,
+      version: packageVersion(),
       node: process.versions.node,
       platform: `${process.platform}-${process.arch}`,
       glibc: glibcVersion() ?? null,

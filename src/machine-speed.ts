@@ -3,15 +3,26 @@ import { cpus } from 'node:os'
 import type { Arithmetic, Precision } from './compress.js'
 import { Job } from './job.js'
 import { native } from './native.js'
-import { abortSignal, checkOptions, integer, listOf, number, optional, signalOf, withDefault, withoutUndefined } from './options.js'
+import {
+  abortSignal,
+  checkOptions,
+  integer,
+  listOf,
+  number,
+  optional,
+  signalOf,
+  withDefault,
+  withoutUndefined,
+} from './options.js'
+import { packageVersion } from './package-version.js'
 
 /** Options of {@link measureSpeed}. */
 export interface MeasureSpeedOptions {
   /** Seconds that measuring may take, default 12. Every product is measured once, whatever that takes. */
   seconds?: number
-  /** Number of threads beside one; default those of the shared pool. */
+  /** Number of threads to compare with one; default those of the shared pool. */
   threads?: number
-  /** Rows of x of the products: tokens that are computed at once. Default 1, 8 and 512. */
+  /** Rows of x of the products: tokens that are computed at once, each number once. Default 1, 8 and 512. */
   rows?: number[]
   /** Aborting it cancels the job. */
   signal?: AbortSignal
@@ -19,8 +30,12 @@ export interface MeasureSpeedOptions {
 
 /** What this machine can do, and what products reach of it. */
 export interface SpeedReport {
+  /** Version of this package. */
+  version: string
+  /** `process.platform`, `-`, `process.arch`. */
+  platform: string
   /** Name of the CPU; `null` where the system does not tell. */
-  cpu: string | null
+  cpuName: string | null
   /** Instruction set of products and arithmetic ceilings. */
   cpuLevel: string
   /** Thread counts that were measured: one, and all. */
@@ -40,7 +55,10 @@ export interface SpeedReport {
   seconds: number
 }
 
-/** What measurements in several rounds came to: a tenth of them is below `low`, half below `median`, a tenth above `high`. */
+/**
+ * What measurements in several rounds came to: a tenth of them is below `low`, half below `median`, a tenth above `high`.
+ * Below five rounds `low` and `high` are the least and the greatest.
+ */
 export interface Spread {
   low: number
   median: number
@@ -54,6 +72,8 @@ export interface CeilingSpeed {
   /** What the loop consists of. */
   instructions: string
   threads: number
+  /** How many times it was measured. */
+  rounds: number
   /** Bytes or operations per second, all threads together; a multiplication and an addition are two operations. */
   rate: Spread
 }
@@ -86,7 +106,7 @@ export interface ProductSpeed extends MeasuredWeights {
   bytesPerSecond: number
   /** Multiplications and additions per second, from the median. */
   operationsPerSecond: number
-  /** Which ceiling takes longer: reading the matrix, or multiplying. */
+  /** Which ceiling alone takes longer: reading the matrix, or multiplying. */
   limit: 'memory' | 'arithmetic'
   /** Seconds that the ceilings of the same rounds would take, as a share of the median. */
   share: number
@@ -116,13 +136,23 @@ const schema = {
  * Loops and products take turns, and matrices are larger than the caches together. It keeps all threads busy: what runs
  * beside it is part of the result, and so is it of what others measure.
  *
- * The job rejects with `ERR_MEMORY_EXCEEDED` where such matrices do not fit into the memory.
+ * The job rejects with `ERR_MEMORY_EXCEEDED` where such matrices do not fit into the memory, and with `ERR_IO` where
+ * the system refuses to start so many threads.
  */
 export function measureSpeed(options: MeasureSpeedOptions = {}): Job<SpeedReport> {
   return new Job(() => {
     const { signal: _, ...given } = checkOptions(options, schema)
     const control = new (native().BindingControl)()
-    const result = native().measureSpeed(withoutUndefined(given), control) as Promise<Omit<SpeedReport, 'cpu'>>
-    return { control, result: result.then((report) => ({ cpu: cpus()[0]?.model.trim() || null, ...report })) }
+    const result = native().measureSpeed(withoutUndefined(given), control) as Promise<
+      Omit<SpeedReport, 'version' | 'platform' | 'cpuName'>
+    >
+    const machine = { version: packageVersion(), platform: `${process.platform}-${process.arch}`, cpuName: cpuName() }
+    return { control, result: result.then((report) => ({ ...machine, ...report })) }
   }, [signalOf(options)])
+}
+
+/** Node says 'unknown' where the system does not tell. */
+function cpuName(): string | null {
+  const name = cpus()[0]?.model.trim()
+  return !name || name === 'unknown' ? null : name
 }

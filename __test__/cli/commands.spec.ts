@@ -200,18 +200,25 @@ test('doctor', async (t) => {
 })
 
 test('bench', async (t) => {
+  t.is((await kintsugi('bench', '--rows', 'many')).code, 2)
   const short = ['--rows', '1', '--seconds', '0.001', '--threads', '2']
   const json = await kintsugi('bench', ...short, '--json')
-  t.is(json.code, 0, json.stderr)
   const report = JSON.parse(json.stdout)
+  // Matrices beyond a cache of gigabytes do not fit into the memory of every machine that has one.
+  if (report.error?.code === 'ERR_MEMORY_EXCEEDED') {
+    t.is(json.code, 1)
+    t.log(`left out: ${report.error.message}`)
+    return
+  }
+  t.is(json.code, 0, json.stderr)
   t.is(report.products.length, 10)
   const { code, stdout } = await kintsugi('bench', ...short)
   t.is(code, 0)
   t.regex(stdout, new RegExp(`level ${report.cpuLevel}, 2 threads`))
-  t.regex(stdout, /^memory +2 +[\d.]+ GB\/s/m)
-  t.regex(stdout, /^int4 g128 fast r=64 +1 .* % memory$/m)
+  // A single round has no range.
+  t.regex(stdout, /^memory +2 +[\d.]+ GB\/s +– +1 /m)
+  t.regex(stdout, /^int4 g128 fast r=64 +1 +[\d.]+ +– +1 .* % (memory|int8)$/m)
   t.regex(stdout, /^tokens\/s at most +1B +7B +8B$/m)
-  t.is((await kintsugi('bench', '--rows', 'many')).code, 2)
 })
 
 test('an interruption cancels and fails', async (t) => {

@@ -21,6 +21,9 @@ interface BenchArguments {
   json?: boolean
 }
 
+/** Rounds from which on a tenth of them says something. */
+const LEAST_ROUNDS = 5
+
 const BAR_WIDTH = 20
 const EIGHTHS = ['', '▏', '▎', '▍', '▌', '▋', '▊', '▉']
 
@@ -30,7 +33,7 @@ export function registerBench(program: Command): void {
     .command('bench')
     .description('how fast this machine reads and multiplies, and what products reach of that')
     .option('--seconds <n>', 'time that measuring may take', numberArgument, 12)
-    .option('--threads <n>', 'number of threads beside one (default: all)', numberArgument)
+    .option('--threads <n>', 'number of threads to compare with one (default: all)', numberArgument)
     .option('--rows <list>', 'rows of x of the products, such as 1,8,512', numbersArgument, [1, 8, 512])
     .option('--json', 'print one JSON document')
     .action((given: BenchArguments) =>
@@ -43,10 +46,10 @@ export function registerBench(program: Command): void {
 }
 
 function describe(report: SpeedReport): string {
-  const { cpu, cpuLevel, threads, outFeatures, inFeatures, cacheBytes, workingSetBytes } = report
+  const { cpuName, cpuLevel, threads, outFeatures, inFeatures, cacheBytes, workingSetBytes } = report
   const pairs = formatPairs(
     [
-      ['CPU', `${cpu ? `${cpu}, ` : ''}level ${cpuLevel}, ${threadCount(Math.max(...threads))}`],
+      ['CPU', `${cpuName ? `${cpuName}, ` : ''}level ${cpuLevel}, ${threadCount(Math.max(...threads))}`],
       [
         'matrices',
         `${outFeatures}×${inFeatures}, ${formatBytes(workingSetBytes)} of each kind in turn` +
@@ -68,11 +71,12 @@ function ceilingTable(ceilings: readonly CeilingSpeed[]): string {
       { title: 'threads', align: 'right' },
       { title: 'rate', align: 'right' },
       { title: '10–90 %', align: 'right' },
+      { title: 'rounds', align: 'right' },
       { title: 'a loop of' },
     ],
-    ceilings.map(({ kind, threads, rate, instructions }) => {
-      const unit = kind === 'memory' ? 'GB/s' : 'GOP/s'
-      return [kind, String(threads), `${digits(rate.median / 1e9)} ${unit}`, range(rate, 1e-9), instructions]
+    ceilings.map(({ kind, threads, rounds, rate, instructions }) => {
+      const shown = `${digits(rate.median / 1e9)} ${kind === 'memory' ? 'GB/s' : 'GOP/s'}`
+      return [kind, String(threads), shown, range(rate, 1e-9, rounds), String(rounds), instructions]
     }),
     process.stdout,
   )
@@ -87,15 +91,17 @@ function productTable(products: readonly ProductSpeed[]): string {
       { title: 'threads', align: 'right' },
       { title: 'ms', align: 'right' },
       { title: '10–90 %', align: 'right' },
+      { title: 'rounds', align: 'right' },
       { title: 'rate', align: 'right' },
       { title: 'of the ceiling' },
     ],
     products.map((product) => {
-      const { threads, seconds, bytesPerSecond, operationsPerSecond, limit, share, arithmetic } = product
+      const { threads, rounds, seconds, bytesPerSecond, operationsPerSecond, limit, share, arithmetic } = product
       const rate = rows === 1 ? `${digits(bytesPerSecond / 1e9)} GB/s` : `${digits(operationsPerSecond / 1e9)} GOP/s`
       const ceiling = limit === 'memory' ? 'memory' : arithmetic
       const shown = `${bar(share)} ${String(Math.round(100 * share)).padStart(3)} % ${ceiling}`
-      return [weightsName(product), String(threads), digits(seconds.median * 1e3), range(seconds, 1e3), rate, shown]
+      const times = [digits(seconds.median * 1e3), range(seconds, 1e3, rounds), String(rounds)]
+      return [weightsName(product), String(threads), ...times, rate, shown]
     }),
     process.stdout,
   )
@@ -133,7 +139,9 @@ function bar(share: number): string {
   return colors.yellow(filled) + colors.dim('·'.repeat(BAR_WIDTH - filled.length))
 }
 
-function range({ low, high }: Spread, scale: number): string {
+/** A dash where there were too few rounds for a range. */
+function range({ low, high }: Spread, scale: number, rounds: number): string {
+  if (rounds < LEAST_ROUNDS) return '–'
   return `${digits(low * scale)}–${digits(high * scale)}`
 }
 

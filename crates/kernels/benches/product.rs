@@ -6,7 +6,8 @@
 //! bandwidth and clock of shared machines drift. `kintsugi bench` shows a user the same in short.
 //!
 //! `cargo bench -p kintsugi-kernels --bench product -- [SECTION]...` with `KINTSUGI_THREADS` for the number of
-//! threads and `KINTSUGI_CPU` for a single level. Sections are `stream`, `residual`, `cached` and numbers of rows; all of them by default.
+//! threads and `KINTSUGI_CPU` for a single level. Sections are `stream`, `residual`, `cached` and numbers of rows; all of
+//! them by default.
 #![allow(clippy::print_stdout, reason = "a bench is there to print")]
 
 use std::time::Instant;

@@ -44,10 +44,10 @@ pub(crate) struct KernelTable {
 
 /// The table of a level: each generic body instantiated under the level's `target_feature`.
 ///
-/// `bf16` are the products in bf16: of few rows and of many. `queries` is how many queries attention keeps in registers, `shapes` the `(rows, panels)` of products, `strip` the
-/// fewest rows that are worth a strip and the rows and halves of a panel of its tiles. `integers` is the same for products in int8: the
-/// registers of a panel and the most rows that fit into registers, then the fewest rows of a strip and its body with the
-/// rows and registers of its tiles.
+/// `bf16` are the products in bf16: of few rows and of many. `queries` is how many queries attention keeps in registers,
+/// `shapes` the `(rows, panels)` of products, `strip` the fewest rows that are worth a strip and the rows and halves of a
+/// panel of its tiles. `integers` is the same for products in int8: the registers of a panel and the most rows that fit
+/// into registers, then the fewest rows of a strip and its body with the rows and registers of its tiles.
 macro_rules! kernel_table {
     (
         level: $level:ty,

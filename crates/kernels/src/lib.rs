@@ -1,8 +1,9 @@
 //! CPU products chosen at run time, and the small operations of a decoder block.
 //!
-//! [`Kernels`] holds the functions of one CPU level. Every operation is written once over `vector::Level`, the
-//! instructions of a level, and compiled for each level as a whole; `scalar`, `avx2`, `avxvnni` and `avx512`, `neon`,
-//! `neon_dotprod` and `neon_i8mm` supply the instructions and instantiate the table of functions.
+//! [`Kernels`] holds the functions of one CPU level. Operations are written once over `vector::Level`, the instructions
+//! of a level, and compiled for each level as a whole; `scalar`, `avx2`, `avxvnni`, `avx512`, `neon`, `neon_dotprod` and
+//! `neon_i8mm` supply the instructions, add what a single level can do (products in bf16, matrices of bytes), and
+//! instantiate the table of functions. [`measure_speed`] compares products with what the machine can do.
 #![allow(unsafe_code, reason = "instructions of a CPU level exist only as unsafe functions")]
 
 mod accumulate;

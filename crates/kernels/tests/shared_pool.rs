@@ -2,6 +2,7 @@
 //!
 //! `KINTSUGI_PRODUCTS` sets how many; a test in a file of its own, because it looks at the memory of its process.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Barrier;
 use std::thread;
 
@@ -16,8 +17,9 @@ const CALLERS: usize = 4;
 /// By default: some seconds on two busy cores.
 const PRODUCTS: usize = 20_000;
 
-/// Less than an allocation of 64 bytes in each product comes to, in the default run already.
-const GROWTH: u64 = 1 << 20;
+/// Beyond what a system gives a process in one go (huge pages of 2 MiB). An allocation of 512 bytes that each product
+/// leaves behind comes to more in the default run already.
+const GROWTH: u64 = 8 << 20;
 
 /// A product and what it gives on one thread.
 struct Case {
@@ -69,14 +71,16 @@ fn callers_that_share_a_pool_get_the_same_bits_and_leave_no_memory_behind() {
                 scope.spawn(move || {
                     let mut outputs: Vec<Vec<f32>> = cases.iter().map(|case| vec![0.0; case.expected.len()]).collect();
                     let mut wrong = 0;
+                    // A product that panics is wrong, and the others do not wait for its thread.
                     let mut run = |range: std::ops::Range<usize>| {
                         for i in range {
                             // Callers are at different products at the same time.
                             let index = (i + 2 * caller) % cases.len();
                             let (case, y) = (&cases[index], &mut outputs[index]);
                             y.fill(f32::NAN);
-                            kernels.product(&case.matrix, &case.x, y, pool);
-                            let same = y.iter().zip(&case.expected).all(|(y, e)| y.to_bits() == e.to_bits());
+                            let product = || kernels.product(&case.matrix, &case.x, y, pool);
+                            let done = catch_unwind(AssertUnwindSafe(product)).is_ok();
+                            let same = done && y.iter().zip(&case.expected).all(|(y, e)| y.to_bits() == e.to_bits());
                             wrong += usize::from(!same);
                         }
                     };
@@ -98,8 +102,11 @@ fn callers_that_share_a_pool_get_the_same_bits_and_leave_no_memory_behind() {
         let after = private_memory_bytes();
         barrier.wait();
         let wrong: usize = callers.into_iter().map(|caller| caller.join().unwrap()).sum();
-        (wrong, before.zip(after).map_or(0, |(before, after)| after.saturating_sub(before)))
+        (wrong, before.zip(after).map(|(before, after)| after.saturating_sub(before)))
     });
     assert_eq!(wrong, 0, "of {products} products");
-    assert!(growth <= GROWTH, "{growth} bytes more after {products} products");
+    // Without /proc nothing says how much memory a process has: that half is left out.
+    if let Some(growth) = growth {
+        assert!(growth <= GROWTH, "{growth} bytes more after {products} products");
+    }
 }

@@ -10,7 +10,7 @@ use std::time::Instant;
 use candle_core::quantized::{GgmlDType, QMatMul, QStorage, QTensor};
 use candle_core::{Device, Module, Result, Tensor};
 use kintsugi_kernels::{Kernels, MatrixRotation, Precision, Spread};
-use kintsugi_runtime::{CpuLevel, ThreadPool};
+use kintsugi_runtime::ThreadPool;
 use kintsugi_testkit::matrices;
 use kintsugi_weights::{ElementType, GroupSize, LinearWeight, WeightMatrix};
 
@@ -100,7 +100,7 @@ fn main() -> Result<()> {
     let pool = ThreadPool::global();
     let threads = candle_core::utils::get_num_threads();
     assert_eq!(threads, pool.threads(), "KINTSUGI_THREADS and RAYON_NUM_THREADS differ");
-    println!("{threads} threads, level {}, {} matrices of {SIZE}×{SIZE} in turn", CpuLevel::best().name(), MATRICES);
+    println!("{threads} threads, level {}, {} matrices of {SIZE}×{SIZE} in turn", kernels.level().name(), MATRICES);
     let candidates = [
         Candidate::kintsugi("kintsugi fast int4 g128", 4, 128, Precision::Fast, &kernels, pool),
         Candidate::kintsugi("kintsugi fast int4 g32", 4, 32, Precision::Fast, &kernels, pool),

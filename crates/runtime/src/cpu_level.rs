@@ -169,6 +169,17 @@ mod tests {
         assert!(CpuLevel::available().any(|level| level == CpuLevel::Scalar));
     }
 
+    /// `KINTSUGI_BEST_LEVEL` says what emulated CPUs should find; see `tools/test-aarch64.sh`.
+    #[test]
+    fn the_best_level_is_the_one_that_the_environment_expects() {
+        if let Ok(expected) = std::env::var("KINTSUGI_BEST_LEVEL") {
+            assert_eq!(CpuLevel::best().name(), expected);
+            if std::env::var_os("KINTSUGI_CPU").is_none() {
+                assert_eq!(CpuLevel::selected().unwrap().name(), expected);
+            }
+        }
+    }
+
     #[test]
     fn a_level_comes_with_those_below_it() {
         use CpuLevel::{Avx2, Avx512Vnni, AvxVnni, Neon, NeonDotprod, NeonI8mm, Scalar};

@@ -4,6 +4,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
 use std::thread::{self, JoinHandle, Thread};
 
+use crate::error::{Error, ErrorCode, Result};
+
 /// Looks at a counter before a thread goes to sleep: about 40 µs, which bridges the pauses between the products of a
 /// forward pass.
 const SPINS: usize = 2000;
@@ -170,15 +172,34 @@ impl ThreadPool {
     /// # Panics
     /// When the operating system refuses to start threads.
     pub fn with_threads(threads: usize) -> Self {
-        let shared = Arc::new(Shared::default());
-        let workers = (1..threads.max(1)).map(|index| {
-            let shared = Arc::clone(&shared);
-            thread::Builder::new()
-                .name(format!("kintsugi-{index}"))
-                .spawn(move || shared.work())
-                .expect("the operating system refused to start the threads of the pool")
-        });
-        ThreadPool { workers: workers.collect(), shared }
+        Self::try_with_threads(threads).unwrap_or_else(|error| panic!("{error}"))
+    }
+
+    /// As [`ThreadPool::with_threads`], for numbers that a user gives.
+    ///
+    /// # Errors
+    /// `ERR_IO` when the operating system refuses to start threads; those that it did start have ended by then.
+    pub fn try_with_threads(threads: usize) -> Result<Self> {
+        Self::start(threads, |index, shared| {
+            thread::Builder::new().name(format!("kintsugi-{index}")).spawn(move || shared.work())
+        })
+    }
+
+    fn start(
+        threads: usize,
+        mut spawn: impl FnMut(usize, Arc<Shared>) -> std::io::Result<JoinHandle<()>>,
+    ) -> Result<Self> {
+        let mut pool = ThreadPool { shared: Arc::default(), workers: Vec::new() };
+        for index in 1..threads.max(1) {
+            // Dropping the pool ends the threads that it has.
+            let worker = spawn(index, Arc::clone(&pool.shared)).map_err(|error| {
+                Error::new(ErrorCode::Io, format!("thread {} of {threads} cannot be started: {error}", index + 1))
+                    .subject("threads")
+                    .hint("Ask for fewer threads, or raise the limit of processes of the user or container")
+            })?;
+            pool.workers.push(worker);
+        }
+        Ok(pool)
     }
 
     /// Number of threads that share the work.
@@ -340,6 +361,27 @@ mod tests {
             }
         });
         assert!(by_caller.into_inner() >= 99);
+    }
+
+    #[test]
+    fn threads_that_cannot_be_started_are_an_error_and_end_the_others() {
+        let (mut seen, ended) = (None, Arc::new(AtomicUsize::new(0)));
+        let error = ThreadPool::start(9, |index, shared| {
+            if index == 4 {
+                return Err(std::io::ErrorKind::WouldBlock.into());
+            }
+            seen.get_or_insert_with(|| Arc::downgrade(&shared));
+            let ended = Arc::clone(&ended);
+            Ok(thread::spawn(move || {
+                shared.work();
+                ended.fetch_add(1, Ordering::Relaxed);
+            }))
+        })
+        .unwrap_err();
+        assert_eq!((error.code, error.subject.as_str()), (ErrorCode::Io, "threads"));
+        assert!(error.message.starts_with("thread 5 of 9 "), "{}", error.message);
+        assert_eq!(ended.load(Ordering::Relaxed), 3);
+        assert!(seen.unwrap().upgrade().is_none());
     }
 
     #[test]

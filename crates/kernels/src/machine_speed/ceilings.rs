@@ -5,21 +5,27 @@ use kintsugi_runtime::ThreadPool;
 
 use crate::{Arithmetic, Kernels};
 
-/// Calls of a loop that are measured together.
-const CALLS: usize = 256;
+/// Calls of a loop for each thread that are measured together: so many that threads end at nearly the same time.
+const CALLS: usize = 128;
 
 /// Turns of a loop: some tens of microseconds, less than a scheduler gives a thread at a time.
 pub(super) const TURNS: usize = 1 << 13;
 
-/// Instructions of each kind in a turn: more than are under way at once.
-pub(super) const INDEPENDENT: usize = 12;
+/// Instructions of each kind in a turn: more than are under way at once, as many as there are registers for. Apple's
+/// cores begin four in each cycle and take four cycles for each.
+pub(super) const INDEPENDENT: usize = if cfg!(target_arch = "aarch64") { 24 } else { 12 };
 
-/// A loop that keeps the multipliers of a thread busy and does nothing else: no product of that arithmetic is faster.
+/// What multiplications of floats and of integers in a loop come to, each of which is added to a sum.
+pub(super) const F32_FACTORS: (f32, f32) = (0.5, 0.25);
+pub(super) const INT8_FACTORS: (i8, i8) = (1, 3);
+
+/// A loop that keeps the multipliers of a thread busy and does nothing else.
 pub struct ArithmeticCeiling {
     arithmetic: Arithmetic,
     instructions: &'static str,
     operations: f64,
-    run: fn(),
+    /// Runs the loop and gives the sum of all that it has added up.
+    run: fn() -> f64,
 }
 
 impl ArithmeticCeiling {
@@ -47,7 +53,7 @@ impl ArithmeticCeiling {
     }
 
     /// A loop of [`TURNS`] times [`INDEPENDENT`] instructions with so many operations each.
-    pub(super) fn new(arithmetic: Arithmetic, instructions: &'static str, operations: usize, run: fn()) -> Self {
+    pub(super) fn new(arithmetic: Arithmetic, instructions: &'static str, operations: usize, run: fn() -> f64) -> Self {
         ArithmeticCeiling { arithmetic, instructions, operations: (TURNS * INDEPENDENT * operations) as f64, run }
     }
 
@@ -63,20 +69,27 @@ impl ArithmeticCeiling {
 
     /// Operations per second of all threads of the pool together: products and sums count one each.
     pub fn rate(&self, pool: &ThreadPool) -> f64 {
+        let run = |_| {
+            black_box((self.run)());
+        };
+        // Threads that sleep wake up before the clock starts.
+        pool.for_each(pool.threads(), run);
+        let calls = CALLS * pool.threads();
         let start = Instant::now();
-        pool.for_each(CALLS, |_| (self.run)());
-        self.operations * CALLS as f64 / start.elapsed().as_secs_f64()
+        pool.for_each(calls, run);
+        self.operations * calls as f64 / start.elapsed().as_secs_f64()
     }
 
     /// Operations per second of the calling thread in a single call of the loop, which a scheduler rarely interrupts.
     pub fn rate_of_one_call(&self) -> f64 {
         let start = Instant::now();
-        (self.run)();
+        black_box((self.run)());
         self.operations / start.elapsed().as_secs_f64()
     }
 }
 
-/// A loop that only reads memory: no product gets its weights faster.
+/// A loop that reads memory, piece by piece from the first byte to the last, and does nothing else. Products that ask for
+/// what they read next can be a little faster.
 pub struct ReadingCeiling {
     words: Vec<u64>,
 }
@@ -97,16 +110,24 @@ impl ReadingCeiling {
 
     /// Bytes per second of all threads of the pool together, with the widest loads of this CPU.
     pub fn rate(&self, pool: &ThreadPool) -> f64 {
+        pool.for_each(pool.threads(), |_| {
+            black_box(self.sum_of(0));
+        });
         let start = Instant::now();
         pool.for_each(self.words.len() / Self::PIECE, |piece| {
-            let piece = &self.words[piece * Self::PIECE..][..Self::PIECE];
-            #[cfg(target_arch = "x86_64")]
-            if super::x86_loops::read(piece) {
-                return;
-            }
-            black_box(piece.iter().fold(0u64, |sum, value| sum.wrapping_add(*value)));
+            black_box(self.sum_of(piece));
         });
         self.bytes() as f64 / start.elapsed().as_secs_f64()
+    }
+
+    /// Reads a piece and adds it up.
+    fn sum_of(&self, piece: usize) -> u64 {
+        let piece = &self.words[piece * Self::PIECE..][..Self::PIECE];
+        #[cfg(target_arch = "x86_64")]
+        if let Some(sum) = super::x86_loops::sum(piece) {
+            return sum;
+        }
+        piece.iter().fold(0, |sum, value| sum.wrapping_add(*value))
     }
 }
 
@@ -114,27 +135,30 @@ impl ReadingCeiling {
 const PORTABLE_I16: usize = 8;
 const PORTABLE_F32: usize = 4;
 
-/// Products of int8 fit into 16 bits.
-fn portable_i16() {
-    let (a, b) = black_box((3i16, 5i16));
-    let mut sums = [1i16; PORTABLE_I16 * INDEPENDENT];
+/// Products of int8 fit into 16 bits. The sum is a factor, so that the product cannot be taken out of the loop.
+fn portable_i16() -> f64 {
+    let (a, b) = INT8_FACTORS;
+    let (one, product) = black_box((1i16, i16::from(a) * i16::from(b)));
+    let mut sums = black_box([0i16; PORTABLE_I16 * INDEPENDENT]);
     for _ in 0..TURNS {
         for sum in &mut sums {
-            *sum = sum.wrapping_mul(a).wrapping_add(b);
+            *sum = sum.wrapping_mul(one).wrapping_add(product);
         }
     }
-    black_box(sums);
+    sums.into_iter().map(f64::from).sum()
 }
 
-fn portable_f32() {
-    let (a, b) = black_box((0.5f32, 0.25f32));
-    let mut sums = [1.0f32; PORTABLE_F32 * INDEPENDENT];
+/// As [`portable_i16`].
+fn portable_f32() -> f64 {
+    let (a, b) = F32_FACTORS;
+    let (one, product) = black_box((1.0f32, a * b));
+    let mut sums = black_box([0.0f32; PORTABLE_F32 * INDEPENDENT]);
     for _ in 0..TURNS {
         for sum in &mut sums {
-            *sum = *sum * a + b;
+            *sum = *sum * one + product;
         }
     }
-    black_box(sums);
+    sums.into_iter().map(f64::from).sum()
 }
 
 #[cfg(test)]
@@ -143,19 +167,49 @@ mod tests {
 
     use super::*;
 
+    /// What a loop comes to that multiplies and adds as often as it says. All numbers in it are exact.
+    fn expected(ceiling: &ArithmeticCeiling) -> f64 {
+        let multiplications = ceiling.operations / 2.0;
+        match ceiling.arithmetic() {
+            // Lanes of 16 bits that start over; see `maddubs_avx2`.
+            Arithmetic::Int8 if ceiling.instructions().starts_with("vpmaddubsw") => {
+                let product = |a: i8, b: i8| i16::from(a) * i16::from(b);
+                let lane = (0..TURNS).fold(0i16, |sum, _| {
+                    let [low, high] = sum.to_le_bytes().map(u8::cast_signed);
+                    product(3, low) + product(3, high) + 0x0303
+                });
+                f64::from(lane) * (16 * INDEPENDENT) as f64
+            }
+            Arithmetic::Int8 => multiplications * 3.0,
+            Arithmetic::F32 | Arithmetic::Bf16 => multiplications * 0.125,
+        }
+    }
+
     #[test]
-    fn loops_of_every_level_run_on_this_machine() {
+    fn loops_of_every_level_do_what_they_are_timed_for() {
         let pool = ThreadPool::with_threads(2);
         for level in CpuLevel::available() {
             let ceilings = ArithmeticCeiling::of(&Kernels::new(level).unwrap());
             for arithmetic in [Arithmetic::Int8, Arithmetic::F32] {
                 let of_it: Vec<_> = ceilings.iter().filter(|ceiling| ceiling.arithmetic() == arithmetic).collect();
                 assert_eq!(of_it.len(), 1, "{} in {arithmetic:?}", level.name());
-                assert!(of_it[0].rate(&pool).is_finite() && of_it[0].rate_of_one_call().is_finite());
             }
+            for ceiling in &ceilings {
+                assert_eq!((ceiling.run)(), expected(ceiling), "{} of {}", ceiling.instructions(), level.name());
+                assert!(ceiling.rate_of_one_call().is_normal());
+            }
+            // One is enough: an emulated CPU takes long.
+            assert!(ceilings[0].rate(&pool).is_normal());
         }
-        let reading = ReadingCeiling::new(1);
-        assert_eq!(reading.bytes(), 256 << 10);
-        assert!(reading.rate(&pool).is_finite());
+    }
+
+    #[test]
+    fn the_loop_that_reads_reads_every_word() {
+        let mut reading = ReadingCeiling::new((256 << 10) + 1);
+        assert_eq!(reading.bytes(), 512 << 10);
+        reading.words.iter_mut().zip(1..).for_each(|(word, value)| *word = value);
+        let count = reading.words.len() as u64;
+        assert_eq!(reading.sum_of(0) + reading.sum_of(1), count * (count + 1) / 2);
+        assert!(reading.rate(&ThreadPool::with_threads(2)).is_normal());
     }
 }

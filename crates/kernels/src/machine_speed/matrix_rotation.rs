@@ -48,10 +48,10 @@ impl MatrixRotation {
         start.elapsed().as_secs_f64() / self.count() as f64
     }
 
-    /// Seconds of one product, with the next copy in each `round`: for products that take long.
-    pub fn seconds_of_one(&self, round: usize, kernels: &Kernels, x: &[f32], y: &mut [f32], pool: &ThreadPool) -> f64 {
+    /// Seconds of one product, with one copy after another in each `turn`.
+    pub fn seconds_of_one(&self, turn: usize, kernels: &Kernels, x: &[f32], y: &mut [f32], pool: &ThreadPool) -> f64 {
         let start = Instant::now();
-        kernels.product(&self.matrices[round % self.count()], x, y, pool);
+        kernels.product(&self.matrices[turn % self.count()], x, y, pool);
         black_box(&y);
         start.elapsed().as_secs_f64()
     }

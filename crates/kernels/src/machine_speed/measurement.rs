@@ -1,3 +1,4 @@
+use std::collections::HashSet;
 use std::time::Instant;
 
 use kintsugi_runtime::{
@@ -16,14 +17,14 @@ const MAX_ROWS: usize = 4096;
 /// Most threads.
 const MAX_THREADS: usize = 1024;
 
-/// What the matrices of a kind have together at least and at most: beyond the caches of most machines, and no more than
-/// many have memory for.
+/// What the matrices of a kind have together: beyond the caches of most machines, and no more than many have memory for.
 const WORKING_SET: std::ops::RangeInclusive<u64> = 256 << 20..=1 << 30;
 
 /// How many times the last cache they have, between those.
 const CACHES: u64 = 3;
 
-/// The same where memory is short: less would measure the caches.
+/// How many times the last cache they have in any case, where memory is short or the cache is very large: less would
+/// measure the caches.
 const LEAST_CACHES: u64 = 2;
 const LEAST_WORKING_SET: u64 = 64 << 20;
 
@@ -38,7 +39,7 @@ const MODEL_PARAMETERS: [u64; 3] = [1_000_000_000, 7_000_000_000, 8_000_000_000]
 pub struct SpeedOptions {
     /// Seconds that measuring may take. Every product is measured once, whatever that takes.
     pub seconds: f64,
-    /// Number of threads beside one; `None` for those of the shared pool.
+    /// Number of threads to compare with one; `None` for those of the shared pool.
     pub threads: Option<usize>,
     /// Rows of x of the products.
     pub rows: Vec<usize>,
@@ -54,7 +55,8 @@ impl Default for SpeedOptions {
 /// all. Loops and products take turns within each round, so that both meet the machine in the same state.
 ///
 /// # Errors
-/// `ERR_OPTION_INVALID`; `ERR_MEMORY_EXCEEDED` when matrices beyond the caches do not fit; `ERR_CANCELLED`.
+/// `ERR_OPTION_INVALID`; `ERR_MEMORY_EXCEEDED` when matrices beyond the caches do not fit; `ERR_IO` when the operating
+/// system refuses to start so many threads; `ERR_CANCELLED`.
 pub fn measure_speed(
     kernels: &Kernels,
     options: &SpeedOptions,
@@ -70,7 +72,7 @@ pub fn measure_speed(
     progress.begin("prepare", WEIGHT_KINDS.len() as u64 + 1);
     let global = ThreadPool::global();
     let threads = options.threads.unwrap_or(global.threads());
-    let own = (threads != global.threads()).then(|| ThreadPool::with_threads(threads));
+    let own = (threads != global.threads()).then(|| ThreadPool::try_with_threads(threads)).transpose()?;
     let single = (threads > 1).then(|| ThreadPool::with_threads(1));
     let pools: Vec<&ThreadPool> = single.iter().chain([own.as_ref().unwrap_or(global)]).collect();
     let reading = ReadingCeiling::new(working_set);
@@ -121,22 +123,29 @@ fn check(options: &SpeedOptions) -> Result<()> {
         let message = format!("rows is {:?}", options.rows);
         return invalid("rows", message, format!("Give one or more numbers from 1 to {MAX_ROWS}"));
     }
+    let mut seen = HashSet::new();
+    if let Some(twice) = options.rows.iter().find(|rows| !seen.insert(**rows)) {
+        return invalid("rows", format!("rows has {twice} twice"), "Give each number once".to_owned());
+    }
     Ok(())
 }
 
 /// Bytes of the matrices of a kind, beyond a cache of that size and within the memory that there is.
 fn working_set(cache: u64, available: Option<u64>, rows: usize) -> Result<usize> {
-    let wanted = (CACHES * cache).clamp(*WORKING_SET.start(), *WORKING_SET.end());
-    let least = (LEAST_CACHES * cache).clamp(LEAST_WORKING_SET, *WORKING_SET.end());
+    let least = LEAST_CACHES.saturating_mul(cache).max(LEAST_WORKING_SET);
+    let most = least.max(*WORKING_SET.end());
+    let wanted = CACHES.saturating_mul(cache).clamp(*WORKING_SET.start(), most);
     let sets = WEIGHT_KINDS.len() as u64 + 1;
     let beside = PREPARATION_BYTES + (2 * rows * SIZE * size_of::<f32>()) as u64;
     // A tenth stays free.
-    let available = available.map_or(u64::MAX, |bytes| bytes / 10 * 9);
-    let fits = available.saturating_sub(beside) / sets;
+    let usable = available.map_or(u64::MAX, |bytes| bytes / 10 * 9);
+    let fits = usable.saturating_sub(beside) / sets;
     if fits < least {
-        let mebibytes = |bytes: u64| bytes.div_ceil(1 << 20);
-        let needed = mebibytes((sets * least + beside) / 9 * 10);
-        let message = format!("matrices beyond the caches take {needed} MiB, and {} are there", mebibytes(available));
+        let needed = sets.saturating_mul(least).saturating_add(beside).div_ceil(1 << 20);
+        let available = available.unwrap_or(u64::MAX) >> 20;
+        let message = format!(
+            "matrices beyond the caches take {needed} MiB, and {available} MiB are available, of which a tenth stays free"
+        );
         return Err(Error::new(ErrorCode::MemoryExceeded, message)
             .subject("memory")
             .hint("End other programs, or raise the limit of the control group or container"));
@@ -154,13 +163,18 @@ mod tests {
     fn matrices_are_beyond_the_cache_and_within_the_memory() {
         assert_eq!(working_set(0, None, 1).unwrap() as u64, GIBIBYTE / 4);
         assert_eq!(working_set(GIBIBYTE / 8, None, 1).unwrap() as u64, GIBIBYTE / 8 * 3);
-        assert_eq!(working_set(8 * GIBIBYTE, None, 1).unwrap() as u64, GIBIBYTE);
+        assert_eq!(working_set(GIBIBYTE / 2, None, 1).unwrap() as u64, GIBIBYTE);
+        // Twice a cache that is larger than half of the upper end.
+        assert_eq!(working_set(8 * GIBIBYTE, None, 1).unwrap() as u64, 16 * GIBIBYTE);
         let short = working_set(GIBIBYTE / 32, Some(GIBIBYTE), 512).unwrap() as u64;
         assert!((GIBIBYTE / 16..GIBIBYTE / 8).contains(&short), "{short}");
         assert!(short * 6 + PREPARATION_BYTES < GIBIBYTE);
         let error = working_set(GIBIBYTE / 8, Some(GIBIBYTE), 1).unwrap_err();
         assert_eq!(error.code, ErrorCode::MemoryExceeded);
+        // Six times 256 MiB, what is beside them, and all that is there.
+        assert!(error.message.contains(" 1793 MiB, and 1024 MiB "), "{}", error.message);
         assert!(!error.hint.is_empty());
+        assert_eq!(working_set(u64::MAX / 2, Some(GIBIBYTE), 1).unwrap_err().code, ErrorCode::MemoryExceeded);
     }
 
     #[test]
@@ -172,6 +186,7 @@ mod tests {
             (SpeedOptions { threads: Some(0), ..SpeedOptions::default() }, "threads"),
             (SpeedOptions { rows: vec![], ..SpeedOptions::default() }, "rows"),
             (SpeedOptions { rows: vec![1, 1 << 20], ..SpeedOptions::default() }, "rows"),
+            (SpeedOptions { rows: vec![1, 8, 1], ..SpeedOptions::default() }, "rows"),
         ] {
             let error = measure_speed(&kernels, &options, &CancelToken::new(), &Progress::new()).unwrap_err();
             assert_eq!((error.code, error.subject.as_str()), (ErrorCode::OptionInvalid, subject));

@@ -64,17 +64,21 @@ impl Rounds<'_> {
                 cancel.check()?;
                 rates.reading.push(self.reading.rate(pool));
                 for (ceiling, rates) in self.arithmetic.iter().zip(&mut rates.arithmetic) {
+                    cancel.check()?;
                     rates.push(ceiling.rate(pool));
                 }
             }
             for (rotation, seconds) in self.rotations.iter().zip(&mut seconds) {
+                // The mean of all copies, or one after another in each round.
+                let turns = if rows < LONG_ROWS { 0..rotation.count() } else { rounds..rounds + 1 };
+                let count = turns.len() as f64;
                 for (pool, seconds) in self.pools.iter().zip(seconds) {
-                    cancel.check()?;
-                    seconds.push(if rows < LONG_ROWS {
-                        rotation.seconds(self.kernels, &x, &mut y, pool)
-                    } else {
-                        rotation.seconds_of_one(rounds, self.kernels, &x, &mut y, pool)
-                    });
+                    let mut sum = 0.0;
+                    for turn in turns.clone() {
+                        cancel.check()?;
+                        sum += rotation.seconds_of_one(turn, self.kernels, &x, &mut y, pool);
+                    }
+                    seconds.push(sum / count);
                     pace.tick();
                 }
             }
@@ -95,12 +99,18 @@ impl Rounds<'_> {
         let mut speeds = Vec::new();
         for (pool, rates) in self.pools.iter().zip(all_rates) {
             let threads = pool.threads();
-            let rate = Spread::of(&rates.reading);
-            speeds.push(CeilingSpeed { kind: "memory", instructions: "loads and sums", threads, rate });
+            speeds.push(CeilingSpeed {
+                kind: "memory",
+                instructions: "loads and sums",
+                threads,
+                rounds: rates.reading.len(),
+                rate: Spread::of(&rates.reading),
+            });
             speeds.extend(self.arithmetic.iter().zip(&rates.arithmetic).map(|(ceiling, rates)| CeilingSpeed {
                 kind: ceiling.arithmetic().name(),
                 instructions: ceiling.instructions(),
                 threads,
+                rounds: rates.len(),
                 rate: Spread::of(rates),
             }));
         }

@@ -38,6 +38,8 @@ pub struct CeilingSpeed {
     pub instructions: &'static str,
     /// Number of threads.
     pub threads: usize,
+    /// How many times it was measured.
+    pub rounds: usize,
     /// Bytes or operations per second, all threads together.
     pub rate: Spread,
 }
@@ -52,7 +54,7 @@ pub struct ProductSpeed {
     pub group_size: Option<usize>,
     /// Rank of a compensation in bf16; 0 for none.
     pub rank: usize,
-    /// `fast` or `exact`.
+    /// `f32`, `exact` or `fast`.
     pub precision: &'static str,
     /// What the precision comes to on this machine: `int8`, `bf16` or `f32`.
     pub arithmetic: &'static str,
@@ -70,13 +72,13 @@ pub struct ProductSpeed {
     pub bytes_per_second: f64,
     /// Multiplications and additions per second, from the median.
     pub operations_per_second: f64,
-    /// Which ceiling takes longer.
+    /// Which ceiling alone takes longer.
     pub limit: ProductLimit,
     /// Seconds that the ceilings of the same rounds would take, as a share of the median.
     pub share: f64,
 }
 
-/// What a product cannot be faster than.
+/// What a product waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ProductLimit {
