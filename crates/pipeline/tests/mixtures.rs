@@ -145,7 +145,8 @@ fn the_statistics_of_a_mixture_are_the_weighted_sum_of_those_of_its_sources() {
             ("statistics-and-text", [&of_a, &b]),
         ];
         for (name, [left, right]) in mixtures {
-            let (mixed, report) = scene.save(&format!("{name}.mix.safetensors"), &[(left, weights.0), (right, weights.1)]);
+            let (mixed, report) =
+                scene.save(&format!("{name}.mix.safetensors"), &[(left, weights.0), (right, weights.1)]);
             let compared = assert_sum(&mixed, &[(&of_a, weights.0), (&of_b, weights.1)], 1e-12, &spec);
             assert!(compared > 1000, "{name}: {compared}");
             let shares = &report.summary.calibration;
