@@ -1,8 +1,8 @@
-import { copyFileSync, writeFileSync } from 'node:fs'
+import { copyFileSync, readdirSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 
 import test from 'ava'
-import { Checkpoint, loadModel } from 'kintsugi'
+import { Checkpoint, compress, loadModel } from 'kintsugi'
 
 import { failsWith, ROOT, STORIES, temporaryFolder, textSlice, TINY } from './fixtures.js'
 
@@ -23,6 +23,28 @@ test('a GGUF file is a checkpoint', async (t) => {
   })
   t.deepEqual(Object.keys(info.dtypes).sort(), ['f16', 'f32', 'q5_0', 'q5_1', 'q8_0'])
   t.true(info.bitsPerWeight! > 6 && info.bitsPerWeight! < 12, String(info.bitsPerWeight))
+})
+
+test('a compression ends in a GGUF file on the grid of its type', async (t) => {
+  const folder = temporaryFolder(t)
+  const options = { method: 'rtn', format: 'gguf:Q4_0' } as const
+  const plan = await compress(TINY, { ...options, out: join(folder, 'plan'), dryRun: true })
+  t.like(plan.recipe, { bits: 4, groupSize: 32, symmetric: true, scaleType: 'f16' })
+  const out = join(folder, 'out')
+  const { summary } = await compress(TINY, { ...options, out })
+  t.is(summary.format, 'gguf:Q4_0')
+  t.is(summary.bitsPerWeight, 4.5)
+  t.deepEqual(readdirSync(out).sort(), ['model.gguf', 'report.json'])
+  const { info } = await Checkpoint.open(out)
+  t.like(info.quantization, { format: 'gguf', bits: 4, groupSize: 32, symmetric: true })
+  using model = await loadModel(join(out, 'model.gguf'))
+  t.not(await model.generate('Once upon a time', { maxTokens: 8 }).text(), '')
+  const { recipe } = await compress(TINY, { ...options, format: 'gguf:Q8_0', out: join(folder, 'plan'), dryRun: true })
+  t.is(recipe.bits, 8)
+  const wider = { ...options, out: join(folder, 'wider'), groupSize: 64 }
+  await failsWith(t, () => compress(TINY, wider), 'ERR_QUANTIZATION_UNSUPPORTED', 'model.layers.0.self_attn.q_proj')
+  const other = { ...options, out: join(folder, 'other'), format: 'gguf:Q4_K' as 'gguf:Q4_0' }
+  await failsWith(t, () => compress(TINY, other), 'ERR_OPTION_UNKNOWN', 'format')
 })
 
 test('it predicts and writes like the checkpoint that it was made from', async (t) => {

@@ -43,14 +43,14 @@ export interface CompressOptions {
   method?: 'gptq' | 'rtn' | 'awq'
   /** AWQ: what rounds the scaled weights, default `rtn`. */
   rounding?: 'rtn' | 'gptq'
-  /** Width of a code, default 4. */
+  /** Width of a code, default 4; that of the type with `format: 'gguf:…'`. */
   bits?: 2 | 3 | 4 | 5 | 6 | 8
   /**
    * In place of `bits`: bits per weight that codes, scales and zero points may take together, such as 3.5. Linears that
    * servers fuse get the widths that do least damage to the outputs of their blocks; needs a calibration text.
    */
   bitBudget?: number
-  /** Weights that share a scale, or `'whole'` for one scale per output row; default 128. */
+  /** Weights that share a scale, or `'whole'` for one scale per output row; default 128, or 32 for GGUF. */
   groupSize?: number | 'whole'
   /**
    * Which way the weights of a group lie. `input`, the default: inputs of one output, as servers read them. `output`:
@@ -62,12 +62,13 @@ export interface CompressOptions {
   overrides?: LinearOverride[]
   /**
    * How quantized Linears are laid out. `auto`, the default, is what servers read fastest: compressed-tensors, and GPTQ
-   * for 2 and 3 bits where it holds every Linear.
+   * for 2 and 3 bits where it holds every Linear. `gguf:Q4_0` and `gguf:Q8_0` leave `model.gguf` in the folder, for
+   * llama.cpp: their codes are those that the method chose. Other types round once more: {@link convert} to them.
    */
-  format?: 'auto' | LinearFormat
-  /** Grids around zero, without zero points; default false. */
+  format?: 'auto' | LinearFormat | CompressedGguf
+  /** Grids around zero, without zero points; default false, or true for GGUF. */
   symmetric?: boolean
-  /** Number type of the scales; `auto` (the default) is that of the checkpoint, f16 for f32 checkpoints. */
+  /** Number type of the scales; `auto` (the default) is that of the checkpoint, f16 for f32 checkpoints and for GGUF. */
   scaleType?: 'auto' | 'bf16' | 'f16' | 'f32'
   /**
    * Shrink the range of a group where that lowers its error, weighted by the activations where there is calibration;
@@ -105,6 +106,9 @@ export interface CompressOptions {
 
 /** A layout of quantized Linears that is written. */
 export type LinearFormat = 'compressed-tensors/pack-quantized' | 'gptq' | 'gptq_v2' | 'awq' | 'kintsugi'
+
+/** Types of GGUF that hold what a compression rounds to as it is. */
+export type CompressedGguf = 'gguf:Q4_0' | 'gguf:Q8_0'
 
 /** Options of some Linears. */
 export interface LinearOverride {
@@ -157,7 +161,7 @@ export interface Recipe {
 export interface Plan {
   recipe: Recipe
   /** Layout of the quantized Linears. */
-  format: LinearFormat
+  format: LinearFormat | CompressedGguf
   architecture: string
   linears: PlannedLinear[]
   quantizedWeights: number
@@ -228,7 +232,7 @@ export interface CompressReport {
 /** The whole model. */
 export interface CompressSummary {
   /** Layout of the quantized Linears. */
-  format: LinearFormat
+  format: LinearFormat | CompressedGguf
   /** Bits of codes, scales, zero points and factors over the number of quantized weights. */
   bitsPerWeight: number
   /** Bytes of the folder. */
@@ -275,21 +279,29 @@ export interface CompressedLinear {
   certificate: null | Certificate
 }
 
+/** The grids that formats ask for which know one only. */
+const GRIDS: Partial<Record<string, Pick<Required<CompressOptions>, 'bits' | 'groupSize' | 'symmetric' | 'scaleType'>>> =
+  {
+    'gguf:Q4_0': { bits: 4, groupSize: 32, symmetric: true, scaleType: 'f16' },
+    'gguf:Q8_0': { bits: 8, groupSize: 32, symmetric: true, scaleType: 'f16' },
+  }
+const USUAL_GRID = { bits: 4, groupSize: 128, symmetric: false, scaleType: 'auto' } as const
+
 const schema = {
   out: text,
   method: withDefault(text, 'gptq'),
   rounding: withDefault(text, 'rtn'),
   bits: optional(oneOf([2, 3, 4, 5, 6, 8])),
   bitBudget: optional(number({ min: 1, max: 16 })),
-  groupSize: withDefault(groupSize, 128),
+  groupSize: optional(groupSize),
   groupAxis: withDefault(oneOf(['input', 'output', 'adaptive']), 'input'),
   overrides: withDefault(
     listOf(object({ linears: text, bits: optional(oneOf([2, 3, 4, 5, 6, 8])), groupSize: optional(groupSize) })),
     [],
   ),
   format: withDefault(text, 'auto'),
-  symmetric: withDefault(boolean, false),
-  scaleType: withDefault(oneOf(['auto', 'bf16', 'f16', 'f32']), 'auto'),
+  symmetric: optional(boolean),
+  scaleType: optional(oneOf(['auto', 'bf16', 'f16', 'f32'])),
   clip: optional(boolean),
   actOrder: withDefault(boolean, true),
   staticGroups: withDefault(boolean, true),
@@ -306,8 +318,8 @@ const schema = {
 }
 
 /**
- * Compresses the Linears of a checkpoint, block by block, and writes a Hugging Face folder in the format of
- * `options.format` with `report.json`, and with the compensation as PEFT folder `eora/`. Everything is written
+ * Compresses the Linears of a checkpoint, block by block, and writes a Hugging Face folder, or one with a GGUF file, in
+ * the format of `options.format` with `report.json`, and with the compensation as PEFT folder `eora/`. Everything is written
  * under `OUT.partial` and renamed at the end. A job that is cancelled or killed leaves that folder, and the same call
  * goes on behind the last block that was finished; a job whose input is refused leaves nothing behind.
  */
@@ -320,7 +332,8 @@ export function compress(source: string | Checkpoint, options: CompressOptions):
 export function compress(source: string | Checkpoint, options: CompressOptions): Job<CompressReport | Plan> {
   return new Job(() => {
     const folder = folderOf(source, 'source')
-    const { bits, calibration, clip, eora, groupSize, overrides, signal: _, ...given } = checkOptions(options, schema)
+    const { bits, groupSize, symmetric, scaleType, ...rest } = checkOptions(options, schema)
+    const { calibration, clip, eora, overrides, signal: _, ...given } = rest
     if (bits !== undefined && given.bitBudget !== undefined) {
       throw new KintsugiError({
         code: 'ERR_OPTION_INVALID',
@@ -329,14 +342,17 @@ export function compress(source: string | Checkpoint, options: CompressOptions):
         hint: 'Give bits for one width, or bitBudget for widths that differ.',
       })
     }
+    const grid = GRIDS[given.format] ?? USUAL_GRID
     const request = withoutUndefined({
       ...given,
-      bits: bits ?? 4,
+      bits: bits ?? grid.bits,
       source: folder,
       clip: clip ?? given.method === 'awq',
-      groupSize: groupSizeNumber(groupSize),
-      overrides: overrides.map(({ groupSize, ...rest }) =>
-        withoutUndefined({ ...rest, groupSize: groupSize === undefined ? undefined : groupSizeNumber(groupSize) }),
+      groupSize: groupSizeNumber(groupSize ?? grid.groupSize),
+      symmetric: symmetric ?? grid.symmetric,
+      scaleType: scaleType ?? grid.scaleType,
+      overrides: overrides.map(({ groupSize, ...others }) =>
+        withoutUndefined({ ...others, groupSize: groupSize === undefined ? undefined : groupSizeNumber(groupSize) }),
       ),
       calibration: calibration && calibrationRequest(calibration),
       eora: eora && eoraRequest(eora),

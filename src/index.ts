@@ -19,6 +19,7 @@ export {
   type Arithmetic,
   type Backend,
   compress,
+  type CompressedGguf,
   type CompressedLinear,
   type CompressOptions,
   type CompressReport,

@@ -1,5 +1,6 @@
 // Writes a checkpoint as GGUF in several types and runs each file here and in llama.cpp (node-llama-cpp, its prebuilt
-// CPU binary): greedy tokens of a prompt, and perplexity over the same windows of the same tokens.
+// CPU binary): greedy tokens of a prompt, and perplexity over the same windows of the same tokens. `gptq:Q4_0` is the file
+// that `compress` makes with the method before the colon.
 //
 //     npm run build
 //     npm install --prefix PEERS node-llama-cpp@3.22.1
@@ -13,14 +14,14 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { fileURLToPath, pathToFileURL } from 'node:url'
 
-import { convert, loadModel } from '../../dist/index.js'
+import { compress, convert, loadModel } from '../../dist/index.js'
 
 const root = fileURLToPath(new URL('../..', import.meta.url))
 const peers = createRequire(join(process.env.PEERS ?? root, 'package.json'))
 const { getLlama } = await import(pathToFileURL(peers.resolve('node-llama-cpp')).href)
 
 const checkpoint = process.argv[2] ?? join(root, 'assets/llama-7m')
-const types = (process.argv[3] ?? 'F16,Q8_0,Q6_K,Q4_K,Q4_1,Q4_0').split(',')
+const types = (process.argv[3] ?? 'F16,Q8_0,Q6_K,Q4_K,Q4_1,Q4_0,gptq:Q4_0,awq:Q4_0').split(',')
 const windows = Number(process.argv[4] ?? 4)
 const LENGTH = 256
 const PROMPT = 'Once upon a time, there was a little girl named Lily.'
@@ -68,6 +69,20 @@ async function ours(path, text, length) {
   return { tokens, perplexity, count }
 }
 
+/** The checkpoint as a file of that type, converted or compressed. */
+async function written(type) {
+  const [name, method] = type.split(':').reverse()
+  if (method === undefined) {
+    const out = join(folder, `${name}.gguf`)
+    await convert(checkpoint, { out, format: `gguf:${name}`, allowRequantize: true })
+    return out
+  }
+  const out = join(folder, `${method}-${name}`)
+  const calibration = { text: join(root, 'assets/text/calibration-wikipedia.txt'), sequences: 64, length: 256 }
+  await compress(checkpoint, { out, method, format: `gguf:${name}`, calibration })
+  return join(out, 'model.gguf')
+}
+
 // About so many windows: the tokens have four characters in the mean.
 const text = readFileSync(join(root, 'assets/text/eval-stories.txt'), 'utf8').slice(0, windows * LENGTH * 4)
 
@@ -77,8 +92,7 @@ const notes = []
 console.log('| type | bytes | perplexity here | in llama.cpp | difference | same greedy tokens |\n|---|---|---|---|---|---|')
 try {
   for (const type of types) {
-    const path = join(folder, `${type}.gguf`)
-    await convert(checkpoint, { out: path, format: `gguf:${type}`, allowRequantize: true })
+    const path = await written(type)
     const theirs = await peer(path, text)
     const here = await ours(path, text, LENGTH)
     const parting = theirs.tokens.findIndex((token, i) => token !== here.tokens[i])

@@ -35,13 +35,13 @@ interface CompressArguments extends Omit<ModelArguments, 'precision'>, Calibrati
   rounding: NonNullable<CompressOptions['rounding']>
   bits?: NonNullable<CompressOptions['bits']>
   bitBudget?: number
-  groupSize: number | 'whole'
+  groupSize?: number | 'whole'
   groupAxis: NonNullable<CompressOptions['groupAxis']>
   override?: LinearOverride[]
   format: NonNullable<CompressOptions['format']>
-  symmetric: boolean
+  symmetric?: boolean
   clip?: boolean
-  scaleType: NonNullable<CompressOptions['scaleType']>
+  scaleType?: NonNullable<CompressOptions['scaleType']>
   actOrder: boolean
   staticGroups: boolean
   damping: number
@@ -59,23 +59,27 @@ type PrefixedEoraArguments = { [K in keyof EoraArguments as `eora${Capitalize<K>
 export function registerCompress(program: Command): void {
   const command = program
     .command('compress')
-    .description('compress a checkpoint, with or without a low-rank compensation, into a Hugging Face folder')
+    .description('compress a checkpoint, with or without a low-rank compensation, into a Hugging Face folder or GGUF')
     .argument('<checkpoint>', 'folder of the checkpoint')
     .requiredOption('-o, --out <folder>', 'folder to write; must not exist, or be empty')
     .option('--method <name>', 'gptq, awq or rtn', 'gptq')
     .option('--rounding <name>', 'AWQ: what rounds the scaled weights, rtn or gptq', 'rtn')
     .option('--bits <n>', '2, 3, 4, 5, 6 or 8 (default: 4)', numberArgument)
     .option('--bit-budget <n>', 'in place of --bits: bits per weight, divided where they do most good', numberArgument)
-    .option('--group-size <n>', "weights that share a scale, or 'whole'", groupSizeArgument, 128)
+    .option('--group-size <n>', "weights that share a scale, or 'whole' (default: 128)", groupSizeArgument)
     .option('--group-axis <axis>', 'which way they lie: input, output, or adaptive for the better one (AdaDim)', 'input')
     .option(
       '--override <linears=bits[:group]>',
       "other bits or groups for some Linears, e.g. '*.down_proj=8:64'; may be repeated",
       overrideArgument,
     )
-    .option('--format <name>', 'auto, compressed-tensors/pack-quantized, gptq, gptq_v2, awq or kintsugi', 'auto')
-    .option('--symmetric', 'grids around zero, without zero points', false)
-    .option('--scale-type <name>', 'auto, bf16, f16 or f32', 'auto')
+    .option(
+      '--format <name>',
+      'auto, compressed-tensors/pack-quantized, gptq, gptq_v2, awq, kintsugi; gguf:Q4_0 or gguf:Q8_0 (in groups of 32)',
+      'auto',
+    )
+    .option('--symmetric', 'grids around zero, without zero points')
+    .option('--scale-type <name>', 'auto, bf16, f16 or f32 (default: auto)')
     .option('--clip', 'shrink the range of a group where that lowers its error; AWQ does')
     .option('--no-clip', 'AWQ: keep every range')
     .option('--no-act-order', 'GPTQ: keep the order of the columns')
@@ -94,11 +98,14 @@ export function registerCompress(program: Command): void {
       const { clip, scaleType, actOrder, staticGroups, damping, saveCalibration, memory, fresh, dryRun } = given
       const { precision, backend } = given
       const options: CompressOptions = {
-        ...{ out, method, rounding, groupSize, groupAxis, format, symmetric, scaleType, actOrder, staticGroups, damping },
+        ...{ out, method, rounding, groupAxis, format, actOrder, staticGroups, damping },
         ...{ fresh, precision, backend, signal },
         ...withoutUndefined({
           bits,
           bitBudget,
+          groupSize,
+          symmetric,
+          scaleType,
           overrides: override,
           clip,
           calibration: calibrationArguments(given),

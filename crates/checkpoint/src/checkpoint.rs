@@ -102,6 +102,8 @@ impl Checkpoint {
         let mut files: Vec<PathBuf> = self.tensors().map(|tensor| tensor.file.clone()).collect();
         if let Weights::Folder { .. } = self.0.weights {
             files.push(self.path().join("config.json"));
+        }
+        if self.path().is_dir() {
             let compensation = self.path().join(Self::COMPENSATION_FOLDER);
             files.extend(
                 AdapterFolder::FILE_NAMES.map(|name| compensation.join(name)).into_iter().filter(|f| f.is_file()),

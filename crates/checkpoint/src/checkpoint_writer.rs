@@ -358,6 +358,14 @@ impl CheckpointWriter {
         write_json(&self.folder().join("config.json"), config)?;
 
         Checkpoint::open(self.folder())?;
+        self.bytes()
+    }
+
+    /// Bytes of everything in the folder.
+    ///
+    /// # Errors
+    /// `ERR_OUTPUT_UNWRITABLE`.
+    pub fn bytes(&self) -> Result<u64> {
         folder_bytes(self.folder())
     }
 

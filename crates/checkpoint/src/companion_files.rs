@@ -64,6 +64,17 @@ pub(crate) fn copy_companions(source: &Checkpoint, target: &Path) -> Result<()> 
     Ok(())
 }
 
+/// Removes from `folder` what a GGUF file says itself: tokenizer, template, how text is generated.
+///
+/// # Errors
+/// `ERR_OUTPUT_UNWRITABLE`.
+pub(crate) fn remove_companions(folder: &Path) -> Result<()> {
+    for path in COMPANIONS.iter().map(|name| folder.join(name)).filter(|path| path.is_file()) {
+        fs::remove_file(&path).map_err(|error| Error::unwritable(&path, &error))?;
+    }
+    Ok(())
+}
+
 /// Copies the content only: a source that is read-only does not make the result so.
 fn copy_file(from: &Path, to: &Path) -> Result<()> {
     let mut input =

@@ -2,9 +2,8 @@ use std::collections::HashSet;
 use std::path::Path;
 use std::time::Instant;
 
-use kintsugi_checkpoint::{
-    Checkpoint, CheckpointWriter, Ledger, LinearFormat, QuantizationConfig, Scheme, UnitRecord, linear_format,
-};
+use kintsugi_checkpoint::gguf::{GgufPlan, into_gguf_folder};
+use kintsugi_checkpoint::{Checkpoint, CheckpointWriter, Ledger, LinearFormat, QuantizationConfig, Scheme, UnitRecord};
 use kintsugi_model::{Backend, BlockWeights, DecoderSpec};
 use kintsugi_runtime::{CancelToken, Error, ErrorCode, Progress, Result, peak_memory_bytes, replace_file};
 use kintsugi_weights::{GroupAxis, WeightMatrix};
@@ -13,6 +12,7 @@ use serde_json::Value;
 use crate::bit_allocation::{BitAllocation, Search};
 use crate::job_identity::{identity, is_worth_resuming};
 use crate::ledger_unit::LedgerUnit;
+use crate::output_format::OutputFormat;
 use crate::plan::stored_type;
 use crate::solved_factors::SolvedFactors;
 use crate::{
@@ -102,7 +102,7 @@ pub fn compress<B: Backend>(recipe: &Recipe, backend: &B, cancel: &CancelToken, 
     let plan = Plan::new(recipe, &checkpoint, &spec, calibration.tokens())?;
     let identity = identity(recipe, &[&checkpoint], &calibration, &backend.identity())?;
     plan.disk.check(recipe)?;
-    let (writer, ledger, units) = begin(recipe, &checkpoint, linear_format(plan.format)?, &identity)?;
+    let (writer, ledger, units) = begin(recipe, &checkpoint, OutputFormat::of_name(&plan.format)?.layout(), &identity)?;
     let mut job = Compression { recipe, checkpoint: &checkpoint, spec: &spec, writer, ledger, units, started };
     match job.run(backend, calibration, &plan, cancel, progress) {
         Ok(report) => {
@@ -183,6 +183,7 @@ impl Compression<'_> {
     ) -> Result<Report> {
         let before = self.units.last().map_or((0.0, PhaseSeconds::default()), |unit| (unit.seconds, unit.phases));
         let (recipe, spec) = (self.recipe, self.spec);
+        let format = OutputFormat::of_name(&plan.format)?;
         let mut phases = PhaseSeconds::default();
         if self.units.is_empty() {
             phases.write += timed(|| copy_outside(&mut self.writer, self.checkpoint, spec, cancel))?.1;
@@ -194,7 +195,7 @@ impl Compression<'_> {
         let allocated = match (&calibration.tokens, recipe.bit_budget) {
             (Some(text), Some(_)) if finished_blocks < spec.layers => {
                 let checkpoint = self.checkpoint;
-                let (format, stored) = (linear_format(plan.format)?, stored_type(checkpoint, spec));
+                let (format, stored) = (format.layout(), stored_type(checkpoint, spec));
                 let search = Search { recipe, checkpoint, spec, backend, text, format, stored, cancel };
                 let (found, seconds) = timed(|| BitAllocation::resume_or_find(&search, &folder, progress))?;
                 phases.calibrate += seconds;
@@ -255,15 +256,20 @@ impl Compression<'_> {
             self.writer.write_compensation(&factors)?;
         }
         remove_block_files(self.writer.folder())?;
-        let config = self.quantization_config(linear_format(plan.format)?);
-        let bytes = self.writer.seal(&config)? - self.ledger.bytes();
+        let config = self.quantization_config(format.layout());
+        let mut bytes = self.writer.seal(&config)?;
+        if let OutputFormat::Gguf(kind) = format {
+            into_gguf_folder(&folder, &GgufPlan::new(kind), cancel, progress)?;
+            bytes = self.writer.bytes()?;
+        }
+        let bytes = bytes - self.ledger.bytes();
         phases.write += finishing.elapsed().as_secs_f64();
         let SolvedFactors { linears, allocation } = solved;
         let stored_bits: u64 = linears.iter().map(|linear| linear.stored_bits).sum();
         let report = Report {
             recipe: self.recipe.clone(),
             summary: Summary {
-                format: plan.format,
+                format: plan.format.clone(),
                 bits_per_weight: stored_bits as f64 / plan.quantized_weights as f64,
                 bytes,
                 source_bytes: plan.source_bytes,

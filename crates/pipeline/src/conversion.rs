@@ -12,6 +12,8 @@ use kintsugi_weights::{
 };
 use serde::Serialize;
 
+use crate::output_format::GGUF;
+
 /// Group sizes to try where the format does not hold that of the source.
 const GROUP_SIZES: [GroupSize; 4] =
     [GroupSize::Columns(128), GroupSize::Columns(64), GroupSize::Columns(32), GroupSize::WholeRow];
@@ -83,9 +85,6 @@ enum Target {
     Dense(ElementType),
     Gguf(&'static GgufType),
 }
-
-/// What stands before the name of a type of GGUF.
-const GGUF: &str = "gguf:";
 
 impl Target {
     /// # Errors

@@ -49,6 +49,11 @@ impl DiskPlan {
         Ok(DiskPlan { needed_bytes, statistics_bytes })
     }
 
+    /// The same with so many bytes more beside the output.
+    pub(crate) fn beside(self, bytes: u64) -> Self {
+        DiskPlan { needed_bytes: self.needed_bytes.saturating_add(bytes), ..self }
+    }
+
     /// Compares with what the disks have. What an interrupted job has left counts as there.
     ///
     /// # Errors

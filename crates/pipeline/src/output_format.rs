@@ -1,13 +1,103 @@
-use kintsugi_checkpoint::{CodeGrid, Gptq, Kintsugi, LinearFormat, MatrixForm, PackQuantized, linear_format};
+use kintsugi_checkpoint::gguf::{GGUF_TYPES, GgufType};
+use kintsugi_checkpoint::{CodeGrid, FORMATS, Gptq, Kintsugi, LinearFormat, MatrixForm, PackQuantized, linear_format};
 use kintsugi_compress::AxisRule;
 use kintsugi_model::DecoderSpec;
-use kintsugi_runtime::{Error, ErrorCode, Result};
-use kintsugi_weights::{CODE_BITS, ElementType, GroupAxis};
+use kintsugi_runtime::{Error, ErrorCode, Result, nearest};
+use kintsugi_weights::{CODE_BITS, ElementType, GroupAxis, GroupSize};
 
 use crate::Recipe;
 
 /// The format that is chosen by what it holds.
 pub(crate) const AUTO: &str = "auto";
+/// What stands before the name of a type of GGUF.
+pub(crate) const GGUF: &str = "gguf:";
+
+/// What a compression writes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum OutputFormat {
+    /// A folder of Hugging Face with Linears in this layout.
+    Folder(&'static dyn LinearFormat),
+    /// A folder with a GGUF file: Linears in types that hold their codes as they are, of most of them in this one.
+    Gguf(&'static GgufType),
+}
+
+impl OutputFormat {
+    /// The format of that name, which is not `auto`.
+    ///
+    /// # Errors
+    /// `ERR_OPTION_UNKNOWN`, with the nearest name and all names in the hint.
+    pub(crate) fn of_name(name: &str) -> Result<Self> {
+        if let Some(kind) = name.strip_prefix(GGUF).and_then(|kind| holding().find(|known| known.name == kind)) {
+            return Ok(OutputFormat::Gguf(kind));
+        }
+        linear_format(name).map(OutputFormat::Folder).map_err(|error| {
+            let names: Vec<String> = FORMATS
+                .iter()
+                .map(|format| format.name().to_owned())
+                .chain(holding().map(|kind| format!("{GGUF}{}", kind.name)))
+                .collect();
+            let closest = nearest(name, names.iter().map(String::as_str)).unwrap_or_default();
+            let others = if name.starts_with(GGUF) { "; other types of GGUF: convert afterwards" } else { "" };
+            error.hint(format!("Did you mean {closest:?}? Formats are: {}{others}", names.join(", ")))
+        })
+    }
+
+    /// As options and reports call it.
+    pub(crate) fn name(self) -> String {
+        match self {
+            OutputFormat::Folder(format) => format.name().to_owned(),
+            OutputFormat::Gguf(kind) => format!("{GGUF}{}", kind.name),
+        }
+    }
+
+    /// The layout that Linears have while the job runs, and at its end unless they become GGUF.
+    pub(crate) fn layout(self) -> &'static dyn LinearFormat {
+        match self {
+            OutputFormat::Folder(format) => format,
+            OutputFormat::Gguf(_) => &PackQuantized,
+        }
+    }
+
+    fn takes_exceptions(self) -> bool {
+        self.layout().takes_exceptions()
+    }
+
+    /// Refuses a matrix of this form where the format cannot hold it.
+    ///
+    /// # Errors
+    /// `ERR_QUANTIZATION_UNSUPPORTED`, without subject.
+    fn check(self, form: &MatrixForm) -> Result<()> {
+        let kind = match self {
+            OutputFormat::Folder(format) => return form.check(format),
+            OutputFormat::Gguf(kind) => kind,
+        };
+        let grids: Vec<(u8, usize)> = holding().filter_map(GgufType::symmetric_grid).collect();
+        let is_held = |&(bits, size): &(u8, usize)| {
+            form.bits == bits && form.group_size == GroupSize::Columns(size) && !form.is_ragged()
+        };
+        let plain = form.smallest_zero_point.is_none() && !form.group_index && form.group_axis == GroupAxis::Input;
+        if plain && form.scale_type == ElementType::F16 && grids.iter().any(is_held) {
+            return Ok(());
+        }
+        let named: Vec<String> =
+            grids.iter().map(|(bits, size)| format!("{bits} bits in groups of {size} inputs")).collect();
+        let message = format!(
+            "no type of GGUF holds the matrix as it is: {} outputs of {} inputs, {} bits",
+            form.rows, form.columns, form.bits
+        );
+        Err(Error::new(ErrorCode::QuantizationUnsupported, message).hint(format!(
+            "{}{} takes {}, symmetric, with f16 scales and whole groups; or compress to another format and convert",
+            GGUF,
+            kind.name,
+            named.join(" or ")
+        )))
+    }
+}
+
+/// The types of GGUF that hold what a compression makes.
+fn holding() -> impl Iterator<Item = &'static GgufType> {
+    GGUF_TYPES.iter().filter(|kind| kind.is_written() && kind.symmetric_grid().is_some())
+}
 
 /// The format that `recipe` writes: the one it names, or for `auto` what the fast paths of vLLM accept:
 /// compressed-tensors. GPTQ for 2 and 3 bits, and for a bit budget because its readers take mixed widths with zero
@@ -16,13 +106,9 @@ pub(crate) const AUTO: &str = "auto";
 /// # Errors
 /// `ERR_OPTION_UNKNOWN` for a name that no format has, `ERR_QUANTIZATION_UNSUPPORTED` with the name of the Linear that
 /// the format cannot hold.
-pub(crate) fn output_format(
-    recipe: &Recipe,
-    spec: &DecoderSpec,
-    stored: ElementType,
-) -> Result<&'static dyn LinearFormat> {
+pub(crate) fn output_format(recipe: &Recipe, spec: &DecoderSpec, stored: ElementType) -> Result<OutputFormat> {
     if recipe.bit_budget.is_some() {
-        return format_of_budget(recipe, spec, stored);
+        return format_of_budget(recipe, spec, stored).map(OutputFormat::Folder);
     }
     let linears = || {
         (0..spec.layers).flat_map(|block| {
@@ -34,22 +120,22 @@ pub(crate) fn output_format(
         })
     };
     if recipe.format != AUTO {
-        let format = linear_format(&recipe.format)?;
+        let format = OutputFormat::of_name(&recipe.format)?;
         if let Some(given) = recipe.overrides.first().filter(|_| !format.takes_exceptions()) {
-            return Err(one_width(format).subject(&given.linears));
+            return Err(one_width(&format.name()).subject(&given.linears));
         }
         for (name, form) in linears() {
-            form.check(format).map_err(|error| error.subject(name))?;
+            format.check(&form).map_err(|error| error.subject(name))?;
         }
         return Ok(format);
     }
     if recipe.group_axis != AxisRule::Input {
-        return Ok(&Kintsugi);
+        return Ok(OutputFormat::Folder(&Kintsugi));
     }
     let gptq = gptq(recipe);
     let is_narrow = matches!(recipe.bits, 2 | 3);
     let fits = is_narrow && linears().all(|(_, form)| form.check(gptq).is_ok());
-    Ok(if fits { gptq } else { &PackQuantized })
+    Ok(OutputFormat::Folder(if fits { gptq } else { &PackQuantized }))
 }
 
 /// The GPTQ layout that every reader understands.
@@ -57,8 +143,8 @@ fn gptq(recipe: &Recipe) -> &'static dyn LinearFormat {
     if recipe.symmetric { &Gptq::V1 } else { &Gptq::V2 }
 }
 
-fn one_width(format: &dyn LinearFormat) -> Error {
-    let message = format!("the format {} has one width and one group size for all Linears", format.name());
+fn one_width(format: &str) -> Error {
+    let message = format!("the format {format} has one width and one group size for all Linears");
     Error::new(ErrorCode::QuantizationUnsupported, message)
         .hint("Leave overrides and bit budgets out, or choose another format")
 }
@@ -82,9 +168,11 @@ fn format_of_budget(recipe: &Recipe, spec: &DecoderSpec, stored: ElementType) ->
             AxisRule::Output | AxisRule::Adaptive => &Kintsugi,
         });
     }
-    let format = linear_format(&recipe.format)?;
+    let OutputFormat::Folder(format) = OutputFormat::of_name(&recipe.format)? else {
+        return Err(one_width(&recipe.format).subject("bitBudget"));
+    };
     if !format.takes_exceptions() {
-        return Err(one_width(format).subject("bitBudget"));
+        return Err(one_width(format.name()).subject("bitBudget"));
     }
     match unfit(format) {
         Some((name, linear)) => {

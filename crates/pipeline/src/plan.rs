@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use crate::bit_allocation::check_budget;
 use crate::compression::refuse_compressed;
-use crate::output_format::output_format;
+use crate::output_format::{OutputFormat, output_format};
 use crate::{DiskPlan, MemoryPlan, Recipe};
 
 /// What will be done to each Linear, before anything runs.
@@ -17,7 +17,7 @@ pub struct Plan {
     /// What was asked.
     pub recipe: Recipe,
     /// Format of the quantized Linears.
-    pub format: &'static str,
+    pub format: String,
     /// Family of the decoder.
     pub architecture: String,
     /// Each Linear, in the order of the checkpoint.
@@ -96,7 +96,7 @@ impl Plan {
         let factor_bytes = linears.iter().map(factor_values).sum::<u64>() * 2;
         let stored = stored_type(checkpoint, spec);
         let format = output_format(recipe, spec, stored)?;
-        check_budget(recipe, spec, format, stored)?;
+        check_budget(recipe, spec, format.layout(), stored)?;
         Ok(Plan {
             recipe: recipe.clone(),
             format: format.name(),
@@ -106,7 +106,11 @@ impl Plan {
             bytes,
             source_bytes,
             memory: MemoryPlan::new(recipe, checkpoint, spec, tokens)?,
-            disk: DiskPlan::new(recipe, checkpoint, spec, (bytes, factor_bytes), tokens)?,
+            disk: DiskPlan::new(recipe, checkpoint, spec, (bytes, factor_bytes), tokens)?.beside(match format {
+                OutputFormat::Folder(_) => 0,
+                // The file is written while the folder that it is made of is still there.
+                OutputFormat::Gguf(_) => bytes,
+            }),
             linears,
         })
     }

@@ -1,7 +1,6 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use kintsugi_checkpoint::linear_format;
 use kintsugi_compress::{
     AxisRule, BlockMethod, Clip, Gptq, LinearMethod, QuantizeOptions, Rtn, block_method, linear_method,
 };
@@ -11,7 +10,7 @@ use kintsugi_weights::{ElementType, GroupSize};
 use serde::Serialize;
 
 use crate::calibration_source::most_tokens;
-use crate::output_format::AUTO;
+use crate::output_format::{AUTO, OutputFormat};
 use crate::{CalibrationRecipe, CalibrationSource, EoraRecipe, LinearOverride};
 
 /// What the user asked for.
@@ -36,7 +35,7 @@ pub struct Recipe {
     pub group_axis: AxisRule,
     /// Linears whose options differ; the first that matches counts.
     pub overrides: Vec<LinearOverride>,
-    /// Name of the format of quantized Linears; `auto` takes what servers read fastest.
+    /// Name of the format of quantized Linears, or `gguf:` and a type of GGUF; `auto` takes what servers read fastest.
     pub format: String,
     /// Symmetric grids have no zero points.
     pub symmetric: bool,
@@ -106,7 +105,7 @@ impl Recipe {
             options.validate().map_err(|error| error.subject("overrides"))?;
         }
         if self.format != AUTO {
-            linear_format(&self.format)?;
+            OutputFormat::of_name(&self.format)?;
         }
         self.validate_axis()?;
         self.validate_budget()?;

@@ -23,7 +23,7 @@ pub struct Report {
 #[serde(rename_all = "camelCase")]
 pub struct Summary {
     /// Format of the quantized Linears.
-    pub format: &'static str,
+    pub format: String,
     /// Bits of codes, scales, zero points and factors over the number of quantized weights.
     pub bits_per_weight: f64,
     /// Bytes of the folder, this report aside.

@@ -33,7 +33,7 @@ fn the_better_axis_of_each_linear_is_written_and_read() {
         };
         let [(inputs, _), (outputs, _), (adaptive, out)] =
             [AxisRule::Input, AxisRule::Output, AxisRule::Adaptive].map(along);
-        assert_eq!((inputs.summary.format, adaptive.summary.format), ("gptq_v2", "kintsugi"));
+        assert_eq!((inputs.summary.format.as_str(), adaptive.summary.format.as_str()), ("gptq_v2", "kintsugi"));
         let axes: Vec<GroupAxis> = adaptive.linears.iter().map(|linear| linear.group_axis).collect();
         assert!(axes.contains(&GroupAxis::Input) && axes.contains(&GroupAxis::Output), "{method}: {axes:?}");
         // The first block reads the same inputs in all three jobs, so its errors can be compared.

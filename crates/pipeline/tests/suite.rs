@@ -10,6 +10,7 @@ mod conversion;
 mod families;
 mod folding;
 mod formats;
+mod gguf_output;
 mod merge_change;
 mod merge_compensation;
 mod merge_corruptions;

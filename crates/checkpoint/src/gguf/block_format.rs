@@ -156,6 +156,17 @@ impl GgufType {
         })
     }
 
+    /// Bits of a code and columns of a group, where each block is a group of symmetric integer codes with one scale in
+    /// half precision: such a type holds what a compression rounds to that grid as it is.
+    pub fn symmetric_grid(&self) -> Option<(u8, usize)> {
+        match self.content {
+            BlockContent::Codes(codes) if codes.grid == BlockGrid::Centered && codes.group == self.block_elements => {
+                Some((codes.bits, codes.group))
+            }
+            _ => None,
+        }
+    }
+
     /// Whether tensors of this type are read.
     pub fn is_read(&self) -> bool {
         !matches!(self.content, BlockContent::Other)

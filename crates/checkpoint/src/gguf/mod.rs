@@ -11,6 +11,7 @@ mod code_tables;
 mod gguf_config;
 mod gguf_export;
 mod gguf_file;
+mod gguf_folder;
 mod gguf_metadata;
 mod gguf_tensors;
 mod gguf_vocabulary;
@@ -30,6 +31,7 @@ pub use block_format::{
 };
 pub use gguf_export::{GgufPlan, GgufSummary, write_gguf};
 pub use gguf_file::{GgufFile, GgufHeader, GgufTensor};
+pub use gguf_folder::{GGUF_FILE, into_gguf_folder};
 pub use gguf_metadata::{GgufArray, GgufMetadata, GgufValue};
 pub(crate) use gguf_tensors::{GgufTensors, is_gguf, only_file_of};
 pub(crate) use gguf_vocabulary::chat_template_of;
