@@ -88,7 +88,7 @@ impl BlockKrylov {
                 // The space of one block is the subspace iteration, too coarse to look at.
                 if block > 1 || block == blocks {
                     let ritz = SymmetricEigen::new(&space.matrix(), space.dimension())?;
-                    let excess = space.excess(&ritz, &remainder, rank);
+                    let excess = space.excess(&ritz, &remainder, rank)?;
                     let sufficient = enough(ritz.values[..rank].iter().sum(), excess);
                     if sufficient || (block == blocks && restart == restarts) {
                         let vectors = space.vectors(&ritz, rank, pool);
@@ -186,9 +186,10 @@ impl Space {
     ///
     /// The residual of a Ritz vector is what the last block of its coordinates makes outside of the space. An
     /// eigenvalue lies no further from its Ritz value than the norm ρ of the residual, and no further than `ρ² / gap`
-    /// where a gap separates it from what is outside of the leading vectors; the next Ritz value, and its residual, stand
-    /// for the edge of that. An estimate: an eigenvector that the start has nothing of is not seen.
-    fn excess(&self, ritz: &SymmetricEigen, remainder: &[f64], rank: usize) -> f64 {
+    /// where a gap separates it from what is outside: of the leading vectors, for the edge of which the next Ritz value
+    /// and its residual stand, or of the space, see [`Space::outside`]. An estimate: an eigenvector that the start has
+    /// nothing of is not seen.
+    fn excess(&self, ritz: &SymmetricEigen, remainder: &[f64], rank: usize) -> Result<f64> {
         let (size, dimension) = (self.size, self.dimension());
         let squares = |place: usize| {
             let last = &ritz.vectors[(place + 1) * dimension - size..(place + 1) * dimension];
@@ -200,13 +201,30 @@ impl Space {
             squares
         };
         let next = rank.min(dimension - 1);
-        let edge = ritz.values[next].max(0.0) + squares(next).sqrt();
+        let edge = (ritz.values[next].max(0.0) + squares(next).sqrt()).min(self.outside(remainder)?);
         let of_vector = |place: usize| {
             let squares = squares(place);
             let (residual, gap) = (squares.sqrt(), ritz.values[place] - edge);
             if gap > residual { squares / gap } else { residual }
         };
-        (0..rank).map(of_vector).sum()
+        Ok((0..rank).map(of_vector).sum())
+    }
+
+    /// An estimate of the largest eigenvalue of the operator outside of the space. The last block was the largest part
+    /// of what was outside before it; what it makes of itself and of what is outside now stands for the rest.
+    fn outside(&self, remainder: &[f64]) -> Result<f64> {
+        let size = self.size;
+        let last: Vec<f64> = self.projected.last().map_or_else(Vec::new, |all| all[all.len() - size * size..].to_vec());
+        let symmetric = |at: usize| (last[at] + last[at % size * size + at / size]) / 2.0;
+        let own = SymmetricEigen::new(&(0..size * size).map(symmetric).collect::<Vec<f64>>(), size)?;
+        // [size, size], the rows of the image against the next block.
+        let dot = |i: usize, j: usize| -> f64 {
+            let row = |k: usize| remainder[k * size..(k + 1) * size].iter();
+            row(i).zip(row(j)).map(|(a, b)| a * b).sum()
+        };
+        let gram: Vec<f64> = (0..size * size).map(|at| dot(at / size, at % size)).collect();
+        let coupling = SymmetricEigen::new(&gram, size)?;
+        Ok(own.values[0].max(0.0) + (coupling.values[0].max(0.0) + self.dropped).sqrt())
     }
 
     /// The first Ritz vectors, `[rank, side]`.

@@ -1,7 +1,7 @@
-use faer::linalg::matmul::matmul;
-use faer::{Accum, Par};
+use faer::Accum;
 use kintsugi_runtime::ThreadPool;
 
+use crate::block_product::multiply;
 use crate::{MatrixView, MatrixViewMut, Scalar, UpperTriangle};
 
 /// Columns of a result that one task computes, as many as a band of an [`UpperTriangle`] has rows. Fixed, so that the
@@ -17,7 +17,7 @@ pub fn product_by_columns<T: Scalar>(a: MatrixView<'_, T>, b: MatrixView<'_, T>,
     assert_eq!(a.columns(), b.rows(), "the inner sizes of a product must agree");
     by_columns(a.rows(), b.columns(), pool, |first, mut out| {
         let width = out.0.ncols();
-        matmul(out.0.as_mut(), Accum::Replace, a.0, b.column_range(first..first + width).0, T::ONE, Par::Seq);
+        multiply(out.0.as_mut(), Accum::Replace, a.0, b.column_range(first..first + width).0, T::ONE);
     })
 }
 
@@ -38,14 +38,14 @@ pub fn times_symmetric_by_columns<T: Scalar>(m: MatrixView<'_, T>, s: &UpperTria
             let rows = m.column_range(first..first + band.rows());
             if first < start {
                 let right = band.column_range(start - first..start - first + width);
-                matmul(out.0.as_mut(), Accum::Add, rows.0, right.0, T::ONE, Par::Seq);
+                multiply(out.0.as_mut(), Accum::Add, rows.0, right.0, T::ONE);
                 continue;
             }
             let block = symmetric_block(band);
             let block = MatrixView::new(&block, width, width);
-            matmul(out.0.as_mut(), Accum::Add, rows.0, block.0, T::ONE, Par::Seq);
+            multiply(out.0.as_mut(), Accum::Add, rows.0, block.0, T::ONE);
             let (behind, right) = (m.column_range(start + width..n), band.column_range(width..n - start));
-            matmul(out.0.as_mut(), Accum::Add, behind.0, right.transposed().0, T::ONE, Par::Seq);
+            multiply(out.0.as_mut(), Accum::Add, behind.0, right.transposed().0, T::ONE);
         }
     })
 }

@@ -4,6 +4,7 @@
 //! matrices alone, so a result is the same, bit for bit, whatever the number of threads.
 
 mod block_krylov;
+mod block_product;
 mod column_products;
 mod kernel_k_means;
 mod leading_directions;

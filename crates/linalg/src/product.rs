@@ -1,7 +1,7 @@
-use faer::linalg::matmul::matmul;
-use faer::{Accum, Par};
+use faer::Accum;
 use kintsugi_runtime::ThreadPool;
 
+use crate::block_product::multiply;
 use crate::{MatrixView, MatrixViewMut, Scalar, UpperTriangle};
 
 /// Rows of a result that one task computes. Fixed, so that the cut never depends on the threads; 64 rows repay the
@@ -9,7 +9,7 @@ use crate::{MatrixView, MatrixViewMut, Scalar, UpperTriangle};
 const BAND: usize = 64;
 
 /// Rows of a quadratic form that one task computes, where there are many: each reads all of S.
-const FORM_BAND: usize = 128;
+const FORM_BAND: usize = 256;
 
 /// `out = a · b`; `out` is row-major `[a.rows, b.columns]`.
 ///
@@ -23,7 +23,7 @@ pub fn product<T: Scalar>(a: MatrixView<'_, T>, b: MatrixView<'_, T>, out: &mut 
         let height = band.len() / columns;
         let a = a.row_range(index * BAND..index * BAND + height);
         let band = MatrixViewMut::new(band, height, columns);
-        matmul(band.0, Accum::Replace, a.0, b.0, T::ONE, Par::Seq);
+        multiply(band.0, Accum::Replace, a.0, b.0, T::ONE);
     });
 }
 
@@ -41,7 +41,7 @@ pub fn symmetric_product(a: MatrixView<'_, f64>, b: MatrixView<'_, f64>, out: &m
         let height = band.len() / n;
         let band = MatrixViewMut::new(band, height, n).column_range(first..n);
         let (a, b) = (a.row_range(first..first + height), b.column_range(first..n));
-        matmul(band.0, Accum::Replace, a.0, b.0, 1.0, Par::Seq);
+        multiply(band.0, Accum::Replace, a.0, b.0, 1.0);
     });
     mirror_upper_triangle(out, n);
 }
@@ -64,7 +64,7 @@ pub fn accumulate_gram(x: &[f32], weight: f64, sum: &mut UpperTriangle<f64>, poo
         let part = &mut part[0];
         let (first, height) = (part.first, part.height());
         let left = x.column_range(first..first + height).transposed();
-        matmul(part.columns(first..n).0, Accum::Add, left.0, x.column_range(first..n).0, weight, Par::Seq);
+        multiply(part.columns(first..n).0, Accum::Add, left.0, x.column_range(first..n).0, weight);
     });
 }
 
@@ -186,7 +186,7 @@ pub fn subtract_product(a: MatrixView<'_, f64>, b: MatrixView<'_, f64>, out: &mu
     pool.for_each_chunk(out, BAND * columns.max(1), |index, band| {
         let height = band.len() / columns;
         let a = a.row_range(index * BAND..index * BAND + height);
-        matmul(MatrixViewMut::new(band, height, columns).0, Accum::Add, a.0, b.0, -1.0, Par::Seq);
+        multiply(MatrixViewMut::new(band, height, columns).0, Accum::Add, a.0, b.0, -1.0);
     });
 }
 
@@ -195,7 +195,7 @@ pub fn subtract_product(a: MatrixView<'_, f64>, b: MatrixView<'_, f64>, out: &mu
 /// # Panics
 /// When the shapes do not fit.
 pub fn add_product<T: Scalar>(out: MatrixViewMut<'_, T>, a: MatrixView<'_, T>, b: MatrixView<'_, T>) {
-    matmul(out.0, Accum::Add, a.0, b.0, T::ONE, Par::Seq);
+    multiply(out.0, Accum::Add, a.0, b.0, T::ONE);
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
-use faer::linalg::matmul::matmul;
-use faer::{Accum, Par};
+use faer::Accum;
 use kintsugi_runtime::ThreadPool;
 
+use crate::block_product::multiply;
 use crate::product::mirror_upper_triangle;
 use crate::{MatrixView, MatrixViewMut};
 
@@ -26,7 +26,7 @@ pub fn row_gram(x: &[f32], rows: usize, columns: usize, pool: &ThreadPool) -> Ve
             let (first, height) = (index * BAND, band.len() / rows);
             let out = MatrixViewMut::new(band, height, rows).column_range(first..rows);
             let (left, right) = (strip.row_range(first..first + height), strip.row_range(first..rows));
-            matmul(out.0, Accum::Add, left.0, right.0.transpose(), 1.0, Par::Seq);
+            multiply(out.0, Accum::Add, left.0, right.0.transpose(), 1.0);
         });
     }
     mirror_upper_triangle(&mut gram, rows);
@@ -54,7 +54,7 @@ pub fn row_products(x: &[f32], m: usize, y: &[f32], n: usize, columns: usize, po
             let (first, height) = (index * BAND, band.len() / n);
             let left = left.row_range(first..first + height);
             let out = MatrixViewMut::new(band, height, n);
-            matmul(out.0, Accum::Add, left.0, right.0.transpose(), 1.0, Par::Seq);
+            multiply(out.0, Accum::Add, left.0, right.0.transpose(), 1.0);
         });
     }
     out
@@ -78,7 +78,7 @@ pub fn combine_rows(w: &[f64], m: usize, x: &[f32], rows: usize, columns: usize,
             .collect();
         let mut out = vec![0.0; m * width];
         let view = MatrixViewMut::new(&mut out, m, width);
-        matmul(view.0, Accum::Replace, w.0, MatrixView::new(&strip, rows, width).0, 1.0, Par::Seq);
+        multiply(view.0, Accum::Replace, w.0, MatrixView::new(&strip, rows, width).0, 1.0);
         out
     });
     let mut out = vec![0.0; m * columns];

@@ -1,10 +1,10 @@
 use faer::dyn_stack::{MemBuffer, MemStack};
 use faer::linalg::cholesky::llt::factor::{cholesky_in_place, cholesky_in_place_scratch};
-use faer::linalg::matmul::matmul;
 use faer::linalg::triangular_solve::solve_upper_triangular_in_place;
 use faer::{Accum, Mat, Par};
 use kintsugi_runtime::{Error, ErrorCode, Result, ThreadPool};
 
+use crate::block_product::multiply;
 use crate::{MatrixView, UpperTriangle};
 
 /// How often the damping may grow before a matrix is given up.
@@ -96,7 +96,7 @@ fn factor_in_place(a: &mut UpperTriangle<f64>, damping: f64, pool: &ThreadPool) 
             let band = &mut band[0];
             let first = band.first;
             let (left, right) = (panel.row_range(first..first + band.height()), panel.row_range(first..start));
-            matmul(band.columns(first..start).0, Accum::Add, left.0, right.0.transpose(), -1.0, Par::Seq);
+            multiply(band.columns(first..start).0, Accum::Add, left.0, right.0.transpose(), -1.0);
         });
     }
     (0..n).all(|i| a.row(i).iter().all(|value| value.is_finite())).then_some(())
