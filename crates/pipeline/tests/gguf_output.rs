@@ -98,7 +98,7 @@ fn an_interrupted_job_ends_in_the_same_file() {
                 if reading.phase == phase && reading.done >= done {
                     cancel.cancel();
                 }
-                std::thread::yield_now();
+                std::thread::sleep(std::time::Duration::from_micros(100));
             }
             job.join().unwrap()
         });

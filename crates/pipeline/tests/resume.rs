@@ -36,7 +36,7 @@ fn interrupt_when(recipe: &Recipe, there: impl Fn(&ProgressSnapshot) -> bool + S
     std::thread::scope(|scope| {
         scope.spawn(|| {
             while !over.load(Ordering::Relaxed) && !there(&progress.snapshot()) {
-                std::thread::yield_now();
+                std::thread::sleep(std::time::Duration::from_micros(100));
             }
             cancel.cancel();
         });
@@ -218,7 +218,7 @@ fn a_source_that_is_truncated_while_it_is_read_is_named() {
     let error = std::thread::scope(|scope| {
         scope.spawn(|| {
             while !over.load(Ordering::Relaxed) && progress.snapshot().done < 2 {
-                std::thread::yield_now();
+                std::thread::sleep(std::time::Duration::from_micros(100));
             }
             // The header stays whole; every block lies behind the cut.
             fs::File::options().write(true).open(&weights).unwrap().set_len(length / 50).unwrap();
@@ -360,7 +360,7 @@ fn a_full_disk_is_named_and_the_job_goes_on_when_there_is_space() {
     let error = std::thread::scope(|scope| {
         scope.spawn(|| {
             while !over.load(Ordering::Relaxed) && progress.snapshot().done < 3 {
-                std::thread::yield_now();
+                std::thread::sleep(std::time::Duration::from_micros(100));
             }
             // Until nothing more fits.
             let _ = std::io::copy(&mut std::io::repeat(0), &mut fs::File::create(&filler).unwrap());
