@@ -3,7 +3,7 @@
 //
 //   node --import=tsx bench/compensation-inputs.ts --checkpoint DIR[,DIR…] --text FILE --calibration FILE
 //     [--methods gptq,rtn] [--bits 2,3] [--rank 16] [--shares 0,0.25,0.5,1] [--sequences 32] [--length 256]
-//     [--characters N]
+//     [--characters N] [--subset]
 //
 // The errors are means over the Linears of ‖WX − (Ŵ+BA)X̂‖ / ‖WX‖, X being the inputs of a Linear in the original model and
 // X̂ those where it is deployed: on the calibration tokens, and on sequences behind them that took no part. α = 0 solves
@@ -27,6 +27,7 @@ const { values: given } = parseArgs({
     sequences: { type: 'string', default: '32' },
     length: { type: 'string', default: '256' },
     characters: { type: 'string', default: '1e9' },
+    subset: { type: 'boolean', default: false },
   },
 })
 if (!given.checkpoint || !given.text || !given.calibration) {
@@ -34,7 +35,7 @@ if (!given.checkpoint || !given.text || !given.calibration) {
 }
 const text = (await readFile(given.text, 'utf8')).slice(0, Number(given.characters))
 const [rank, length] = [Number(given.rank), Number(given.length)]
-const calibration = { file: given.calibration, sequences: Number(given.sequences), length }
+const calibration = { file: given.calibration, sequences: Number(given.sequences), length, subset: given.subset }
 const numbers = (list: string): number[] => list.split(',').map(Number)
 const scratch = await mkdtemp(join(tmpdir(), 'kintsugi-inputs-'))
 let outputs = 0
