@@ -199,7 +199,8 @@ impl<'a, B: Backend> BlockCompressor<'a, B> {
         let (mut factors, mut profiles) = (vec![None; count], vec![None; count]);
         let streams = self.input.stream.is_some();
         let mut runnable = streams.then(|| Block::prepare(self.backend, spec, index, &weights)).transpose()?;
-        // The block keeps its original weights for the dense model, and in a form that reads the same inputs.
+        // What the dense model runs: the original weights, with the scales that were folded into them, so that both models
+        // read the same channels.
         let mixed = self.input.dense.is_some();
         let original = mixed.then(|| Block::prepare(self.backend, spec, index, &weights)).transpose()?;
         let places = |points: &[TapPoint]| -> Vec<usize> {

@@ -178,12 +178,11 @@ fn where_activations_lie_and_where_a_job_was_interrupted_change_no_bit() {
                 over.store(true, Ordering::Relaxed);
                 outcome
             });
-            // A short job may have come to its end.
             let Err(error) = outcome else { panic!("the job was too fast to be interrupted after {blocks}") };
             assert_eq!(error.code, ErrorCode::Cancelled);
         }
         let partial = root.path().join(format!("{name}.partial"));
-        let dense: Vec<_> = bytes_of_partial(&partial).into_iter().filter(|name| name.contains("dense")).collect();
+        let dense: Vec<_> = names_in(&partial).into_iter().filter(|name| name.contains("dense")).collect();
         assert!(!dense.is_empty(), "the activations of the dense model are kept");
         let other = compensation(root.path(), name, &folder, EoraInputs::Mixed { mismatch: 0.5 });
         assert_eq!(run(&other).unwrap_err().code, ErrorCode::ResumeMismatch);
@@ -194,7 +193,7 @@ fn where_activations_lie_and_where_a_job_was_interrupted_change_no_bit() {
     }
 }
 
-fn bytes_of_partial(folder: &Path) -> Vec<String> {
+fn names_in(folder: &Path) -> Vec<String> {
     fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned()).collect()
 }
 
