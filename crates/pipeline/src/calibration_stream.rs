@@ -84,7 +84,7 @@ impl<B: Backend> CalibrationStream<B> {
         text: &CalibrationTokens,
         folder: Option<&Path>,
     ) -> Result<Self> {
-        Self::empty(spec, text, folder).as_dense_model().begin(checkpoint, text)
+        Self::empty(spec, text, folder).beside_deployed().begin(checkpoint, text)
     }
 
     fn begin(mut self, checkpoint: &Checkpoint, text: &CalibrationTokens) -> Result<Self> {
@@ -126,12 +126,12 @@ impl<B: Backend> CalibrationStream<B> {
         saved_in: &Path,
         name: &str,
     ) -> Result<Self> {
-        let mut stream = Self::empty(spec, text, folder).as_dense_model();
+        let mut stream = Self::empty(spec, text, folder).beside_deployed();
         stream.hidden.restore(saved_in, name)?;
         Ok(stream)
     }
 
-    fn as_dense_model(self) -> Self {
+    fn beside_deployed(self) -> Self {
         CalibrationStream { hidden: self.hidden.of_dense_model(), ..self }
     }
 
