@@ -154,6 +154,9 @@ export interface BindingEora {
   rank: number
   solver: string
   factorBits: number
+  /** `deployed`, `dense` or `mixed`. */
+  inputs: string
+  mismatch?: number
   meanRank?: number
   budgetBytes?: number
   minRank: number

@@ -2,7 +2,15 @@ import { existsSync, readFileSync } from 'node:fs'
 import { join } from 'node:path'
 
 import test from 'ava'
-import { compensate, type CompensationReport, compress, loadModel, type Progress } from 'kintsugi'
+import {
+  type CalibrationOptions,
+  compensate,
+  type CompensateOptions,
+  type CompensationReport,
+  compress,
+  loadModel,
+  type Progress,
+} from 'kintsugi'
 
 import { failsWith, LLAMA, SHORT_CALIBRATION, STORIES, temporaryFolder, textSlice, TINY } from './fixtures.js'
 
@@ -30,7 +38,7 @@ test('a compressed checkpoint gets its factors, and less of them at load', async
   const report = await job
   t.is(seen.at(-1)!.done, seen.at(-1)!.total)
   t.like(report.recipe, { original: TINY, compressed, out })
-  t.deepEqual(report.recipe.eora, { rank: 16, solver: 'fast', factorBits: 16, allocation: null })
+  t.deepEqual(report.recipe.eora, { rank: 16, solver: 'fast', factorBits: 16, inputs: 'deployed', allocation: null })
   t.is(report.summary.bytes, plan.bytes)
   t.is(report.summary.calibrationTokens, calibration.sequences * calibration.length)
   t.like(report.summary.compensation, { certified: LINEARS, uncertified: 0, meanRank: 16, allocation: null })
@@ -106,6 +114,36 @@ test('a cancelled job goes on to the same factors, saved statistics serve, a bas
   t.true(baseline.summary.compensation!.worstRatio! > 1)
 })
 
+test('inputs of both models bring the outputs closer to the original', async (t) => {
+  const folder = temporaryFolder(t)
+  const [compressed, statistics] = [join(folder, 'w2'), join(folder, 'dense.safetensors')]
+  await compress(TINY, { out: compressed, method: 'rtn', bits: 2, groupSize: 32 })
+  const solve = (name: string, eora: Partial<CompensateOptions['eora']>, from = calibration as CalibrationOptions) =>
+    compensate(TINY, compressed, { out: join(folder, name), calibration: from, eora: { rank: 8, ...eora } })
+  const deployed = await solve('deployed', {})
+  const none = await solve('none', { inputs: 'mixed', mismatch: 0 })
+  const mixed = await solve('mixed', { inputs: 'mixed' })
+  t.like(mixed.recipe.eora, { inputs: 'mixed', mismatch: 0.5 })
+  const bytes = (name: string): Buffer => readFileSync(join(folder, name, 'adapter_model.safetensors'))
+  t.true(bytes('none').equals(bytes('deployed')))
+  t.is(deployed.summary.compensation!.denseError, null)
+  const [before, after] = [none, mixed].map(({ summary }) => summary.compensation!.denseError!)
+  t.true(after!.compensated < before!.quantized)
+  for (const { name, denseError, holdOut } of mixed.linears) {
+    t.true(denseError!.compensated < denseError!.quantized, name)
+    t.is(denseError!.holdOut!.tokens, holdOut!.tokens, name)
+  }
+
+  const options = { method: 'rtn', bits: 2, groupSize: 32, calibration, saveStatistics: statistics } as const
+  const together = await compress(TINY, { ...options, out: join(folder, 'eora'), eora: { rank: 8, inputs: 'dense' } })
+  t.is(together.recipe.eora!.inputs, 'dense')
+  await solve('dense', { inputs: 'dense' }, { file: statistics })
+  const inside = readFileSync(join(folder, 'eora', 'eora', 'adapter_model.safetensors'))
+  t.true(bytes('dense').equals(inside) && !inside.equals(bytes('deployed')))
+  await failsWith(t, () => solve('x', {}, { file: statistics }), 'ERR_STATISTICS_MISMATCH')
+  await failsWith(t, () => solve('x', { inputs: 'mixed' }, { file: statistics }), 'ERR_OPTION_INVALID', 'eora.inputs')
+})
+
 test('what cannot be is refused and leaves nothing', async (t) => {
   const folder = temporaryFolder(t)
   const [compressed, out] = [join(folder, 'w4'), join(folder, 'eora')]
@@ -125,6 +163,11 @@ test('what cannot be is refused and leaves nothing', async (t) => {
     ['eora.meanRank', { meanRank: 0 }],
     ['eora.meanRank', { meanRank: 8, rank: 4 }],
     ['eora.budgetBytes', { budgetBytes: 7 }],
+    ['eora.inputs', { rank: 8, inputs: 'sparse' as 'dense' }],
+    ['eora.mismatch', { rank: 8, mismatch: 0.5 }],
+    ['eora.mismatch', { rank: 8, inputs: 'dense', mismatch: 0.5 }],
+    ['eora.mismatch', { rank: 8, inputs: 'mixed', mismatch: 1.5 }],
+    ['eora.mismatch', { rank: 8, inputs: 'mixed', mismatch: -1 }],
   ] as const) {
     await refuses(() => compensate(TINY, compressed, { ...right, eora }), 'ERR_OPTION_INVALID', subject)
   }

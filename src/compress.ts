@@ -9,6 +9,7 @@ import { type Checkpoint, folderOf } from './checkpoint.js'
 import {
   type Certificate,
   type CompensationSummary,
+  type DenseError,
   type EoraOptions,
   type EoraRecipe,
   eoraRequest,
@@ -275,6 +276,8 @@ export interface CompressedLinear {
   error: null | { quantized: number; compensated: number; bound: number }
   /** The same on inputs that took no part in the calibration; `null` without compensation or such inputs. */
   holdOut: null | HoldOutError
+  /** Against the original model; `null` unless the compensation was solved for `mixed` inputs. */
+  denseError: null | DenseError
   /** The proof that the compensation is the best of the largest rank; `null` without one. */
   certificate: null | Certificate
 }

@@ -17,6 +17,18 @@ export interface EoraOptions {
   solver?: EoraSolver
   /** Bits of a value of the factors, default 16 (bf16). With 8 or 4 they are codes with scales. */
   factorBits?: 16 | 8 | 4
+  /**
+   * Which inputs it is solved for. `deployed`, the default: those that Linears read behind compressed and compensated
+   * blocks; `dense`: those of the original model, whose blocks alone run (a compression is solved for them, too); `mixed`:
+   * deployed inputs, with the outputs of the original model on its own inputs as the target, so that a Linear repairs
+   * what those before it have left. `mixed` runs both models and cannot start from saved statistics.
+   */
+  inputs?: EoraInputs
+  /**
+   * With `mixed`: how much of the difference of both inputs is corrected, 0 to 1, default 0.5. All of it follows chance in
+   * the calibration; 0 is `deployed`, with errors against the outputs of the original model in the report.
+   */
+  mismatch?: number
   /** Ranks that differ: as many bytes as this rank in every Linear takes, divided where they remove most error. */
   meanRank?: number
   /** In place of `meanRank`: bytes of all factors together. */
@@ -35,11 +47,17 @@ export interface EoraOptions {
 /** A way to choose the directions of a compensation. */
 export type EoraSolver = 'fast' | 'exact' | 'diagonal' | 'lorc'
 
+/** Inputs that a compensation is solved for. */
+export type EoraInputs = 'deployed' | 'dense' | 'mixed'
+
 /** {@link EoraOptions} with every default filled in. */
 export interface EoraRecipe {
   rank: number
   solver: EoraSolver
   factorBits: 16 | 8 | 4
+  inputs: EoraInputs
+  /** Of `mixed` inputs. */
+  mismatch?: number
   /** `null` for one rank. */
   allocation: null | {
     budget: { meanRank: number } | { bytes: number }
@@ -55,6 +73,14 @@ export interface HoldOutError {
   tokens: number
   quantized: number
   compensated: number
+}
+
+/** Errors against the outputs of the original model on its own inputs: `‖WX − ·X̂‖ / ‖WX‖`. */
+export interface DenseError {
+  quantized: number
+  compensated: number
+  /** On inputs that took no part in the calibration; `null` without such inputs. */
+  holdOut: null | HoldOutError
 }
 
 /** Whether a compensation is as good as any of its rank: measured on its directions, against an estimate of the bound. */
@@ -78,6 +104,11 @@ export interface CompensationSummary {
   uncertified: number
   /** Means over the Linears on inputs that took no part in the calibration; `null` without such inputs. */
   holdOut: null | { quantized: number; compensated: number }
+  /**
+   * The same against the outputs of the original model, or on the calibration inputs where none were held out; `null`
+   * unless the compensation was solved for `mixed` inputs.
+   */
+  denseError: null | { quantized: number; compensated: number }
   /** How a budget of ranks was divided; `null` for one rank. */
   allocation: null | RankAllocation
 }
@@ -104,6 +135,8 @@ export const eoraSchema = object({
   rank: optional(integer({ min: 1, max: 2 ** 16 })),
   solver: withDefault(oneOf(['fast', 'exact', 'diagonal', 'lorc']), 'fast'),
   factorBits: withDefault(oneOf([16, 8, 4]), 16),
+  inputs: withDefault(oneOf(['deployed', 'dense', 'mixed']), 'deployed'),
+  mismatch: optional(number({ min: 0, max: 1 })),
   meanRank: optional(number({ min: 1, max: 2 ** 16 })),
   budgetBytes: optional(integer({ min: 1 })),
   minRank: optional(integer({ min: 0, max: 2 ** 16 })),
@@ -120,6 +153,14 @@ export function eoraRequest(eora: ReturnType<typeof eoraSchema>): BindingEora {
       message: 'a mean rank and a budget of bytes exclude each other',
       subject: 'eora.budgetBytes',
       hint: 'Give one of both.',
+    })
+  }
+  if (eora.inputs !== 'mixed' && eora.mismatch !== undefined) {
+    throw new KintsugiError({
+      code: 'ERR_OPTION_INVALID',
+      message: `there is no mismatch to correct with ${eora.inputs} inputs`,
+      subject: 'eora.mismatch',
+      hint: "Use inputs 'mixed', or leave it out.",
     })
   }
   const budgeted = meanRank !== undefined || budgetBytes !== undefined

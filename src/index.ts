@@ -39,6 +39,8 @@ export { doctor, type DoctorReport, type SelfCheck } from './doctor.js'
 export {
   type Certificate,
   type CompensationSummary,
+  type DenseError,
+  type EoraInputs,
   type EoraOptions,
   type EoraRecipe,
   type EoraSolver,

@@ -139,6 +139,11 @@ test('compensate, and what it has written in eval and generate', async (t) => {
   t.deepEqual(report, JSON.parse(readFileSync(join(out, 'report.json'), 'utf8')))
   t.like(report.recipe.eora, { rank: 16, solver: 'fast', factorBits: 8 })
 
+  const mixed = [...compensating, '--rank', '8', '--inputs', 'mixed', '--mismatch', '0.7']
+  const both = await kintsugi(...mixed.map((given) => (given === out ? join(folder, 'mixed') : given)))
+  t.is(both.code, 0, both.stderr)
+  t.regex(both.stdout, /against the original +[\d.]+ % → [\d.]+ % with factors/)
+
   const text = join(folder, 'text.txt')
   writeFileSync(text, textSlice(STORIES, 10_000))
   const perplexity = async (...options: string[]): Promise<number> => {

@@ -47,6 +47,9 @@ export async function publicTypes(model: Model, signal: AbortSignal): Promise<vo
   expectTypeOf(compensate('a', 'b', { ...compensation, dryRun: true })).toEqualTypeOf<Job<CompensationPlan>>()
   // @ts-expect-error factors have 16, 8 or 4 bits
   compensate('a', 'b', { ...compensation, eora: { rank: 8, factorBits: 3 } })
+  compensate('a', 'b', { ...compensation, eora: { rank: 8, inputs: 'mixed', mismatch: 0.5 } })
+  // @ts-expect-error there are no such inputs
+  compensate('a', 'b', { ...compensation, eora: { rank: 8, inputs: 'both' } })
 
   expectTypeOf(merge(['a'], { out: 'b' })).toEqualTypeOf<Job<MergeReport>>()
   expectTypeOf(merge(['a'], { out: 'b', dryRun: true })).toEqualTypeOf<Job<MergePlan>>()

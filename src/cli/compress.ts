@@ -115,6 +115,8 @@ export function registerCompress(program: Command): void {
             rank: given.eoraRank,
             solver: given.eoraSolver,
             factorBits: given.eoraFactorBits,
+            inputs: given.eoraInputs,
+            mismatch: given.eoraMismatch,
             meanRank: given.eoraMeanRank,
             budget: given.eoraBudget,
             minRank: given.eoraMinRank,

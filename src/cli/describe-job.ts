@@ -26,7 +26,7 @@ export function describeCalibration(sources: CalibrationShare[]): [string, strin
 /** Lines about all compensations of a model. */
 export function describeCompensation(summary: CompensationSummary | null): [string, string | undefined][] {
   if (summary === null) return []
-  const { allocation, certified, uncertified, holdOut, worstRatio } = summary
+  const { allocation, certified, uncertified, holdOut, denseError, worstRatio } = summary
   const proofs = certified + uncertified
   return [
     ['mean rank', allocation ? summary.meanRank.toFixed(1) : undefined],
@@ -40,6 +40,12 @@ export function describeCompensation(summary: CompensationSummary | null): [stri
     [
       'on held out tokens',
       holdOut ? `${formatShare(holdOut.quantized)} → ${formatShare(holdOut.compensated)} with factors` : undefined,
+    ],
+    [
+      'against the original',
+      denseError
+        ? `${formatShare(denseError.quantized)} → ${formatShare(denseError.compensated)} with factors`
+        : undefined,
     ],
     ['above the bound', worstRatio === null ? undefined : `${formatShare(worstRatio - 1)} at most`],
     ['certified', proofs > 0 ? `${certified} of ${proofs}` : undefined],

@@ -2,6 +2,10 @@
 
 mod calibration;
 mod calibration_builder;
+mod drift;
+mod drift_builder;
 
 pub use calibration::{Calibration, SumPart};
 pub use calibration_builder::{CHUNK_TOKENS, CalibrationBuilder};
+pub use drift::Drift;
+pub use drift_builder::DriftBuilder;

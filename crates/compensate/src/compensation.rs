@@ -70,7 +70,20 @@ pub fn compensate(
     options: &CompensationOptions,
     pool: &ThreadPool,
 ) -> Result<Compensation> {
-    let mut residual = Residual::new(weight, compressed, calibration, pool)?;
+    solve(Residual::new(weight, compressed, calibration, pool)?, weight, hold_out, options, pool)
+}
+
+/// [`compensate`] for a residual that is known.
+///
+/// # Errors
+/// As [`compensate`].
+pub(crate) fn solve(
+    mut residual: Residual<'_>,
+    weight: &DenseMatrix,
+    hold_out: Option<&HoldOut>,
+    options: &CompensationOptions,
+    pool: &ThreadPool,
+) -> Result<Compensation> {
     // The bound is that of the best directions, whatever the method believes.
     let optimal = options.method.is_optimal();
     let best_method = if optimal { options.method } else { &Fast };
@@ -80,7 +93,7 @@ pub fn compensate(
     }
     let bounds = bounds(residual.energy(), &best);
     let certificate = optimal.then(|| {
-        let metric = InputMetric::SecondMoment(calibration.second_moment());
+        let metric = InputMetric::SecondMoment(residual.calibration().second_moment());
         let measured = best.measured(&residual, &metric, pool);
         Certificate::new(residual.energy(), measured, best.captured() + best.excess, |energy| residual.relative(energy))
     });
@@ -99,6 +112,7 @@ pub fn compensate(
         calibration: energies.filter(|_| worthwhile).unwrap_or_else(|| vec![residual.energy()]),
         best: bounds,
         hold_out: hold_out.map(|hold_out| HoldOutProfile::new(&residual, factors.as_ref(), weight, hold_out, pool)),
+        dense: None,
     };
     let error = profile.error(profile.largest_rank());
     Ok(Compensation { factors, error, certificate, profile })

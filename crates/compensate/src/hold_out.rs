@@ -35,6 +35,13 @@ impl HoldOut {
         [first, second].map(|rows| HoldOut { width: self.width, rows: rows.to_vec() })
     }
 
+    /// The same tokens with the values of both, one after the other: `[tokens, width + other.width]`.
+    pub(crate) fn beside(&self, other: &HoldOut) -> HoldOut {
+        let width = self.width + other.width;
+        let pairs = self.rows.chunks_exact(self.width.max(1)).zip(other.rows.chunks_exact(other.width.max(1)));
+        HoldOut { width, rows: pairs.flat_map(|(left, right)| [left, right].concat()).collect() }
+    }
+
     /// `[tokens, width]` in f64.
     pub(crate) fn wide(&self) -> Vec<f64> {
         self.rows.iter().map(|&value| f64::from(value)).collect()

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::compensation::widen;
 use crate::residual::relative;
-use crate::{HoldOut, Residual, ResidualError};
+use crate::{DenseError, DenseProfile, HoldOut, Residual, ResidualError};
 
 /// What each prefix of the stored factors leaves of the residual: energies `‖(Δ − B_r A_r) X‖²` for the ranks
 /// 0, 1, …, as many as there are and one more.
@@ -20,6 +20,9 @@ pub struct RankProfile {
     pub best: Vec<f64>,
     /// On inputs that took no part.
     pub hold_out: Option<HoldOutProfile>,
+    /// Against the outputs of the dense model on its own inputs, where those are known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dense: Option<DenseProfile>,
 }
 
 /// A profile on inputs that took no part, in two parts: what is decided by one is reported from the other.
@@ -75,10 +78,16 @@ impl RankProfile {
         Some(HoldOutError { tokens: profile.tokens, quantized: of(0), compensated: of(rank) })
     }
 
+    /// The errors against the outputs of the dense model.
+    pub fn dense_error(&self, rank: usize) -> Option<DenseError> {
+        self.dense.as_ref().map(|profile| profile.error(rank))
+    }
+
     /// Whether it says something about rank 0 at least, of all inputs that it speaks of.
     pub fn is_sound(&self) -> bool {
         let held = self.hold_out.iter().flat_map(|profile| &profile.energies);
-        [&self.calibration, &self.best].into_iter().chain(held).all(|energies| !energies.is_empty())
+        let sound = self.dense.as_ref().is_none_or(DenseProfile::is_sound);
+        sound && [&self.calibration, &self.best].into_iter().chain(held).all(|energies| !energies.is_empty())
     }
 
     /// On the calibration inputs.
@@ -153,17 +162,18 @@ impl HoldOutProfile {
 const LEAST_REST: f64 = 0.01;
 
 /// What `‖(Δ − B A) X‖² = ‖Δ X‖² − 2 Σᵢ ⟨bᵢᵀ Δ X, aᵢ X⟩ + Σᵢⱼ ⟨bᵢ, bⱼ⟩ ⟨aᵢ X, aⱼ X⟩` is made of.
-struct Products {
+pub(crate) struct Products {
     /// `⟨bᵢᵀ Δ X, aᵢ X⟩`
-    cross: Vec<f64>,
+    pub(crate) cross: Vec<f64>,
     /// `⟨bᵢ, bⱼ⟩`
-    own: Vec<f64>,
+    pub(crate) own: Vec<f64>,
     /// `⟨aᵢ X, aⱼ X⟩`
-    inputs: Vec<f64>,
+    pub(crate) inputs: Vec<f64>,
 }
 
 impl Products {
-    fn energies(&self, before: f64) -> Vec<f64> {
+    /// For the ranks 0, 1, …, of which the first leaves `before`.
+    pub(crate) fn energies(&self, before: f64) -> Vec<f64> {
         let rank = self.cross.len();
         let mut energies = vec![before];
         let mut energy = before;
@@ -177,7 +187,7 @@ impl Products {
 }
 
 /// The inner product of each row of two `[rows, width]` matrices.
-fn row_dots(left: &[f64], right: &[f64], rows: usize) -> Vec<f64> {
+pub(crate) fn row_dots(left: &[f64], right: &[f64], rows: usize) -> Vec<f64> {
     let width = left.len() / rows.max(1);
     let pairs = left.chunks_exact(width.max(1)).zip(right.chunks_exact(width.max(1)));
     pairs.map(|(left, right)| left.iter().zip(right).map(|(a, b)| a * b).sum()).collect()

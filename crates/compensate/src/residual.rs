@@ -39,26 +39,13 @@ impl<'a> Residual<'a> {
         calibration: &'a Calibration,
         pool: &ThreadPool,
     ) -> Result<Self> {
+        let delta = lost(weight, compressed, calibration, pool)?;
+        Ok(Residual::of(delta, weight, calibration, pool))
+    }
+
+    /// Of a Δ that is known: what is to be repaired, whatever it is.
+    pub(crate) fn of(delta: Vec<f64>, weight: &DenseMatrix, calibration: &'a Calibration, pool: &ThreadPool) -> Self {
         let (rows, columns) = (weight.rows(), weight.columns());
-        check_shapes(weight, compressed, calibration)?;
-        if let Some((row, column)) = weight.first_not_finite() {
-            let message = format!("the weight in row {row}, column {column} is NaN or infinite");
-            return Err(Error::new(ErrorCode::ValueNotFinite, message)
-                .subject("weight")
-                .hint("The checkpoint is damaged; load it from its source again"));
-        }
-        let mut delta = vec![0.0; rows * columns];
-        let band = 64 * columns.max(1);
-        pool.for_each_chunk(&mut delta, band, |index, values| {
-            for (i, row) in values.chunks_exact_mut(columns.max(1)).enumerate() {
-                difference(weight, compressed, index * 64 + i, row);
-            }
-        });
-        if delta.iter().any(|value| !value.is_finite()) {
-            return Err(Error::new(ErrorCode::ValueNotFinite, "the compressed weight has NaN or infinite values")
-                .subject("compressed weight")
-                .hint("The compressed checkpoint is damaged; load it from its source again"));
-        }
         let energies = OutputEnergies::new(calibration);
         let fill = |i: usize, row: &mut [f64]| row.copy_from_slice(&delta[i * columns..(i + 1) * columns]);
         let energy = energies.of(rows, fill, pool);
@@ -67,7 +54,7 @@ impl<'a> Residual<'a> {
             delta: delta.iter().map(|&value| value as f32).collect(),
             second_moment,
         });
-        Ok(Residual { rows, columns, delta, calibration, energy, original, narrow })
+        Residual { rows, columns, delta, calibration, energy, original, narrow }
     }
 
     /// Bytes beside the weights and the statistics: Δ in f64 and f32, and the second moments in f32.
@@ -129,6 +116,39 @@ impl<'a> Residual<'a> {
     pub(crate) fn relative(&self, energy: f64) -> f64 {
         relative(energy, self.original)
     }
+}
+
+/// `W − Ŵ`, row-major.
+///
+/// # Errors
+/// As [`Residual::new`].
+pub(crate) fn lost(
+    weight: &DenseMatrix,
+    compressed: &dyn RowSource,
+    calibration: &Calibration,
+    pool: &ThreadPool,
+) -> Result<Vec<f64>> {
+    let (rows, columns) = (weight.rows(), weight.columns());
+    check_shapes(weight, compressed, calibration)?;
+    if let Some((row, column)) = weight.first_not_finite() {
+        let message = format!("the weight in row {row}, column {column} is NaN or infinite");
+        return Err(Error::new(ErrorCode::ValueNotFinite, message)
+            .subject("weight")
+            .hint("The checkpoint is damaged; load it from its source again"));
+    }
+    let mut delta = vec![0.0; rows * columns];
+    let band = 64 * columns.max(1);
+    pool.for_each_chunk(&mut delta, band, |index, values| {
+        for (i, row) in values.chunks_exact_mut(columns.max(1)).enumerate() {
+            difference(weight, compressed, index * 64 + i, row);
+        }
+    });
+    if delta.iter().any(|value| !value.is_finite()) {
+        return Err(Error::new(ErrorCode::ValueNotFinite, "the compressed weight has NaN or infinite values")
+            .subject("compressed weight")
+            .hint("The compressed checkpoint is damaged; load it from its source again"));
+    }
+    Ok(delta)
 }
 
 fn check_shapes(weight: &DenseMatrix, compressed: &dyn RowSource, calibration: &Calibration) -> Result<()> {

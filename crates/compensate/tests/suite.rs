@@ -4,6 +4,7 @@ mod certificate;
 mod common;
 mod factors;
 mod inputs;
+mod mixed;
 mod never_worse;
 mod optimum;
 

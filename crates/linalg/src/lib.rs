@@ -5,6 +5,7 @@
 
 mod block_krylov;
 mod block_product;
+mod cholesky_solve;
 mod column_products;
 mod kernel_k_means;
 mod leading_directions;
@@ -27,8 +28,8 @@ pub use kernel_k_means::{KMeansOptions, KernelKMeans};
 pub use leading_directions::{BalancedFactors, LeadingDirections};
 pub use matrix_view::{MatrixView, MatrixViewMut, Scalar};
 pub use product::{
-    accumulate_gram, add_product, product, quadratic_forms, quadratic_trace, quadratic_trace_of, subtract_product,
-    symmetric_product, times_symmetric,
+    accumulate_cross, accumulate_gram, add_product, product, quadratic_forms, quadratic_trace, quadratic_trace_of,
+    subtract_product, symmetric_product, times_symmetric,
 };
 pub use row_products::{combine_rows, row_gram, row_products};
 pub use split_mix::SplitMix64;

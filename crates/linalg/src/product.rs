@@ -68,6 +68,26 @@ pub fn accumulate_gram(x: &[f32], weight: f64, sum: &mut UpperTriangle<f64>, poo
     });
 }
 
+/// `sum += weight · Xᵀ Y` for rows of f32 in pairs: products and sums in f64, as in [`accumulate_gram`]. `x` and `y` are
+/// `[rows, n]`, `sum` is row-major `[n, n]`.
+///
+/// # Panics
+/// When the shapes do not fit.
+pub fn accumulate_cross(x: &[f32], y: &[f32], weight: f64, sum: &mut [f64], n: usize, pool: &ThreadPool) {
+    assert_eq!((x.len(), sum.len()), (y.len(), n * n), "rows come in pairs, the sum is [n, n]");
+    if n == 0 || x.is_empty() {
+        return;
+    }
+    let wide = |values: &[f32]| values.iter().map(|&value| f64::from(value)).collect::<Vec<f64>>();
+    let (x_wide, y_wide) = (wide(x), wide(y));
+    let (x, y) = (MatrixView::new(&x_wide, x.len() / n, n), MatrixView::new(&y_wide, y.len() / n, n));
+    pool.for_each_chunk(sum, BAND * n, |index, band| {
+        let (first, height) = (index * BAND, band.len() / n);
+        let left = x.column_range(first..first + height).transposed();
+        multiply(MatrixViewMut::new(band, height, n).0, Accum::Add, left.0, y.0, weight);
+    });
+}
+
 /// Copies the upper triangle of a square `[n, n]` matrix over the lower one.
 pub(crate) fn mirror_upper_triangle(values: &mut [f64], n: usize) {
     assert_eq!(values.len(), n * n, "the matrix is [n, n]");
@@ -275,6 +295,25 @@ mod tests {
                 let expected: f64 = columns().map(|(a, b)| 2.0 * a * b).sum();
                 let size: f64 = columns().map(|(a, b)| 2.0 * (a * b).abs()).sum();
                 assert!((sum.at(i, j) - expected).abs() <= 1e-14 * size, "{i} {j}");
+            }
+        }
+    }
+
+    #[test]
+    fn cross_products_of_pairs_are_exact_on_integers_whatever_the_threads() {
+        for (rows, n, weight) in [(1, 1, 1.0), (7, 65, 2.0), (513, 130, 0.5)] {
+            let narrow = |seed| integers(rows * n, seed).iter().map(|&value| value as f32).collect::<Vec<f32>>();
+            let (x, y) = (narrow(1), narrow(9));
+            let expected: Vec<f64> = (0..n * n)
+                .map(|at| {
+                    let pairs = x.chunks_exact(n).zip(y.chunks_exact(n));
+                    weight * pairs.map(|(x, y)| f64::from(x[at / n]) * f64::from(y[at % n])).sum::<f64>()
+                })
+                .collect();
+            for threads in [1, 3] {
+                let mut sum = vec![0.0; n * n];
+                accumulate_cross(&x, &y, weight, &mut sum, n, &ThreadPool::with_threads(threads));
+                assert!(sum == expected, "{rows} {n}");
             }
         }
     }

@@ -10,7 +10,7 @@ use crate::{
 };
 
 /// Sees the input of the Linears at each tap point of a block.
-pub type Taps<'a, B> = &'a mut dyn FnMut(TapPoint, &<B as Backend>::Tensor) -> Result<()>;
+pub type Taps<'a, B> = &'a mut dyn FnMut(TapPoint, &<B as Backend>::Tensor, Option<&[usize]>) -> Result<()>;
 
 /// One decoder block, ready to run.
 pub struct Block<B: Backend> {
@@ -197,7 +197,7 @@ impl<B: Backend> Block<B> {
         let adapted = adapted_rows(batch, None);
 
         backend.norm(hidden, &self.attention_norm, self.epsilon, &mut w.normed)?;
-        taps(TapPoint::AttentionInput, &w.normed)?;
+        taps(TapPoint::AttentionInput, &w.normed, None)?;
         self.project(backend, &adapted, w)?;
         if let Some([query_norm, key_norm]) = &self.head_norms {
             backend.norm_assign(&mut w.q, query_norm, self.epsilon)?;
@@ -208,7 +208,7 @@ impl<B: Backend> Block<B> {
             backend.rotate(table, self.shape.head_dim, &mut w.k)?;
         }
         backend.attention(self.shape, batch, &w.q, &w.k, &w.v, cache, &mut w.attention)?;
-        taps(TapPoint::AttentionOutput, &w.attention)?;
+        taps(TapPoint::AttentionOutput, &w.attention, None)?;
         self.linear(backend, LinearSlot::Output, &adapted, &w.attention, &mut w.projected)?;
         if let Some([attention_norm, _]) = &self.branch_norms {
             backend.norm_assign(&mut w.projected, attention_norm, self.epsilon)?;
@@ -226,10 +226,10 @@ impl<B: Backend> Block<B> {
         taps: Taps<'_, B>,
     ) -> Result<()> {
         let adapted = adapted_rows(batch, None);
-        taps(TapPoint::MlpInput, &w.normed)?;
+        taps(TapPoint::MlpInput, &w.normed, None)?;
         if let Some(mlp) = &mut w.mlp {
             self.activate(backend, &adapted, &w.normed, mlp)?;
-            taps(TapPoint::MlpActivation, &mlp.activation)?;
+            taps(TapPoint::MlpActivation, &mlp.activation, None)?;
             self.linear(backend, LinearSlot::Down, &adapted, &mlp.activation, &mut w.projected)?;
         }
         if let Some(experts) = &self.experts {
@@ -317,11 +317,11 @@ impl<B: Backend> Block<B> {
             buffers.set_expert_rows(backend, route.rows.len())?;
             let (input, mlp) = (&mut buffers.input, &mut buffers.mlp);
             backend.take_rows(&w.normed, &route.rows, input)?;
-            taps(TapPoint::ExpertInput(expert), input)?;
+            taps(TapPoint::ExpertInput(expert), input, Some(&route.rows))?;
             self.linear(backend, LinearSlot::ExpertGate(expert), &adapted, input, &mut mlp.gate)?;
             self.linear(backend, LinearSlot::ExpertUp(expert), &adapted, input, &mut mlp.up)?;
             backend.activate_multiply(self.activation, &mlp.gate, &mlp.up, &mut mlp.activation)?;
-            taps(TapPoint::ExpertActivation(expert), &mlp.activation)?;
+            taps(TapPoint::ExpertActivation(expert), &mlp.activation, Some(&route.rows))?;
             let down = LinearSlot::ExpertDown(expert);
             self.linear(backend, down, &adapted, &mlp.activation, &mut buffers.output)?;
             backend.add_rows(&buffers.output, &route.rows, &route.shares, &mut w.projected)?;

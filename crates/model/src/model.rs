@@ -197,7 +197,7 @@ impl<B: Backend> Model<B> {
                 &mut session.hidden,
                 cache,
                 &mut session.workspace,
-                &mut |_, _| Ok(()),
+                &mut |_, _, _| Ok(()),
             )?;
         }
         Ok(())

@@ -1,4 +1,4 @@
-use kintsugi_pipeline::{AllocationRecipe, EoraRecipe, RankBudget, RankWeights};
+use kintsugi_pipeline::{AllocationRecipe, EoraInputs, EoraRecipe, RankBudget, RankWeights};
 use kintsugi_runtime::Result;
 use napi_derive::napi;
 
@@ -11,6 +11,9 @@ pub struct BindingEora {
     pub rank: u32,
     pub solver: String,
     pub factor_bits: u32,
+    /// `deployed`, `dense` or `mixed`.
+    pub inputs: String,
+    pub mismatch: Option<f64>,
     pub mean_rank: Option<f64>,
     pub budget_bytes: Option<f64>,
     pub min_rank: u32,
@@ -34,6 +37,8 @@ impl BindingEora {
             weights,
         });
         let (rank, solver) = (self.rank as usize, self.solver.clone());
-        Ok(EoraRecipe { rank, solver, factor_bits: bits(self.factor_bits), allocation })
+        let inputs = EoraInputs::from_name(&self.inputs, self.mismatch)
+            .ok_or_else(|| invalid_option("eora.inputs", &self.inputs, EoraInputs::NAMES))?;
+        Ok(EoraRecipe { rank, solver, factor_bits: bits(self.factor_bits), inputs, allocation })
     }
 }

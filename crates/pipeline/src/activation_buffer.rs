@@ -16,6 +16,8 @@ pub(crate) struct ActivationBuffer {
     width: usize,
     /// Which of the two files holds the input of the next block.
     current: usize,
+    /// How they are called.
+    names: [&'static str; 2],
     place: Place,
 }
 
@@ -25,6 +27,8 @@ enum Place {
 }
 
 const FILE_NAMES: [&str; 2] = ["activations-0", "activations-1"];
+/// Of the dense model, where both models run.
+const DENSE_FILE_NAMES: [&str; 2] = ["activations-dense-0", "activations-dense-1"];
 
 impl ActivationBuffer {
     /// Room for `rows` rows of `width`: in memory, or in files of `folder`.
@@ -33,7 +37,12 @@ impl ActivationBuffer {
             None => Place::Memory(vec![bf16::ZERO; rows * width]),
             Some(folder) => Place::Disk { folder: folder.to_path_buf(), files: [None, None] },
         };
-        ActivationBuffer { rows, width, current: 0, place }
+        ActivationBuffer { rows, width, current: 0, names: FILE_NAMES, place }
+    }
+
+    /// With files beside those of another buffer in the same folder.
+    pub(crate) fn of_dense_model(self) -> Self {
+        ActivationBuffer { names: DENSE_FILE_NAMES, ..self }
     }
 
     /// Bytes of that many activations.
@@ -76,7 +85,7 @@ impl ActivationBuffer {
                 let next = 1 - self.current;
                 let file = match &mut files[next] {
                     Some(file) => file,
-                    none => none.insert(ScratchFile::create(&folder.join(FILE_NAMES[next]))?),
+                    none => none.insert(ScratchFile::create(&folder.join(self.names[next]))?),
                 };
                 let mut narrow = vec![bf16::ZERO; values.len()];
                 narrow.convert_from_f32_slice(values);
@@ -97,7 +106,7 @@ impl ActivationBuffer {
     /// # Errors
     /// `ERR_OUTPUT_UNWRITABLE`.
     pub(crate) fn save(&self, folder: &Path) -> Result<String> {
-        let name = FILE_NAMES[self.current];
+        let name = self.names[self.current];
         match &self.place {
             Place::Memory(all) => replace_file(&folder.join(name), bytemuck::cast_slice(all))?,
             Place::Disk { files, .. } => files[self.current].iter().try_for_each(ScratchFile::sync)?,
@@ -116,7 +125,7 @@ impl ActivationBuffer {
                 .subject(path.display())
                 .hint("Discard what the interrupted job left with fresh (--fresh)")
         };
-        let current = FILE_NAMES.iter().position(|&known| known == name);
+        let current = self.names.iter().position(|&known| known == name);
         let current = current.ok_or_else(|| damaged("there are no activations of that name".into()))?;
         let unreadable = |error: Error| damaged(format!("the activations cannot be read: {}", error.message));
         let file = ScratchFile::open(&path).map_err(unreadable)?;
@@ -166,6 +175,18 @@ mod tests {
             let mut other = ActivationBuffer::new(rows + 1, width, None);
             assert_eq!(other.restore(folder, &name).unwrap_err().code, ErrorCode::ResumeMismatch);
             assert_eq!(other.restore(folder, "activations-7").unwrap_err().code, ErrorCode::ResumeMismatch);
+
+            let mut dense = ActivationBuffer::new(rows, width, from_disk.then_some(folder)).of_dense_model();
+            dense.write(0, &vec![1.0; rows * width]).unwrap();
+            dense.turn();
+            let of_dense = dense.save(folder).unwrap();
+            assert_ne!(of_dense, name);
+            assert_eq!(buffer.read(0..rows).unwrap(), rounded, "another buffer in the folder changes nothing");
+            let mut later = ActivationBuffer::new(rows, width, None);
+            assert_eq!(later.restore(folder, &of_dense).unwrap_err().code, ErrorCode::ResumeMismatch);
+            let mut later = later.of_dense_model();
+            later.restore(folder, &of_dense).unwrap();
+            assert_eq!(later.read(0..rows).unwrap(), vec![1.0; rows * width]);
         }
     }
 }

@@ -1,7 +1,10 @@
 use std::time::Instant;
 
-use kintsugi_calibration::Calibration;
-use kintsugi_compensate::{Certificate, HoldOut, HoldOutError, RankProfile, ResidualError, compensate, residual_error};
+use kintsugi_calibration::{Calibration, Drift};
+use kintsugi_compensate::{
+    Certificate, DenseError, HoldOut, HoldOutError, MixedInputs, RankProfile, ResidualError, compensate,
+    compensate_mixed, residual_error,
+};
 use kintsugi_compress::{BlockMethod, LinearMethod, linear_method};
 use kintsugi_model::{Backend, Block, BlockWeights, DecoderSpec, TapPoint};
 use kintsugi_runtime::{CancelToken, Error, ErrorCode, Result, ThreadPool};
@@ -10,8 +13,8 @@ use kintsugi_weights::{DenseMatrix, ElementType, GroupAxis, GroupSize, LinearWei
 use crate::memory_plan::{split, statistics_bytes};
 use crate::scale_folding::{FoldedBlock, ScaleFolding};
 use crate::{
-    CalibrationStream, CapturedInputs, LinearReport, MemoryPlan, PhaseSeconds, Recipe, SavedStatistics,
-    StatisticsWriter,
+    CalibrationStream, CapturedDrift, CapturedInputs, EoraInputs, LinearReport, MemoryPlan, PhaseSeconds, Recipe,
+    SavedStatistics, StatisticsWriter,
 };
 
 /// Compresses one decoder block after another and carries the calibration activations along.
@@ -33,8 +36,11 @@ pub struct BlockCompressor<'a, B: Backend> {
 
 /// Where the statistics of the inputs come from; nowhere when both are empty, and from both together.
 pub struct CalibrationInput<B: Backend> {
-    /// Activations that are carried along.
+    /// Activations that are carried along: those of the deployed model, or of the dense one if the compensation is solved
+    /// for its inputs.
     pub stream: Option<CalibrationStream<B>>,
+    /// Activations of the dense model beside them, if the compensation is solved for both.
+    pub dense: Option<CalibrationStream<B>>,
     /// Statistics of earlier jobs.
     pub saved: Vec<SavedStatistics>,
 }
@@ -75,6 +81,9 @@ struct CompressedLinear {
 struct KnownInputs<'a> {
     statistics: Option<&'a Calibration>,
     held_out: Option<&'a HoldOut>,
+    /// How far they are from those of the dense model.
+    drift: Option<&'a Drift>,
+    held_out_drift: Option<&'a HoldOut>,
 }
 
 /// A compensation that may be none.
@@ -83,6 +92,7 @@ struct Solved {
     factors: Option<LowRank>,
     error: Option<ResidualError>,
     hold_out: Option<HoldOutError>,
+    dense_error: Option<DenseError>,
     certificate: Option<Certificate>,
     profile: Option<RankProfile>,
 }
@@ -126,6 +136,16 @@ impl<'a, B: Backend> BlockCompressor<'a, B> {
     /// The calibration activations, at the input of the next block.
     pub fn stream(&self) -> Option<&CalibrationStream<B>> {
         self.input.stream.as_ref()
+    }
+
+    /// Those of the dense model beside them, if there are any.
+    pub fn dense_stream(&self) -> Option<&CalibrationStream<B>> {
+        self.input.dense.as_ref()
+    }
+
+    /// Which inputs the compensation is solved for.
+    fn inputs(&self) -> EoraInputs {
+        self.recipe.eora.as_ref().map_or(EoraInputs::Deployed, |eora| eora.inputs)
     }
 
     /// Ends the file of saved statistics, if there is one: call it after the last block.
@@ -179,17 +199,20 @@ impl<'a, B: Backend> BlockCompressor<'a, B> {
         let (mut factors, mut profiles) = (vec![None; count], vec![None; count]);
         let streams = self.input.stream.is_some();
         let mut runnable = streams.then(|| Block::prepare(self.backend, spec, index, &weights)).transpose()?;
+        // What the dense model runs: the original weights, with the scales that were folded into them, so that both models
+        // read the same channels.
+        let mixed = self.input.dense.is_some();
+        let original = mixed.then(|| Block::prepare(self.backend, spec, index, &weights)).transpose()?;
         let places = |points: &[TapPoint]| -> Vec<usize> {
             (0..spec.linears.len()).filter(|&place| points.contains(&spec.linears[place].slot.tap())).collect()
         };
         for stage in &self.recipe.stages(spec) {
             let held_out = self.stream().map_or(0, CalibrationStream::held_out);
-            for points in split(stage, self.statistics_room, |point| statistics_bytes(spec, point, held_out)) {
+            for points in split(stage, self.statistics_room, |point| statistics_bytes(spec, point, held_out, mixed)) {
                 let started = Instant::now();
-                let CapturedInputs { mut statistics, mut held_out } = match (&mut self.input.stream, &runnable) {
-                    (Some(stream), Some(block)) => stream.capture(self.backend, block, &points, cancel)?,
-                    _ => CapturedInputs::default(),
-                };
+                let blocks = runnable.as_ref().map(|block| (block, original.as_ref()));
+                let (CapturedInputs { mut statistics, mut held_out }, mut drift) =
+                    self.capture(blocks, &points, cancel)?;
                 self.input.saved.iter().try_for_each(|saved| saved.add(index, &points, &mut statistics))?;
                 if let Some(saved) = &self.saved {
                     statistics.iter().try_for_each(|(&point, statistics)| saved.write(index, point, statistics))?;
@@ -201,7 +224,12 @@ impl<'a, B: Backend> BlockCompressor<'a, B> {
                     cancel.check()?;
                     let linear = &spec.linears[place];
                     let (name, point) = (spec.linear_name(index, linear), linear.slot.tap());
-                    let inputs = KnownInputs { statistics: statistics.get(&point), held_out: held_out.get(&point) };
+                    let inputs = KnownInputs {
+                        statistics: statistics.get(&point),
+                        held_out: held_out.get(&point),
+                        drift: drift.statistics.get(&point),
+                        held_out_drift: drift.held_out.get(&point),
+                    };
                     let given = compressed.map(|block| &block.linears[place]);
                     let mut found = self
                         .compress_linear(&name, &weights.linears[place], types[place], given, inputs)
@@ -213,11 +241,13 @@ impl<'a, B: Backend> BlockCompressor<'a, B> {
                     if !places[i + 1..].iter().any(|&later| spec.linears[later].slot.tap() == point) {
                         statistics.remove(&point);
                         held_out.remove(&point);
+                        drift.statistics.remove(&point);
+                        drift.held_out.remove(&point);
                     }
                 }
             }
             // Every pass of a stage has seen the block as it was before the stage.
-            if let Some(block) = &mut runnable {
+            if let Some(block) = runnable.as_mut().filter(|_| self.inputs() != EoraInputs::Dense) {
                 for place in places(stage) {
                     block.replace(place, self.backend.prepare(&weights.linears[place])?);
                 }
@@ -226,10 +256,32 @@ impl<'a, B: Backend> BlockCompressor<'a, B> {
         if let (Some(stream), Some(block)) = (&mut self.input.stream, &runnable) {
             let started = Instant::now();
             stream.advance(self.backend, block, cancel)?;
+            if let (Some(stream), Some(block)) = (&mut self.input.dense, &original) {
+                stream.advance(self.backend, block, cancel)?;
+            }
             self.phases.calibrate += started.elapsed().as_secs_f64();
         }
         let linears = linears.into_iter().flatten().collect();
         Ok(CompressedBlock { weights, linears, rewritten, factors, profiles })
+    }
+
+    /// The inputs at some points of a block, and how far they are from those of its original where the activations of the
+    /// dense model are carried along.
+    fn capture(
+        &mut self,
+        blocks: Option<(&Block<B>, Option<&Block<B>>)>,
+        points: &[TapPoint],
+        cancel: &CancelToken,
+    ) -> Result<(CapturedInputs, CapturedDrift)> {
+        let (backend, spec) = (self.backend, self.spec);
+        let CalibrationInput { stream, dense, .. } = &mut self.input;
+        let (Some(stream), Some((block, original))) = (stream, blocks) else { return Ok(Default::default()) };
+        match (dense, original) {
+            (Some(dense), Some(original)) => {
+                stream.capture_drift(dense, backend, (block, original), spec, points, cancel)
+            }
+            _ => Ok((stream.capture(backend, block, points, cancel)?, CapturedDrift::default())),
+        }
     }
 
     /// The block as the block method rewrites it, or as it is without one.
@@ -307,6 +359,7 @@ impl<'a, B: Backend> BlockCompressor<'a, B> {
             stored_bits: stored_bits + solved.factors.as_ref().map_or(0, LowRank::stored_bits),
             error: solved.error,
             hold_out: solved.hold_out,
+            dense_error: solved.dense_error,
             certificate: solved.certificate,
         };
         // What runs in the next blocks is what will be deployed, as far as that is known.
@@ -333,8 +386,17 @@ impl<'a, B: Backend> BlockCompressor<'a, B> {
             let error = ResidualError { quantized, compensated: quantized, bound: quantized };
             return Ok(Solved { error: Some(error), ..Solved::default() });
         };
-        let solved = compensate(dense, compressed, statistics, inputs.held_out, &recipe.options()?, pool)?;
+        let options = recipe.options()?;
+        let solved = match (recipe.inputs, inputs.drift) {
+            (EoraInputs::Mixed { mismatch }, Some(drift)) => {
+                let hold_out = inputs.held_out.zip(inputs.held_out_drift);
+                let inputs = MixedInputs { deployed: statistics, drift, share: mismatch, hold_out };
+                compensate_mixed(dense, compressed, &inputs, &options, pool)?
+            }
+            _ => compensate(dense, compressed, statistics, inputs.held_out, &options, pool)?,
+        };
         Ok(Solved {
+            dense_error: solved.profile.dense_error(solved.profile.largest_rank()),
             hold_out: solved.profile.hold_out_error(solved.profile.largest_rank()),
             factors: solved.factors,
             error: Some(solved.error),

@@ -24,7 +24,8 @@ struct Description {
     version: u32,
     /// What they were taken from; see [`fingerprint`].
     model: String,
-    /// Which activations: `deployed`, those behind blocks that are compressed as `recipe` says.
+    /// Which activations: `deployed`, those behind blocks that are compressed as `recipe` says, or `dense`, those of the
+    /// original model.
     stream: String,
     /// The recipe of the job that took them.
     recipe: Value,
@@ -83,11 +84,12 @@ pub struct SavedStatistics {
 }
 
 impl SavedStatistics {
-    /// Opens the file of `source` and checks that it belongs to the model.
+    /// Opens the file of `source` and checks that it belongs to the model, and holds what was taken from activations that
+    /// are called `stream`.
     ///
     /// # Errors
     /// `ERR_STATISTICS_MISMATCH` when it does not or is of another version, and what opening reports.
-    pub fn open(source: &CalibrationSource, checkpoint: &Checkpoint, spec: &DecoderSpec) -> Result<Self> {
+    pub fn open(source: &CalibrationSource, stream: &str, checkpoint: &Checkpoint, spec: &DecoderSpec) -> Result<Self> {
         let path = source.file.as_path();
         let file = TensorFile::open(path)?;
         let mismatch = |message: String| mismatch(path, message);
@@ -98,6 +100,14 @@ impl SavedStatistics {
                 "the statistics are of the model {}, this one is {model}",
                 description.model
             )));
+        }
+        if description.stream != stream {
+            let found = &description.stream;
+            let error = mismatch(format!("the statistics are of {found} inputs, and {stream} ones are asked for"));
+            return Err(error.hint(match stream {
+                "dense" => "Take the statistics with eora.inputs 'dense', or leave that out here",
+                _ => "Use eora.inputs 'dense', or take the statistics of a job without it",
+            }));
         }
         for (name, _, count) in tensors(spec) {
             if file.shape(&name) != Some(&[count]) {
@@ -302,7 +312,7 @@ fn describe(recipe: &Recipe, checkpoint: &Checkpoint, spec: &DecoderSpec, token_
     let description = Description {
         version: VERSION,
         model: fingerprint(checkpoint, spec)?,
-        stream: "deployed".into(),
+        stream: recipe.stream_name().into(),
         recipe: serde_json::to_value(recipe).map_err(internal)?,
         token_weight,
     };

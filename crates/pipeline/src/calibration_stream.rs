@@ -12,6 +12,7 @@ use kintsugi_runtime::{CancelToken, Error, ErrorCode, Result, ThreadPool};
 use crate::CalibrationTokens;
 use crate::activation_buffer::ActivationBuffer;
 use crate::calibration_tokens::TokenSpan;
+use crate::dense_companion::DenseCompanion;
 
 /// Rows of one forward pass; several sequences share a pass as long as they fit.
 const ROWS_PER_PASS: usize = 1024;
@@ -34,6 +35,14 @@ pub(crate) enum BlockPart {
     Attention,
     /// From there on; not of a parallel block.
     Mlp,
+}
+
+/// What a run over a stream tells.
+pub(crate) enum Seen<'a, B: Backend> {
+    /// It comes to these tokens.
+    Pass(Range<usize>),
+    /// The inputs of those of them that come to a point; all of them, or the rows of the pass that an expert gets.
+    Input(TapPoint, &'a B::Tensor, Option<&'a [usize]>),
 }
 
 /// The residual stream of all calibration tokens, carried from block to block.
@@ -62,15 +71,31 @@ impl<B: Backend> CalibrationStream<B> {
         text: &CalibrationTokens,
         folder: Option<&Path>,
     ) -> Result<Self> {
-        let mut stream = Self::empty(spec, text, folder);
-        let embedding = Embedding::read(checkpoint, spec)?;
-        let rows_per_pass = stream.rows_per_pass();
+        Self::empty(spec, text, folder).begin(checkpoint, text)
+    }
+
+    /// The same for the dense model beside the stream of the deployed one, whose files may lie in one folder.
+    ///
+    /// # Errors
+    /// As [`CalibrationStream::new`].
+    pub fn of_dense_model(
+        checkpoint: &Checkpoint,
+        spec: &DecoderSpec,
+        text: &CalibrationTokens,
+        folder: Option<&Path>,
+    ) -> Result<Self> {
+        Self::empty(spec, text, folder).beside_deployed().begin(checkpoint, text)
+    }
+
+    fn begin(mut self, checkpoint: &Checkpoint, text: &CalibrationTokens) -> Result<Self> {
+        let embedding = Embedding::read(checkpoint, &self.spec)?;
+        let rows_per_pass = self.rows_per_pass();
         for (pass, tokens) in text.tokens().chunks(rows_per_pass).enumerate() {
             let positions: Vec<u32> = (0..tokens.len()).map(|i| (i % text.length()) as u32).collect();
-            stream.hidden.write(pass * rows_per_pass, &embedding.embed(tokens, &positions)?)?;
+            self.hidden.write(pass * rows_per_pass, &embedding.embed(tokens, &positions)?)?;
         }
-        stream.hidden.turn();
-        Ok(stream)
+        self.hidden.turn();
+        Ok(self)
     }
 
     /// A stream at the input of the block after those that an earlier run has finished, which it saved in `saved_in`
@@ -88,6 +113,26 @@ impl<B: Backend> CalibrationStream<B> {
         let mut stream = Self::empty(spec, text, folder);
         stream.hidden.restore(saved_in, name)?;
         Ok(stream)
+    }
+
+    /// What [`CalibrationStream::resume`] is to [`CalibrationStream::new`], for the stream of the dense model.
+    ///
+    /// # Errors
+    /// As [`CalibrationStream::resume`].
+    pub fn resume_dense_model(
+        spec: &DecoderSpec,
+        text: &CalibrationTokens,
+        folder: Option<&Path>,
+        saved_in: &Path,
+        name: &str,
+    ) -> Result<Self> {
+        let mut stream = Self::empty(spec, text, folder).beside_deployed();
+        stream.hidden.restore(saved_in, name)?;
+        Ok(stream)
+    }
+
+    fn beside_deployed(self) -> Self {
+        CalibrationStream { hidden: self.hidden.of_dense_model(), ..self }
     }
 
     fn empty(spec: &DecoderSpec, text: &CalibrationTokens, folder: Option<&Path>) -> Self {
@@ -142,15 +187,31 @@ impl<B: Backend> CalibrationStream<B> {
         points: &[TapPoint],
         cancel: &CancelToken,
     ) -> Result<CapturedInputs> {
+        self.capture_beside(None, backend, block, points, cancel)
+    }
+
+    /// The same beside the dense model, if there is one, which is shown every input.
+    pub(crate) fn capture_beside(
+        &mut self,
+        mut dense: Option<&mut DenseCompanion<'_, B>>,
+        backend: &B,
+        block: &Block<B>,
+        points: &[TapPoint],
+        cancel: &CancelToken,
+    ) -> Result<CapturedInputs> {
         let pool = ThreadPool::global();
         let mut builders: BTreeMap<TapPoint, CalibrationBuilder> = BTreeMap::new();
         let mut rows: BTreeMap<TapPoint, (usize, Vec<f32>)> = BTreeMap::new();
         let spec = self.spec.clone();
-        let width_at = |point| spec.linears.iter().find(|linear| linear.slot.tap() == point).map(|l| l.columns);
+        let width_at = |point| width_at(&spec, point).filter(|_| points.contains(&point));
         for (range, weight) in places(&self.seen, 0) {
             builders.values_mut().for_each(|builder| builder.weigh(weight, pool));
-            self.run(backend, block, range, false, cancel, &mut |point, tensor| {
-                if let Some(width) = width_at(point).filter(|_| points.contains(&point)) {
+            self.run(backend, block, range, false, cancel, &mut |seen| {
+                let (point, tensor, routed) = match seen {
+                    Seen::Pass(tokens) => return dense.as_deref_mut().map_or(Ok(()), |dense| dense.run(tokens)),
+                    Seen::Input(point, tensor, routed) => (point, tensor, routed),
+                };
+                if let Some(width) = width_at(point) {
                     let values = backend.download(tensor)?;
                     let builder = builders.entry(point).or_insert_with(|| {
                         let mut builder = CalibrationBuilder::new(width);
@@ -158,6 +219,9 @@ impl<B: Backend> CalibrationStream<B> {
                         builder
                     });
                     builder.push(&values, pool)?;
+                    if let Some(dense) = &mut dense {
+                        dense.compare(point, &values, routed, weight)?;
+                    }
                 }
                 Ok(())
             })?;
@@ -165,15 +229,16 @@ impl<B: Backend> CalibrationStream<B> {
         for (range, weight) in places(&self.held_out, TokenSpan::sum(&self.seen)) {
             // Errors are squares: a token with this factor counts that often.
             let factor = weight.sqrt() as f32;
-            self.run(backend, block, range, false, cancel, &mut |point, tensor| {
-                if let Some(width) = width_at(point).filter(|_| points.contains(&point)) {
+            self.run(backend, block, range, false, cancel, &mut |seen| {
+                let (point, tensor, routed) = match seen {
+                    Seen::Pass(tokens) => return dense.as_deref_mut().map_or(Ok(()), |dense| dense.run(tokens)),
+                    Seen::Input(point, tensor, routed) => (point, tensor, routed),
+                };
+                if let Some(width) = width_at(point) {
                     let values = backend.download(tensor)?;
-                    if let Some(position) = values.iter().position(|value| !value.is_finite()) {
-                        let message =
-                            format!("a token has the value {} at input {}", values[position], position % width);
-                        return Err(Error::new(ErrorCode::ValueNotFinite, message)
-                            .subject("calibration input")
-                            .hint("The model overflows on this text; check its weights, or run it in f32 precision"));
+                    refuse_overflow(&values, width)?;
+                    if let Some(dense) = &mut dense {
+                        dense.hold_out(point, &values, routed, factor)?;
                     }
                     let rows = &mut rows.entry(point).or_insert((width, Vec::new())).1;
                     rows.extend(values.iter().map(|value| value * factor));
@@ -192,7 +257,7 @@ impl<B: Backend> CalibrationStream<B> {
     /// # Errors
     /// What the backend reports; `ERR_OUTPUT_UNWRITABLE`, `ERR_CANCELLED`.
     pub fn advance(&mut self, backend: &B, block: &Block<B>, cancel: &CancelToken) -> Result<()> {
-        self.run(backend, block, 0..self.tokens(), true, cancel, &mut |_, _| Ok(()))?;
+        self.run(backend, block, 0..self.tokens(), true, cancel, &mut |_| Ok(()))?;
         self.hidden.turn();
         Ok(())
     }
@@ -223,28 +288,33 @@ impl<B: Backend> CalibrationStream<B> {
         let mut found = Vec::with_capacity(rows.len());
         for values in rows.chunks(self.rows_per_pass() * self.spec.hidden_size) {
             cancel.check()?;
-            let pass = self.pass(backend, block, part, values, &mut cache, &mut |_, _| Ok(()))?;
+            let pass = self.pass(backend, block, part, values, &mut cache, &mut |_, _, _| Ok(()))?;
             found.extend_from_slice(&backend.download(pass)?);
         }
         Ok(found)
     }
 
-    /// Runs the whole block over tokens of the stream, whole sequences, and writes what it makes of it if that is to be kept.
-    fn run(
+    /// Runs the whole block over tokens of the stream, whole sequences, and writes what it makes of it if that is to be
+    /// kept. `seen` is told of every pass before it, and of every input in it.
+    pub(crate) fn run(
         &mut self,
         backend: &B,
         block: &Block<B>,
         tokens: Range<usize>,
         keep: bool,
         cancel: &CancelToken,
-        taps: Taps<'_, B>,
+        seen: &mut dyn FnMut(Seen<'_, B>) -> Result<()>,
     ) -> Result<()> {
         let mut cache = backend.kv_cache(block.attention_shape())?;
         let rows_per_pass = self.rows_per_pass();
         for first in tokens.clone().step_by(rows_per_pass) {
             cancel.check()?;
-            let values = self.hidden.read(first..tokens.end.min(first + rows_per_pass))?;
-            self.pass(backend, block, BlockPart::Whole, &values, &mut cache, taps)?;
+            let range = first..tokens.end.min(first + rows_per_pass);
+            let values = self.hidden.read(range.clone())?;
+            seen(Seen::Pass(range))?;
+            let mut taps =
+                |point, tensor: &B::Tensor, routed: Option<&[usize]>| seen(Seen::Input(point, tensor, routed));
+            self.pass(backend, block, BlockPart::Whole, &values, &mut cache, &mut taps)?;
             if let (true, Some((_, pass))) = (keep, &self.workspace) {
                 self.hidden.write(first, &backend.download(pass)?)?;
             }
@@ -284,6 +354,23 @@ impl<B: Backend> CalibrationStream<B> {
         }
         Ok(pass)
     }
+}
+
+/// Length of the inputs at a point; `None` where no Linear reads.
+pub(crate) fn width_at(spec: &DecoderSpec, point: TapPoint) -> Option<usize> {
+    spec.linears.iter().find(|linear| linear.slot.tap() == point).map(|linear| linear.columns)
+}
+
+/// Refuses inputs of that width that are NaN or infinite.
+///
+/// # Errors
+/// `ERR_VALUE_NOT_FINITE`.
+pub(crate) fn refuse_overflow(values: &[f32], width: usize) -> Result<()> {
+    let Some(position) = values.iter().position(|value| !value.is_finite()) else { return Ok(()) };
+    let message = format!("a token has the value {} at input {}", values[position], position % width);
+    Err(Error::new(ErrorCode::ValueNotFinite, message)
+        .subject("calibration input")
+        .hint("The model overflows on this text; check its weights, or run it in f32 precision"))
 }
 
 /// Where spans lie that begin at token `first`, and what their tokens count.

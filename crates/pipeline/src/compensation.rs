@@ -316,8 +316,9 @@ impl Job<'_> {
         let (tokens, shares) = (calibration.seen(), calibration.shares.clone());
         let finished = self.units.len();
         let on_disk = plan.memory.activations_on_disk.then_some(folder.as_path());
-        let saved = self.units.last().and_then(|unit| unit.activations.as_deref());
-        let input = calibration_input(&self.pair.compressed, spec, calibration, (finished, saved), on_disk, &folder)?;
+        let models = (&self.pair.compressed, &self.pair.original);
+        let finished_blocks = (finished, self.units.last());
+        let input = calibration_input(self.compression, models, spec, calibration, finished_blocks, on_disk, &folder)?;
         let mut compressor = BlockCompressor::new(self.compression, spec, backend, input, &plan.memory)?;
         progress.resume(finished as u64);
         for block in finished..spec.layers {
@@ -336,12 +337,14 @@ impl Job<'_> {
             let writing = Instant::now();
             let factors = SolvedFactors::save(&folder, spec, block, &found.factors)?;
             let activations = compressor.stream().map(|stream| stream.save(&folder)).transpose()?;
+            let dense_activations = compressor.dense_stream().map(|stream| stream.save(&folder)).transpose()?;
             phases.write += writing.elapsed().as_secs_f64();
             let unit = LedgerUnit {
                 part: None,
                 profiles: found.profiles_to_keep(self.compression),
                 linears: found.linears,
                 activations,
+                dense_activations,
                 factors,
                 seconds: before.0 + self.started.elapsed().as_secs_f64(),
                 phases: before.1.plus(phases).plus(compressor.phases()),

@@ -17,7 +17,8 @@ use crate::plan::stored_type;
 use crate::solved_factors::SolvedFactors;
 use crate::{
     BlockCompressor, CalibrationInput, CalibrationShare, CalibrationStream, CalibrationTokens, CompensationSummary,
-    CompressedBlock, MeanError, PhaseSeconds, Plan, Recipe, Report, SavedStatistics, StatisticsWriter, Summary,
+    CompressedBlock, EoraInputs, MeanError, PhaseSeconds, Plan, Recipe, Report, SavedStatistics, StatisticsWriter,
+    Summary,
 };
 
 /// What `recipe` would do, from the headers of the checkpoint alone.
@@ -60,7 +61,7 @@ impl CalibrationData {
         let Some(calibration) = &recipe.calibration else {
             return Ok(CalibrationData { tokens: None, saved: Vec::new(), shares: Vec::new(), token_weight: 1.0 });
         };
-        let open = |source| SavedStatistics::open(source, checkpoint, spec);
+        let open = |source| SavedStatistics::open(source, recipe.stream_name(), checkpoint, spec);
         let saved: Vec<SavedStatistics> = calibration.statistics().map(open).collect::<Result<_>>()?;
         let tokens = recipe.passes().map(|texts| CalibrationTokens::read(texts, checkpoint, spec)).transpose()?;
         // Both kinds are in the order of the sources.
@@ -217,8 +218,10 @@ impl Compression<'_> {
             }
             _ => None,
         };
-        let finished = (finished_blocks, self.units[finished_blocks].activations.as_deref());
-        let input = calibration_input(self.checkpoint, spec, calibration, finished, on_disk, &folder)?;
+        let last = Some(&self.units[finished_blocks]);
+        let models = (self.checkpoint, self.checkpoint);
+        let input =
+            calibration_input(self.recipe, models, spec, calibration, (finished_blocks, last), on_disk, &folder)?;
         let mut compressor = BlockCompressor::new(recipe, spec, backend, input, &plan.memory)?.saving(saver);
         progress.resume(finished_blocks as u64);
         for block in finished_blocks..spec.layers {
@@ -231,13 +234,16 @@ impl Compression<'_> {
             write_block(&mut self.writer, self.checkpoint, spec, block, &compressed)?;
             let part = self.writer.end_unit()?;
             let factors = SolvedFactors::save(self.writer.folder(), spec, block, &compressed.factors)?;
-            let activations = compressor.stream().map(|stream| stream.save(self.writer.folder())).transpose()?;
+            let save = |stream: &CalibrationStream<B>| stream.save(self.writer.folder());
+            let activations = compressor.stream().map(save).transpose()?;
+            let dense_activations = compressor.dense_stream().map(save).transpose()?;
             phases.write += writing.elapsed().as_secs_f64();
             let unit = LedgerUnit {
                 part,
                 profiles: compressed.profiles_to_keep(recipe),
                 linears: compressed.linears,
                 activations,
+                dense_activations,
                 factors,
                 phases: before.1.plus(phases).plus(compressor.phases()),
                 ..LedgerUnit::default()
@@ -318,26 +324,42 @@ impl Compression<'_> {
 }
 
 /// Where the statistics of the next block come from: after so many finished blocks, the last of which has left the
-/// input of the next in `folder` under a name. Activations are kept in files of `on_disk`, or in memory.
+/// input of the next in `folder`, as `unit` says. `models` are the deployed and the original one. Activations are kept in
+/// files of `on_disk`, or in memory.
 ///
 /// # Errors
 /// What reading the embedding or the activations reports.
 pub(crate) fn calibration_input<B: Backend>(
-    checkpoint: &Checkpoint,
+    recipe: &Recipe,
+    models: (&Checkpoint, &Checkpoint),
     spec: &DecoderSpec,
     calibration: CalibrationData,
-    (finished_blocks, saved): (usize, Option<&str>),
+    (finished_blocks, unit): (usize, Option<&LedgerUnit>),
     on_disk: Option<&Path>,
     folder: &Path,
 ) -> Result<CalibrationInput<B>> {
+    let inputs = recipe.eora.as_ref().map_or(EoraInputs::Deployed, |eora| eora.inputs);
+    let (deployed, original) = models;
+    let first = if inputs == EoraInputs::Dense { original } else { deployed };
+    let saved = unit.and_then(|unit| unit.activations.as_deref());
     let stream = match (&calibration.tokens, saved) {
-        (Some(text), _) if finished_blocks == 0 => Some(CalibrationStream::new(checkpoint, spec, text, on_disk)?),
+        (Some(text), _) if finished_blocks == 0 => Some(CalibrationStream::new(first, spec, text, on_disk)?),
         (Some(text), Some(saved)) if finished_blocks < spec.layers => {
             Some(CalibrationStream::resume(spec, text, on_disk, folder, saved)?)
         }
         _ => None,
     };
-    Ok(CalibrationInput { stream, saved: calibration.saved })
+    let saved = unit.and_then(|unit| unit.dense_activations.as_deref());
+    let dense = match (calibration.tokens.as_ref().filter(|_| inputs.is_mixed()), saved) {
+        (Some(text), _) if finished_blocks == 0 => {
+            Some(CalibrationStream::of_dense_model(original, spec, text, on_disk)?)
+        }
+        (Some(text), Some(saved)) if finished_blocks < spec.layers => {
+            Some(CalibrationStream::resume_dense_model(spec, text, on_disk, folder, saved)?)
+        }
+        _ => None,
+    };
+    Ok(CalibrationInput { stream, dense, saved: calibration.saved })
 }
 
 /// Removes from the folder of a job what was for a later run only, and what an interrupted one was writing.

@@ -17,7 +17,7 @@ const SMALL_FILES: u64 = 64 << 20;
 /// The disk space that a job takes at most while it runs.
 ///
 /// The output, and beside it the larger of two things that are not there together: the factors of all blocks once more
-/// with the activations, in two files and one that replaces one of them; or what is there twice while parts are merged.
+/// with the activations of one or both models, in two files and one that replaces one of them; or what is there twice while parts are merged.
 #[derive(Clone, Copy, Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct DiskPlan {
@@ -39,7 +39,8 @@ impl DiskPlan {
         (bytes, factor_bytes): (u64, u64),
         tokens: usize,
     ) -> Result<Self> {
-        let activations = ActivationBuffer::bytes(tokens, spec.hidden_size).saturating_mul(3);
+        let streams = if recipe.eora.as_ref().is_some_and(|eora| eora.inputs.is_mixed()) { 2 } else { 1 };
+        let activations = ActivationBuffer::bytes(tokens, spec.hidden_size).saturating_mul(3 * streams);
         let statistics_bytes = match recipe.save_statistics {
             Some(_) => StatisticsWriter::bytes(recipe, checkpoint, spec)?,
             None => 0,

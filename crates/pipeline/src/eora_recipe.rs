@@ -5,6 +5,8 @@ use kintsugi_model::{DecoderSpec, LinearSpec};
 use kintsugi_runtime::{Error, ErrorCode, Result};
 use serde::Serialize;
 
+use crate::EoraInputs;
+
 /// How the compensation of what compression broke is solved.
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -15,6 +17,9 @@ pub struct EoraRecipe {
     pub solver: String,
     /// Bits of a value of the factors: 16, 8 or 4.
     pub factor_bits: u8,
+    /// Which inputs it is solved for.
+    #[serde(flatten)]
+    pub inputs: EoraInputs,
     /// Ranks that differ, within a budget; `null` for one rank.
     pub allocation: Option<AllocationRecipe>,
 }
@@ -65,6 +70,7 @@ impl EoraRecipe {
             rank,
             solver: kintsugi_compensate::METHODS[0].name().to_owned(),
             factor_bits: 16,
+            inputs: EoraInputs::Deployed,
             allocation: None,
         }
     }
@@ -80,6 +86,7 @@ impl EoraRecipe {
                 .hint("Leave eora out, or give a rank such as 32 or 64"));
         }
         self.options()?;
+        self.inputs.validate()?;
         let Some(allocation) = &self.allocation else { return Ok(()) };
         if let RankBudget::MeanRank(mean) = allocation.budget
             && !(mean.is_finite() && mean >= 1.0 && mean <= self.rank as f64)

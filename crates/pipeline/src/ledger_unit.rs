@@ -17,6 +17,9 @@ pub(crate) struct LedgerUnit {
     pub(crate) profiles: Vec<Option<RankProfile>>,
     /// The file with the input of the next block; `None` without calibration.
     pub(crate) activations: Option<String>,
+    /// The same of the dense model, where both run.
+    #[serde(default)]
+    pub(crate) dense_activations: Option<String>,
     /// The folder with its factors; `None` without.
     pub(crate) factors: Option<String>,
     /// Seconds of the job so far, earlier runs included.
@@ -27,7 +30,7 @@ pub(crate) struct LedgerUnit {
 
 impl RecordedUnit for LedgerUnit {
     fn file_names(&self) -> Vec<&str> {
-        self.activations.iter().chain(&self.factors).map(String::as_str).collect()
+        self.activations.iter().chain(&self.dense_activations).chain(&self.factors).map(String::as_str).collect()
     }
 
     fn is_sound(&self) -> bool {
@@ -43,8 +46,9 @@ mod tests {
 
     #[test]
     fn every_file_of_a_unit_is_named() {
-        let unit = LedgerUnit { activations: Some("a".into()), factors: Some("f".into()), ..LedgerUnit::default() };
-        assert_eq!(unit.file_names(), ["a", "f"]);
+        let [activations, dense_activations, factors] = ["a", "d", "f"].map(|name| Some(name.into()));
+        let unit = LedgerUnit { activations, dense_activations, factors, ..LedgerUnit::default() };
+        assert_eq!(unit.file_names(), ["a", "d", "f"]);
         assert!(LedgerUnit::default().file_names().is_empty());
     }
 

@@ -1,6 +1,6 @@
-use kintsugi_calibration::{CHUNK_TOKENS, Calibration};
+use kintsugi_calibration::{CHUNK_TOKENS, Calibration, Drift};
 use kintsugi_checkpoint::Checkpoint;
-use kintsugi_compensate::{Residual, directions_bytes};
+use kintsugi_compensate::{Residual, directions_bytes, mixed_bytes};
 use kintsugi_compress::{AxisRule, tile_rows};
 use kintsugi_kernels::PAGE_POSITIONS;
 use kintsugi_model::{CpuBackend, DecoderSpec, LinearSpec, PositionRule, TapPoint};
@@ -23,7 +23,7 @@ pub(crate) const SAMPLE_TOKENS: usize = 1024;
 /// `base` beside it. *Start*: the embedding, read once to make the first activations. *Block*:
 /// `weights + prepared + statistics`, and beside them either one forward pass or `quantized + solver`. *End*: the
 /// factors of all blocks on their way to the PEFT folder. To each come `base` and the activations, if they are in
-/// memory.
+/// memory. A compensation for mixed inputs runs both models: it takes activations, packed block and forward pass twice.
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct MemoryPlan {
@@ -58,7 +58,8 @@ pub struct MemoryParts {
     pub weights: u64,
     /// The block packed for the forward pass.
     pub prepared: u64,
-    /// Second moments of the inputs that are taken in one pass: 4 k² each, shared by the Linears that read one input.
+    /// Second moments of the inputs that are taken in one pass: 4 k² each, 16 k² with the drift of mixed inputs, shared by
+    /// the Linears that read one input.
     pub statistics: u64,
     /// One forward pass: activations of its rows, KV pages, chunks of 512 rows on their way to the second moments that
     /// are taken in it.
@@ -67,7 +68,7 @@ pub struct MemoryParts {
     pub quantized: u64,
     /// The largest need of a solver. GPTQ: 4 k² for the factor and 128·13·k·t for tiles,
     /// whose rows are those of a group at least where groups lie along the outputs. EoRA: residual, second moments in f32,
-    /// and a block-Krylov space or 40·min(m, k)² for the eigenproblem. Errors: 1024·k·t. AWQ: five f32 copies of the Linears that share an input.
+    /// and a block-Krylov space or 40·min(m, k)² for the eigenproblem; with mixed inputs 8·m·k + 4·k² more. Errors: 1024·k·t. AWQ: five f32 copies of the Linears that share an input.
     pub solver: u64,
     /// The activations of all calibration tokens, 0 when they lie on disk.
     pub activations: u64,
@@ -207,10 +208,14 @@ pub(crate) fn split(points: &[TapPoint], room: u64, bytes: impl Fn(TapPoint) -> 
     passes.into_iter().map(|(pass, _)| pass).collect()
 }
 
-/// Bytes of the statistics at one point of `spec`, and of the inputs of so many tokens that take no part in them.
-pub(crate) fn statistics_bytes(spec: &DecoderSpec, point: TapPoint, held_out: usize) -> u64 {
+/// Bytes of the statistics at one point of `spec`, and of the inputs of so many tokens that take no part in them; of
+/// `mixed` inputs those of the drift, too.
+pub(crate) fn statistics_bytes(spec: &DecoderSpec, point: TapPoint, held_out: usize, mixed: bool) -> u64 {
     let reads = |linear: &&LinearSpec| linear.slot.tap() == point;
-    let of = |linear: &LinearSpec| Calibration::bytes(linear.columns) + (held_out * linear.columns * 4) as u64;
+    let of = |linear: &LinearSpec| {
+        let rows = (held_out * linear.columns * 4) as u64;
+        Calibration::bytes(linear.columns) + rows + if mixed { Drift::bytes(linear.columns) + rows } else { 0 }
+    };
     spec.linears.iter().find(reads).map_or(0, of)
 }
 
@@ -250,8 +255,8 @@ impl Shapes<'_> {
             // Linears with groups along the outputs are packed as f32.
             prepared: match (calibrated, folds || recipe.group_axis != AxisRule::Input) {
                 (false, _) => 0,
-                (true, false) => weights,
-                (true, true) => elements * 4,
+                (true, false) => weights * self.models(),
+                (true, true) => elements * 4 * self.models(),
             },
             statistics: 0,
             forward: self.forward(&self.points()),
@@ -273,7 +278,7 @@ impl Shapes<'_> {
     }
 
     fn statistics(&self, points: &[TapPoint]) -> u64 {
-        points.iter().map(|&point| statistics_bytes(self.spec, point, self.held_out())).sum()
+        points.iter().map(|&point| statistics_bytes(self.spec, point, self.held_out(), self.is_mixed())).sum()
     }
 
     /// Tokens that take no part in the statistics.
@@ -283,7 +288,16 @@ impl Shapes<'_> {
     }
 
     fn activations(&self) -> u64 {
-        ActivationBuffer::bytes(self.tokens, self.spec.hidden_size)
+        ActivationBuffer::bytes(self.tokens, self.spec.hidden_size).saturating_mul(self.models())
+    }
+
+    fn is_mixed(&self) -> bool {
+        self.recipe.eora.as_ref().is_some_and(|eora| eora.inputs.is_mixed())
+    }
+
+    /// How many run over the calibration.
+    fn models(&self) -> u64 {
+        if self.is_mixed() { 2 } else { 1 }
     }
 
     /// Bytes of a Linear as it is read.
@@ -335,7 +349,13 @@ impl Shapes<'_> {
         let pages = rows.next_multiple_of(PAGE_POSITIONS as u64) * 2 * spec.kv_width() as u64 * 4;
         let chunks: u64 = points.iter().map(|&point| self.width(point)).sum::<u64>() * CHUNK_TOKENS as u64 * 4;
         let widened = CHUNK_TOKENS as u64 * widest(|linear| linear.columns) * 8;
-        rows * row as u64 * 4 + pages + chunks + widened + 128 * 4 * (widest(|l| l.columns) + widest(|l| l.rows))
+        let pass = rows * row as u64 * 4 + pages + 128 * 4 * (widest(|l| l.columns) + widest(|l| l.rows));
+        if !self.is_mixed() {
+            return pass + chunks + widened;
+        }
+        // The inputs of both, and the chunks of their pairs.
+        let inputs = rows * (points.iter().map(|&point| self.width(point)).sum::<u64>() + widest(|l| l.columns)) * 4;
+        2 * pass + inputs + 3 * chunks + 2 * widened
     }
 
     fn width(&self, point: TapPoint) -> u64 {
@@ -356,7 +376,8 @@ impl Shapes<'_> {
         let directions = directions_bytes(m, k, rank);
         // Inputs that took no part: two halves in f32, one of them in f64.
         let held_out = 8 * self.held_out() as u64 * columns;
-        Residual::bytes(m, k) + directions.max(factors + held_out)
+        let mixed = if self.is_mixed() { mixed_bytes(m, k) + 2 * held_out } else { 0 };
+        Residual::bytes(m, k) + directions.max(factors + held_out) + mixed
     }
 
     fn solver(&self, linear: &LinearSpec) -> u64 {

@@ -138,6 +138,7 @@ mod tests {
             calibration: energies.to_vec(),
             best: energies.to_vec(),
             hold_out: Some(hold_out),
+            dense: None,
         }
     }
 

@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use crate::calibration_source::most_tokens;
 use crate::output_format::{AUTO, OutputFormat};
-use crate::{CalibrationRecipe, CalibrationSource, EoraRecipe, LinearOverride};
+use crate::{CalibrationRecipe, CalibrationSource, EoraInputs, EoraRecipe, LinearOverride};
 
 /// What the user asked for.
 #[derive(Clone, Debug, Serialize)]
@@ -168,6 +168,11 @@ impl Recipe {
             let message = "statistics that were saved cannot be taken again after each group of Linears".to_owned();
             return refuse("calibration.subset", message, "Leave subset out, or give the text");
         }
+        if given && self.eora.as_ref().is_some_and(|eora| eora.inputs.is_mixed()) {
+            let message =
+                "saved statistics are of the inputs of one model, and mixed inputs are pairs of two".to_owned();
+            return refuse("eora.inputs", message, "Give the text that the statistics were taken from");
+        }
         match (&self.save_statistics, &self.calibration) {
             (None, _) => Ok(()),
             (Some(_), None) => {
@@ -186,6 +191,11 @@ impl Recipe {
             }
             _ => Ok(()),
         }
+    }
+
+    /// How files of statistics call the activations that those of the job are of.
+    pub(crate) fn stream_name(&self) -> &'static str {
+        self.eora.as_ref().map_or(EoraInputs::Deployed, |eora| eora.inputs).stream_name()
     }
 
     /// Whether some statistics come from a file.

@@ -1,6 +1,6 @@
 use std::path::PathBuf;
 
-use kintsugi_compensate::{Certificate, HoldOutError, ResidualError};
+use kintsugi_compensate::{Certificate, DenseError, HoldOutError, ResidualError};
 use kintsugi_weights::GroupAxis;
 use serde::{Deserialize, Serialize};
 
@@ -106,6 +106,9 @@ pub struct CompensationSummary {
     pub uncertified: usize,
     /// Means over the Linears of the errors on inputs that took no part in the calibration; `null` without such inputs.
     pub hold_out: Option<MeanError>,
+    /// The same against the outputs of the dense model, or on the calibration inputs where none were held out; `null` unless
+    /// the compensation was solved for both inputs.
+    pub dense_error: Option<MeanError>,
     /// How a budget of ranks was divided; `null` for one rank.
     pub allocation: Option<AllocationReport>,
 }
@@ -121,15 +124,19 @@ impl CompensationSummary {
         let ratio = |linear: &LinearReport| {
             linear.error.filter(|error| error.bound > 0.0).map(|error| error.compensated / error.bound)
         };
-        let held: Vec<HoldOutError> = linears.iter().filter_map(|linear| linear.hold_out).collect();
-        let mean = |of: fn(&HoldOutError) -> f64| held.iter().map(of).sum::<f64>() / held.len() as f64;
+        let held = linears.iter().filter_map(|linear| linear.hold_out);
+        let dense = linears.iter().filter_map(|linear| linear.dense_error);
+        let against_dense = match dense.clone().any(|error| error.hold_out.is_some()) {
+            true => MeanError::of(dense.filter_map(|error| error.hold_out).map(|e| (e.quantized, e.compensated))),
+            false => MeanError::of(dense.map(|error| (error.quantized, error.compensated))),
+        };
         Some(CompensationSummary {
             mean_rank: solved().map(|linear| linear.rank).sum::<usize>() as f64 / solved().count().max(1) as f64,
             worst_ratio: linears.iter().filter_map(ratio).reduce(f64::max),
             certified: proofs().filter(|proof| proof.holds).count(),
             uncertified: proofs().filter(|proof| !proof.holds).count(),
-            hold_out: (!held.is_empty())
-                .then(|| MeanError { quantized: mean(|e| e.quantized), compensated: mean(|e| e.compensated) }),
+            hold_out: MeanError::of(held.map(|error| (error.quantized, error.compensated))),
+            dense_error: against_dense,
             allocation,
         })
     }
@@ -179,6 +186,9 @@ pub struct LinearReport {
     pub error: Option<ResidualError>,
     /// On inputs that took no part in the calibration; `null` without compensation or such inputs.
     pub hold_out: Option<HoldOutError>,
+    /// Against the outputs of the dense model on its own inputs; `null` unless the compensation was solved for both inputs.
+    #[serde(default)]
+    pub dense_error: Option<DenseError>,
     /// The proof that the compensation is the best one of the largest rank; `null` without one.
     pub certificate: Option<Certificate>,
 }
@@ -200,9 +210,16 @@ impl PhaseSeconds {
 impl MeanError {
     /// Means over the Linears that have errors; `None` when none has.
     pub fn over(linears: &[LinearReport]) -> Option<MeanError> {
-        let errors: Vec<ResidualError> = linears.iter().filter_map(|linear| linear.error).collect();
-        let mean = |of: fn(&ResidualError) -> f64| errors.iter().map(of).sum::<f64>() / errors.len() as f64;
-        (!errors.is_empty())
-            .then(|| MeanError { quantized: mean(|e| e.quantized), compensated: mean(|e| e.compensated) })
+        Self::of(linears.iter().filter_map(|linear| linear.error).map(|error| (error.quantized, error.compensated)))
+    }
+
+    /// Means over errors without compensation and with it; `None` when there are none.
+    fn of(errors: impl Iterator<Item = (f64, f64)>) -> Option<MeanError> {
+        let (mut sums, mut count) = ((0.0, 0.0), 0.0);
+        for (quantized, compensated) in errors {
+            sums = (sums.0 + quantized, sums.1 + compensated);
+            count += 1.0;
+        }
+        (count > 0.0).then(|| MeanError { quantized: sums.0 / count, compensated: sums.1 / count })
     }
 }

@@ -82,6 +82,7 @@ impl SolvedFactors {
             linear.rank = rank;
             linear.error = Some(profile.error(rank));
             linear.hold_out = profile.hold_out_error(rank);
+            linear.dense_error = profile.dense_error(rank);
         }
         Ok(SolvedFactors { linears, allocation: Some(division.report) })
     }

@@ -28,7 +28,7 @@ fn compress_in_memory(recipe: &Recipe) -> Model<CpuBackend> {
         recipe,
         &spec,
         &backend,
-        CalibrationInput { stream: Some(stream), saved: Vec::new() },
+        CalibrationInput { stream: Some(stream), dense: None, saved: Vec::new() },
         &memory,
     )
     .unwrap();

@@ -16,6 +16,7 @@ mod merge_compensation;
 mod merge_corruptions;
 mod merges;
 mod merging;
+mod mixed_inputs;
 mod mixtures;
 mod reference;
 mod resume;
