@@ -2,6 +2,7 @@ use crate::grid_parameters::{BlockGrid, GridParameters};
 use crate::integer_encoding::IntegerEncoding;
 use crate::integer_level::IntegerLevel;
 use crate::integer_strip::AccumulateIntegerStrip;
+use crate::kernel_table::written_out;
 use crate::packed_input::QuantizedBlock;
 use crate::packed_matrix::PanelEncoding;
 use crate::vector::{LANES, Vector};
@@ -173,28 +174,28 @@ where
                 let none = [[level.splat_sum(0); REGISTERS]; ROWS];
                 let mut partial = [open::<L, E, ROWS, REGISTERS>(level, &none); UNROLLED_STEPS];
                 partial[0] = open::<L, E, ROWS, REGISTERS>(level, &sums);
-                for _ in 0..run / UNROLLED_STEPS {
-                    L::PREFETCH.ahead_of(panel, UNROLLED_STEPS * 4 * LANES);
-                    let chains = const { chains::<L>(ROWS * REGISTERS) };
+                let unrolled = const { unrolled_steps::<L, E>() };
+                let chains = const { chains::<L, E>(ROWS * REGISTERS) };
+                for _ in 0..run / unrolled {
                     if L::WRITTEN_OUT {
-                        step::<L, E, ROWS, REGISTERS>(level, state, panel, &x, 0, &mut partial[0]);
-                        step::<L, E, ROWS, REGISTERS>(level, state, panel, &x, 1, &mut partial[1 % chains]);
-                        step::<L, E, ROWS, REGISTERS>(level, state, panel, &x, 2, &mut partial[2 % chains]);
-                        step::<L, E, ROWS, REGISTERS>(level, state, panel, &x, 3, &mut partial[3 % chains]);
+                        written_out!(INDEX < const { unrolled_steps::<L, E>() } => {
+                            let sums = &mut partial[INDEX as usize % chains];
+                            step::<L, E, ROWS, REGISTERS>(level, state, panel, &x, INDEX as usize, sums);
+                        });
                     } else {
-                        for index in 0..UNROLLED_STEPS {
+                        for index in 0..unrolled {
                             let sums = &mut partial[index % chains];
                             step::<L, E, ROWS, REGISTERS>(level, state, panel, &x, index, sums);
                         }
                     }
-                    panel = panel.add(UNROLLED_STEPS * 4 * LANES);
+                    panel = panel.add(unrolled * E::BYTES);
                     for row in 0..ROWS {
-                        x[row] = x[row].add(UNROLLED_STEPS * E::QUADS);
+                        x[row] = x[row].add(unrolled * E::QUADS);
                     }
                 }
-                for _ in 0..run % UNROLLED_STEPS {
+                for _ in 0..run % unrolled {
                     step::<L, E, ROWS, REGISTERS>(level, state, panel, &x, 0, &mut partial[0]);
-                    panel = panel.add(4 * LANES);
+                    panel = panel.add(E::BYTES);
                     for row in 0..ROWS {
                         x[row] = x[row].add(E::QUADS);
                     }
@@ -202,7 +203,7 @@ where
                 for row in 0..ROWS {
                     for register in 0..REGISTERS {
                         let mut sum = E::close(level, sums[row][register], partial[0][row][register]);
-                        for chain in 1..chains::<L>(ROWS * REGISTERS) {
+                        for chain in 1..chains {
                             let more = E::close(level, none[row][register], partial[chain][row][register]);
                             sum = level.add_sums(sum, more);
                         }
@@ -219,12 +220,20 @@ where
 }
 
 /// How many sets of so many sums a level wants.
-const fn chains<L: IntegerLevel>(sums: usize) -> usize {
+const fn chains<L: IntegerLevel, E: IntegerEncoding<L>>(sums: usize) -> usize {
     let wanted = L::SUMS_UNDER_WAY.div_ceil(sums);
-    if wanted < UNROLLED_STEPS { wanted } else { UNROLLED_STEPS }
+    if wanted < unrolled_steps::<L, E>() { wanted } else { unrolled_steps::<L, E>() }
 }
 
-/// Steps that are written out one after another, with constant addresses: a run of 4-bit codes at AVX2.
+/// Steps that are written out one after another, with constant addresses: no more than a run at AVX2, which is four of
+/// codes of 4 bits and two of 3, and no more than sixteen groups of four columns.
+const fn unrolled_steps<L: IntegerLevel, E: IntegerEncoding<L>>() -> usize {
+    let groups = if E::RUN < 16 { E::RUN } else { 16 };
+    let steps = groups / E::QUADS;
+    if steps < UNROLLED_STEPS { steps } else { UNROLLED_STEPS }
+}
+
+/// Most of them.
 const UNROLLED_STEPS: usize = 4;
 
 /// What a run that follows `sums` starts with. A loop, because `array::map` is not compiled for the level.
@@ -259,14 +268,13 @@ unsafe fn step<L, E, const ROWS: usize, const REGISTERS: usize>(
     L: IntegerLevel,
     E: IntegerEncoding<L>,
 {
+    L::PREFETCH.ahead_of(panel.wrapping_add(index * E::BYTES), E::BYTES);
     // SAFETY: the caller's pointers are good for one step.
     unsafe {
         if L::WRITTEN_OUT {
-            const { assert!(!L::WRITTEN_OUT || REGISTERS == 4) };
-            step_of_register::<L, E, ROWS, REGISTERS>(level, state, panel, x, index, 0, partial);
-            step_of_register::<L, E, ROWS, REGISTERS>(level, state, panel, x, index, 1, partial);
-            step_of_register::<L, E, ROWS, REGISTERS>(level, state, panel, x, index, 2, partial);
-            step_of_register::<L, E, ROWS, REGISTERS>(level, state, panel, x, index, 3, partial);
+            written_out!(REGISTER < REGISTERS => {
+                step_of_register::<L, E, ROWS, REGISTERS>(level, state, panel, x, index, REGISTER as usize, partial);
+            });
         } else {
             for register in 0..REGISTERS {
                 step_of_register::<L, E, ROWS, REGISTERS>(level, state, panel, x, index, register, partial);
@@ -288,27 +296,49 @@ unsafe fn step_of_register<L, E, const ROWS: usize, const REGISTERS: usize>(
     L: IntegerLevel,
     E: IntegerEncoding<L>,
 {
-    // SAFETY: as the caller promises. Written out, because shifts by a constant need a constant quad.
+    let at = index * E::QUADS;
+    // SAFETY: as the caller promises; the words of the rows of a register follow those of the registers before it.
     unsafe {
-        let words = level.load_codes(panel.add((index * LANES + register * L::ROWS) * 4));
-        let at = index * E::QUADS;
-        add::<L, E, ROWS, REGISTERS>(level, E::unpack::<0>(level, state, words), register, x, at, partial);
-        if E::QUADS > 1 {
-            add::<L, E, ROWS, REGISTERS>(level, E::unpack::<1>(level, state, words), register, x, at + 1, partial);
+        let words = E::load(level, panel.add(index * E::BYTES + register * L::ROWS * 4));
+        if E::QUADS == 1 {
+            add::<L, E, ROWS, REGISTERS, 1>(level, [E::unpack::<0>(level, state, words)], register, x, at, partial);
+            return;
         }
-        if E::QUADS > 2 {
-            add::<L, E, ROWS, REGISTERS>(level, E::unpack::<2>(level, state, words), register, x, at + 2, partial);
-            add::<L, E, ROWS, REGISTERS>(level, E::unpack::<3>(level, state, words), register, x, at + 3, partial);
-        }
+        // Written out, because shifts by a constant need a constant quad.
+        written_out!(PAIR < E::QUADS / 2 => {
+            let pair = unpack_pair::<L, E, PAIR>(level, state, words);
+            let at = at + 2 * PAIR as usize;
+            if E::IN_PAIRS {
+                add::<L, E, ROWS, REGISTERS, 2>(level, pair, register, x, at, partial);
+            } else {
+                add::<L, E, ROWS, REGISTERS, 1>(level, [pair[0]], register, x, at, partial);
+                add::<L, E, ROWS, REGISTERS, 1>(level, [pair[1]], register, x, at + 1, partial);
+            }
+        });
     }
 }
 
-/// Adds the products of four columns of one register, those at `at` from `x` on. No closure, because those are not
-/// always compiled for the level.
+/// Two groups of four columns, `2·PAIR` and `2·PAIR + 1`.
 #[inline(always)]
-unsafe fn add<L, E, const ROWS: usize, const REGISTERS: usize>(
+pub(crate) fn unpack_pair<L, E, const PAIR: u32>(level: L, state: E::State, words: E::Words) -> [L::Codes; 2]
+where
+    L: IntegerLevel,
+    E: IntegerEncoding<L>,
+{
+    match PAIR {
+        0 => [E::unpack::<0>(level, state, words), E::unpack::<1>(level, state, words)],
+        1 => [E::unpack::<2>(level, state, words), E::unpack::<3>(level, state, words)],
+        2 => [E::unpack::<4>(level, state, words), E::unpack::<5>(level, state, words)],
+        _ => [E::unpack::<6>(level, state, words), E::unpack::<7>(level, state, words)],
+    }
+}
+
+/// Adds the products of some groups of four columns of one register, those at `at` from `x` on. No closure, because
+/// those are not always compiled for the level.
+#[inline(always)]
+unsafe fn add<L, E, const ROWS: usize, const REGISTERS: usize, const QUADS: usize>(
     level: L,
-    codes: L::Codes,
+    codes: [L::Codes; QUADS],
     register: usize,
     x: &[*const u32; ROWS],
     at: usize,
@@ -318,8 +348,11 @@ unsafe fn add<L, E, const ROWS: usize, const REGISTERS: usize>(
     E: IntegerEncoding<L>,
 {
     for row in 0..ROWS {
-        // SAFETY: the caller's pointers are good for these columns.
-        let x = unsafe { *x[row].add(at) };
-        partial[row][register] = E::multiply(level, partial[row][register], codes, x);
+        let mut of_row = [0; QUADS];
+        for quad in 0..QUADS {
+            // SAFETY: the caller's pointers are good for these columns.
+            of_row[quad] = unsafe { *x[row].add(at + quad) };
+        }
+        partial[row][register] = E::multiply::<QUADS>(level, partial[row][register], codes, of_row);
     }
 }

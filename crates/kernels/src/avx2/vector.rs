@@ -1,6 +1,7 @@
 use std::arch::x86_64::*;
 use std::marker::PhantomData;
 
+use crate::code_fields::CodeFields;
 use crate::strip::HALF;
 use crate::vector::{Half, LANES, Level, Vector};
 
@@ -232,13 +233,45 @@ impl<I: Copy> Level for Avx2<I> {
     }
 
     #[inline(always)]
-    fn bits2_pair<const PAIR: u32>(self, words: U32x32) -> (F32x32, F32x32) {
-        (looked_up(words, 2 * PAIR), looked_up(words, 16 + 2 * PAIR))
+    fn masked(self, words: U32x32, shift: u32, mask: u32) -> U32x32 {
+        #[inline(always)]
+        unsafe fn register(words: __m256i, shift: u32, mask: u32) -> __m256i {
+            // SAFETY: the caller has AVX2.
+            unsafe {
+                let shifted = _mm256_srlv_epi32(words, _mm256_set1_epi32(shift as i32));
+                _mm256_and_si256(shifted, _mm256_set1_epi32((mask * 0x0001_0001) as i32))
+            }
+        }
+        // SAFETY: `Avx2` exists only where the CPU has the instructions.
+        unsafe {
+            U32x32(
+                register(words.0, shift, mask),
+                register(words.1, shift, mask),
+                register(words.2, shift, mask),
+                register(words.3, shift, mask),
+            )
+        }
     }
 
     #[inline(always)]
-    fn bits4_pair<const PAIR: u32>(self, words: U32x32) -> (F32x32, F32x32) {
-        (signed_field::<4>(words, 4 * PAIR), signed_field::<4>(words, 16 + 4 * PAIR))
+    fn or(self, a: U32x32, b: U32x32) -> U32x32 {
+        // SAFETY: as in `masked`.
+        unsafe {
+            U32x32(
+                _mm256_or_si256(a.0, b.0),
+                _mm256_or_si256(a.1, b.1),
+                _mm256_or_si256(a.2, b.2),
+                _mm256_or_si256(a.3, b.3),
+            )
+        }
+    }
+
+    #[inline(always)]
+    fn field_pair<const BITS: u32>(self, words: U32x32, position: u32) -> (F32x32, F32x32) {
+        if BITS == 2 {
+            return (looked_up(words, position), looked_up(words, 16 + position));
+        }
+        (signed_field::<BITS>(words, position), signed_field::<BITS>(words, 16 + position))
     }
 
     #[inline(always)]
@@ -249,11 +282,6 @@ impl<I: Copy> Level for Avx2<I> {
     #[inline(always)]
     fn table4_pair<const PAIR: u32>(self, table: F32x16, words: U32x32) -> (F32x32, F32x32) {
         (from_table(table, words, 4 * PAIR), from_table(table, words, 16 + 4 * PAIR))
-    }
-
-    #[inline(always)]
-    fn bits8_pair<const PAIR: u32>(self, words: U32x32) -> (F32x32, F32x32) {
-        (signed_field::<8>(words, 8 * PAIR), signed_field::<8>(words, 16 + 8 * PAIR))
     }
 }
 
@@ -310,7 +338,7 @@ fn signed_field<const BITS: u32>(words: U32x32, position: u32) -> F32x32 {
     #[inline(always)]
     unsafe fn register<const BITS: u32>(words: __m256i, position: u32) -> __m256 {
         // The top bits of all fields are flipped at once: one instruction for all columns of a word.
-        let top_bits = (u32::MAX / ((1 << BITS) - 1)) << (BITS - 1);
+        let top_bits = CodeFields::of_halves(BITS).top_bits();
         let up = 32u32.wrapping_sub(BITS).wrapping_sub(position) as i32;
         // SAFETY: the caller has AVX2.
         unsafe {

@@ -161,13 +161,19 @@ impl Level for Scalar {
     }
 
     #[inline(always)]
-    fn bits2_pair<const PAIR: u32>(self, words: [u32; LANES]) -> (F32x32, F32x32) {
-        (signed_field::<2>(words, 2 * PAIR), signed_field::<2>(words, 16 + 2 * PAIR))
+    fn masked(self, words: [u32; LANES], shift: u32, mask: u32) -> [u32; LANES] {
+        let mask = mask * 0x0001_0001;
+        words.map(|word| word >> shift & mask)
     }
 
     #[inline(always)]
-    fn bits4_pair<const PAIR: u32>(self, words: [u32; LANES]) -> (F32x32, F32x32) {
-        (signed_field::<4>(words, 4 * PAIR), signed_field::<4>(words, 16 + 4 * PAIR))
+    fn or(self, a: [u32; LANES], b: [u32; LANES]) -> [u32; LANES] {
+        std::array::from_fn(|i| a[i] | b[i])
+    }
+
+    #[inline(always)]
+    fn field_pair<const BITS: u32>(self, words: [u32; LANES], position: u32) -> (F32x32, F32x32) {
+        (signed_field::<BITS>(words, position), signed_field::<BITS>(words, 16 + position))
     }
 
     #[inline(always)]
@@ -179,11 +185,6 @@ impl Level for Scalar {
     fn table4_pair<const PAIR: u32>(self, table: [f32; 16], words: [u32; LANES]) -> (F32x32, F32x32) {
         let field = |word: u32, position: u32| table[(word >> position & 15) as usize];
         (lanewise!(|i| field(words[i], 4 * PAIR)), lanewise!(|i| field(words[i], 16 + 4 * PAIR)))
-    }
-
-    #[inline(always)]
-    fn bits8_pair<const PAIR: u32>(self, words: [u32; LANES]) -> (F32x32, F32x32) {
-        (signed_field::<8>(words, 8 * PAIR), signed_field::<8>(words, 16 + 8 * PAIR))
     }
 }
 
