@@ -91,8 +91,8 @@ fn stream(bits: u8, pool: &ThreadPool) {
     }
 }
 
-/// Codes of 3, 5 and 6 bits beside those of the wider panels that the same numbers would fit into: what their bytes save,
-/// and what their unpacking costs. Everything in turn, so that ratios hold on a busy machine.
+/// Codes of 3, 5 and 6 bits beside those of the wider panels that the same numbers would fit into: what their bytes
+/// save, and what their unpacking costs. Everything in turn, so that ratios hold on a busy machine.
 fn widths(rows: usize, pool: &ThreadPool) {
     const WIDTHS: [(u8, u8); 3] = [(3, 4), (5, 8), (6, 8)];
     for group in [128, 32] {

@@ -3,15 +3,15 @@ use crate::vector::LANES;
 /// Where the codes of a step lie in its words.
 ///
 /// A word is cut into units: its four bytes in panels of products in int8, its two halves in the others. Column `c` of
-/// a step is code `c / units` of unit `c % units`. A unit holds as many whole codes as it has room for, the first in its
-/// lowest bits. What is left at its top is less than a code, and is put together with what is left of the same unit in
-/// the other words of the step: the last codes consist of these bits. So no bit is lost, and most codes are a shift and
-/// a mask away. Codes of 3 and of 6 bits in bytes, from the highest bit to the lowest:
+/// a step is code `c / units` of unit `c % units`. A unit holds as many whole codes as it has room for, the first in
+/// its lowest bits. What is left at its top is less than a code, and is put together with what is left of the same unit
+/// in the other words of the step: the last codes consist of these bits, from the top down. So no bit is lost, and most
+/// codes are a shift and a mask away. Codes of 3 and of 6 bits in bytes, from the highest bit to the lowest:
 ///
 /// ```text
 ///          3 bits, 32 columns     6 bits, 16 columns
 /// word 0   6 6 1 1 1 0 0 0        3 3 0 0 0 0 0 0
-/// word 1   7 6 3 3 3 2 2 2        3 3 1 1 1 1 1 1
+/// word 1   6 7 3 3 3 2 2 2        3 3 1 1 1 1 1 1
 /// word 2   7 7 5 5 5 4 4 4        3 3 2 2 2 2 2 2
 /// ```
 #[derive(Clone, Copy)]
@@ -85,16 +85,6 @@ impl CodeFields {
         self.unit
     }
 
-    /// The topmost bit of every whole code of a word.
-    pub(crate) const fn top_bits(self) -> u32 {
-        let (mut top_bits, mut at) = (0, self.bits);
-        while at <= self.unit {
-            top_bits |= 1 << (at - 1);
-            at += self.bits;
-        }
-        top_bits * (u32::MAX / (u32::MAX >> (32 - self.unit)))
-    }
-
     /// Where a code lies. That of a code beyond the last means nothing.
     pub(crate) const fn pieces(self, code: usize) -> Pieces {
         let (whole, left) = ((self.unit / self.bits) as usize, self.unit % self.bits);
@@ -105,17 +95,17 @@ impl CodeFields {
             pieces.count = 1;
             return pieces;
         }
-        // Among the bits that are left of the words, one word after another.
+        // From the top down, among the bits that are left of the words, one word after another.
         let mut at = (code - whole * self.words()) as u32 * self.bits;
-        let mut to = 0;
-        while to < self.bits {
+        let mut open = self.bits;
+        while open > 0 {
             let of_word = at % left;
-            let count = if left - of_word < self.bits - to { left - of_word } else { self.bits - to };
-            let shift = self.unit - left + of_word - to;
-            pieces.list[pieces.count] = Piece { word: (at / left) as usize, shift, mask: ((1 << count) - 1) << to };
+            let count = if left - of_word < open { left - of_word } else { open };
+            open -= count;
+            let shift = self.unit - of_word - count - open;
+            pieces.list[pieces.count] = Piece { word: (at / left) as usize, shift, mask: ((1 << count) - 1) << open };
             pieces.count += 1;
             at += count;
-            to += count;
         }
         pieces
     }
@@ -128,6 +118,18 @@ impl Pieces {
     /// How many there are.
     pub(crate) const fn count(self) -> usize {
         self.count
+    }
+
+    /// How far all of them can go to the right together.
+    pub(crate) const fn least_shift(self) -> u32 {
+        let (mut least, mut index) = (self.list[0].shift, 1);
+        while index < self.count {
+            if self.list[index].shift < least {
+                least = self.list[index].shift;
+            }
+            index += 1;
+        }
+        least
     }
 
     /// One of them.
@@ -159,18 +161,11 @@ mod tests {
                     taken[piece.word] |= in_unit;
                 }
                 assert_eq!(of_code, (1 << bits) - 1, "{bits} {unit}");
+                assert!(pieces.least_shift() + bits <= unit, "{bits} {unit}");
             }
             assert!(taken.iter().all(|&word| word == u32::MAX >> (32 - unit)), "{bits} {unit}");
             assert!(fields.words() <= CodeFields::MOST_WORDS && fields.columns() <= CodeFields::MOST_COLUMNS);
             assert_eq!(fields.columns() * bits as usize, 32 * fields.words());
         }
-    }
-
-    #[test]
-    fn the_top_bits_are_those_of_whole_codes() {
-        assert_eq!(CodeFields::of_bytes(4).top_bits(), 0x8888_8888);
-        assert_eq!(CodeFields::of_halves(8).top_bits(), 0x8080_8080);
-        assert_eq!(CodeFields::of_halves(3).top_bits(), 0x4924_4924);
-        assert_eq!(CodeFields::of_halves(6).top_bits(), 0x0820_0820);
     }
 }

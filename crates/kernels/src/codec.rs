@@ -19,15 +19,15 @@ pub(crate) trait Encoding<L: Level> {
     /// The state of a job with this table of codes.
     fn state(level: L, table: &[f32; 16]) -> Self::State;
 
-    /// Columns `2·PAIR` and `2·PAIR + 1` of the step. Integer codes come centred: minus half their
-    /// range.
+    /// Columns `2·PAIR` and `2·PAIR + 1` of the step. Codes that stand for themselves are stored and come centred:
+    /// minus half their range.
     ///
     /// # Safety
     /// `step` must point to the bytes of a step.
     unsafe fn pair<const PAIR: u32>(level: L, state: Self::State, step: *const u8) -> (L::Vector, L::Vector);
 }
 
-/// Codes of `BITS` bits.
+/// Codes of `BITS` bits, from which half their range is subtracted where products are in f32: two's complements.
 pub(crate) struct Bits<const BITS: u32>;
 /// Codes of 4 bits that stand for the values of a table, eight columns per word.
 pub(crate) struct Table4;
@@ -55,7 +55,8 @@ impl<L: Level, const BITS: u32> Encoding<L> for Bits<BITS> {
     }
 }
 
-/// Words with the codes of columns `2·PAIR` and `2·PAIR + 1` at the same position of both halves, and that position.
+/// Words with the codes of columns `2·PAIR` and `2·PAIR + 1` at the same position of both halves, and that position:
+/// where they are put together it is as high as can be, which at the top saves the upper half a shift.
 ///
 /// # Safety
 /// `step` must point to the bytes of a step of [`Bits`].
@@ -70,6 +71,7 @@ pub(crate) unsafe fn code_words<L: Level, const BITS: u32, const PAIR: u32>(
         level.load_words(unsafe { &*step.add(word * 4 * LANES).cast() })
     }
     let pieces = const { CodeFields::of_halves(BITS).pieces(PAIR as usize) };
+    let position = const { CodeFields::of_halves(BITS).pieces(PAIR as usize).least_shift() };
     let first = pieces.get(0);
     // SAFETY: as the caller promises.
     unsafe {
@@ -77,12 +79,13 @@ pub(crate) unsafe fn code_words<L: Level, const BITS: u32, const PAIR: u32>(
         if pieces.count() == 1 {
             return (words, first.shift);
         }
-        words = level.masked(words, first.shift, first.mask);
+        words = level.masked(words, first.shift - position, first.mask << position);
         for index in 1..pieces.count() {
             let piece = pieces.get(index);
-            words = level.or(words, level.masked(load(level, step, piece.word), piece.shift, piece.mask));
+            let more = level.masked(load(level, step, piece.word), piece.shift - position, piece.mask << position);
+            words = level.or(words, more);
         }
-        (words, 0)
+        (words, position)
     }
 }
 

@@ -38,7 +38,8 @@ pub(crate) struct IntegerJob<'a> {
 
 /// The functions of a level for products in int8.
 pub(crate) struct IntegerProducts {
-    /// From so many rows on, codes are unpacked into a strip; fewer take passes of up to `most_rows` over a panel.
+    /// From so many rows on, codes that a shift and a mask unpack go to a strip; fewer take passes of up to `most_rows`
+    /// over a panel.
     pub(crate) least_strip_rows: usize,
     /// Most rows that fit into registers.
     pub(crate) most_rows: usize,
@@ -50,6 +51,13 @@ pub(crate) struct IntegerProducts {
     pub(crate) accumulate_strip: fn(PanelEncoding) -> AccumulateIntegerStrip,
     /// What is to be subtracted from the codes of a strip.
     pub(crate) centre: fn(PanelEncoding) -> i32,
+}
+
+impl IntegerProducts {
+    /// From so many rows on, codes are unpacked into a strip. What takes several words to unpack is not unpacked twice.
+    pub(crate) fn least_strip_rows(&self, encoding: PanelEncoding) -> usize {
+        if encoding.step_words() > 1 { self.least_strip_rows.min(self.most_rows + 1) } else { self.least_strip_rows }
+    }
 }
 
 /// How some rows of x are rounded in a block. Read where they are needed: a level broadcasts from memory for nothing.
@@ -138,8 +146,8 @@ impl BlockArrays {
 
 /// The body of [`IntegerProducts::accumulate`] for `ROWS` rows of x and a panel of `REGISTERS` registers.
 ///
-/// Steps take turns between up to four sets of sums, which are added up at the end of a run: with few rows, a single set
-/// would be one long chain of additions.
+/// Pairs of groups of four columns take turns between up to four sets of sums, which are added up at the end of a run:
+/// with few rows, a single set would be one long chain of additions.
 ///
 /// # Safety
 /// See [`AccumulateIntegers`].
@@ -172,20 +180,17 @@ where
             while left > 0 {
                 let run = left.min(E::RUN / E::QUADS);
                 let none = [[level.splat_sum(0); REGISTERS]; ROWS];
-                let mut partial = [open::<L, E, ROWS, REGISTERS>(level, &none); UNROLLED_STEPS];
+                let mut partial = [open::<L, E, ROWS, REGISTERS>(level, &none); MOST_CHAINS];
                 partial[0] = open::<L, E, ROWS, REGISTERS>(level, &sums);
                 let unrolled = const { unrolled_steps::<L, E>() };
-                let chains = const { chains::<L, E>(ROWS * REGISTERS) };
                 for _ in 0..run / unrolled {
                     if L::WRITTEN_OUT {
                         written_out!(INDEX < const { unrolled_steps::<L, E>() } => {
-                            let sums = &mut partial[INDEX as usize % chains];
-                            step::<L, E, ROWS, REGISTERS>(level, state, panel, &x, INDEX as usize, sums);
+                            step::<L, E, ROWS, REGISTERS>(level, state, panel, &x, INDEX as usize, &mut partial);
                         });
                     } else {
                         for index in 0..unrolled {
-                            let sums = &mut partial[index % chains];
-                            step::<L, E, ROWS, REGISTERS>(level, state, panel, &x, index, sums);
+                            step::<L, E, ROWS, REGISTERS>(level, state, panel, &x, index, &mut partial);
                         }
                     }
                     panel = panel.add(unrolled * E::BYTES);
@@ -194,7 +199,7 @@ where
                     }
                 }
                 for _ in 0..run % unrolled {
-                    step::<L, E, ROWS, REGISTERS>(level, state, panel, &x, 0, &mut partial[0]);
+                    step::<L, E, ROWS, REGISTERS>(level, state, panel, &x, 0, &mut partial);
                     panel = panel.add(E::BYTES);
                     for row in 0..ROWS {
                         x[row] = x[row].add(E::QUADS);
@@ -203,7 +208,7 @@ where
                 for row in 0..ROWS {
                     for register in 0..REGISTERS {
                         let mut sum = E::close(level, sums[row][register], partial[0][row][register]);
-                        for chain in 1..chains {
+                        for chain in 1..const { chains::<L, E>(ROWS * REGISTERS) } {
                             let more = E::close(level, none[row][register], partial[chain][row][register]);
                             sum = level.add_sums(sum, more);
                         }
@@ -222,19 +227,20 @@ where
 /// How many sets of so many sums a level wants.
 const fn chains<L: IntegerLevel, E: IntegerEncoding<L>>(sums: usize) -> usize {
     let wanted = L::SUMS_UNDER_WAY.div_ceil(sums);
-    if wanted < unrolled_steps::<L, E>() { wanted } else { unrolled_steps::<L, E>() }
+    let turns = unrolled_steps::<L, E>() * E::QUADS.div_ceil(2);
+    let most = if turns < MOST_CHAINS { turns } else { MOST_CHAINS };
+    if wanted < most { wanted } else { most }
 }
 
-/// Steps that are written out one after another, with constant addresses: no more than a run at AVX2, which is four of
-/// codes of 4 bits and two of 3, and no more than sixteen groups of four columns.
+/// Most sets of sums.
+const MOST_CHAINS: usize = 4;
+
+/// Steps that are written out one after another, with constant addresses: up to four, of eight groups of four columns
+/// together, which is a run of codes of 4 bits at AVX2.
 const fn unrolled_steps<L: IntegerLevel, E: IntegerEncoding<L>>() -> usize {
-    let groups = if E::RUN < 16 { E::RUN } else { 16 };
-    let steps = groups / E::QUADS;
-    if steps < UNROLLED_STEPS { steps } else { UNROLLED_STEPS }
+    const { assert!(E::RUN >= 8 && E::QUADS <= 8) };
+    if E::QUADS > 2 { 8 / E::QUADS } else { 4 }
 }
-
-/// Most of them.
-const UNROLLED_STEPS: usize = 4;
 
 /// What a run that follows `sums` starts with. A loop, because `array::map` is not compiled for the level.
 #[inline(always)]
@@ -263,7 +269,7 @@ unsafe fn step<L, E, const ROWS: usize, const REGISTERS: usize>(
     panel: *const u8,
     x: &[*const u32; ROWS],
     index: usize,
-    partial: &mut [[E::Partial; REGISTERS]; ROWS],
+    partial: &mut [[[E::Partial; REGISTERS]; ROWS]; MOST_CHAINS],
 ) where
     L: IntegerLevel,
     E: IntegerEncoding<L>,
@@ -291,28 +297,31 @@ unsafe fn step_of_register<L, E, const ROWS: usize, const REGISTERS: usize>(
     x: &[*const u32; ROWS],
     index: usize,
     register: usize,
-    partial: &mut [[E::Partial; REGISTERS]; ROWS],
+    partial: &mut [[[E::Partial; REGISTERS]; ROWS]; MOST_CHAINS],
 ) where
     L: IntegerLevel,
     E: IntegerEncoding<L>,
 {
     let at = index * E::QUADS;
+    let chains = const { chains::<L, E>(ROWS * REGISTERS) };
     // SAFETY: as the caller promises; the words of the rows of a register follow those of the registers before it.
     unsafe {
         let words = E::load(level, panel.add(index * E::BYTES + register * L::ROWS * 4));
         if E::QUADS == 1 {
-            add::<L, E, ROWS, REGISTERS, 1>(level, [E::unpack::<0>(level, state, words)], register, x, at, partial);
+            let sums = &mut partial[index % chains];
+            add::<L, E, ROWS, REGISTERS, 1>(level, [E::unpack::<0>(level, state, words)], register, x, at, sums);
             return;
         }
         // Written out, because shifts by a constant need a constant quad.
         written_out!(PAIR < E::QUADS / 2 => {
             let pair = unpack_pair::<L, E, PAIR>(level, state, words);
             let at = at + 2 * PAIR as usize;
+            let sums = &mut partial[at / 2 % chains];
             if E::IN_PAIRS {
-                add::<L, E, ROWS, REGISTERS, 2>(level, pair, register, x, at, partial);
+                add::<L, E, ROWS, REGISTERS, 2>(level, pair, register, x, at, sums);
             } else {
-                add::<L, E, ROWS, REGISTERS, 1>(level, [pair[0]], register, x, at, partial);
-                add::<L, E, ROWS, REGISTERS, 1>(level, [pair[1]], register, x, at + 1, partial);
+                add::<L, E, ROWS, REGISTERS, 1>(level, [pair[0]], register, x, at, sums);
+                add::<L, E, ROWS, REGISTERS, 1>(level, [pair[1]], register, x, at + 1, sums);
             }
         });
     }

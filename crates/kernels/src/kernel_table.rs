@@ -44,10 +44,11 @@ pub(crate) struct KernelTable {
 
 /// The table of a level: each generic body instantiated under the level's `target_feature`.
 ///
-/// `bf16` are the products in bf16, where the level has them: of few rows and of many. `queries` is how many queries attention keeps in registers,
-/// `shapes` the `(rows, panels)` of products, `strip` the fewest rows that are worth a strip and the rows and halves of a
-/// panel of its tiles. `integers` is the same for products in int8: the registers of a panel and the most rows that fit
-/// into registers, then the fewest rows of a strip and its body with the rows and registers of its tiles.
+/// `bf16` are the products in bf16, where the level has them: of few rows and of many. `queries` is how many queries
+/// attention keeps in registers, `shapes` the `(rows, panels)` of products, `strip` the fewest rows that are worth a
+/// strip and the rows and halves of a panel of its tiles. `integers` is the same for products in int8: the registers of
+/// a panel and the most rows that fit into registers, then the fewest rows of a strip and its body with the rows and
+/// registers of its tiles.
 macro_rules! kernel_table {
     (
         level: $level:ty,
@@ -299,7 +300,8 @@ macro_rules! product_shapes {
     };
 }
 
-/// An expression in which `$type` is the type of an encoding: the one list of all of them.
+/// An expression in which `$type` is the type of an encoding. Nothing else lists them, but for the two macros that it
+/// goes on with.
 macro_rules! of_encoding {
     ($encoding:expr, $type:ident => $value:expr) => {{
         use $crate::packed_matrix::PanelEncoding;

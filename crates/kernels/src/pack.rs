@@ -206,6 +206,8 @@ fn write_quantized(matrix: &QuantizedMatrix, section: &Section, panel: usize, by
         Some(_) => CodeFields::of_bytes(bits),
         None => CodeFields::of_halves(bits),
     };
+    // With its top bit flipped, a code minus its centre is a two's complement.
+    let flip = if section.integers.is_none() && matrix.code_table().is_none() { centre } else { 0 };
     let pieces = step_pieces(fields);
 
     let mut at = section.offset;
@@ -214,11 +216,11 @@ fn write_quantized(matrix: &QuantizedMatrix, section: &Section, panel: usize, by
             let start = block.start + step * step_columns;
             let count = step_columns.min(block.start + block.columns - start);
             for row in 0..LANES {
-                let mut values = [centre; CodeFields::MOST_COLUMNS];
+                let mut values = [centre ^ flip; CodeFields::MOST_COLUMNS];
                 if row < rows {
                     let codes = &matrix.codes()[(first + row) * columns..][..columns];
                     for (value, place) in values.iter_mut().zip(start..start + count) {
-                        *value = u32::from(codes[section.layout.column(place)]) + shift;
+                        *value = (u32::from(codes[section.layout.column(place)]) + shift) ^ flip;
                     }
                 }
                 let mut words = [0; CodeFields::MOST_WORDS];

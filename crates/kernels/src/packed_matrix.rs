@@ -331,11 +331,18 @@ impl PanelEncoding {
         }
     }
 
+    /// 32-bit words of a step of a row.
+    pub(crate) fn step_words(self) -> usize {
+        match self {
+            PanelEncoding::F32 => 4,
+            PanelEncoding::F16 | PanelEncoding::Bf16 => 2,
+            _ => self.code_bits().map_or(1, |bits| CodeFields::of_halves(bits).words()),
+        }
+    }
+
     /// Bytes of a step of a panel.
     pub(crate) fn step_bytes(self) -> usize {
-        let value_bytes = if self == PanelEncoding::F32 { 4 } else { 2 };
-        self.code_bits()
-            .map_or(self.step_columns() * value_bytes * LANES, |bits| CodeFields::of_halves(bits).step_bytes())
+        self.step_words() * 4 * LANES
     }
 
     /// Whether the encoded values are exact in bf16; those of a table may not be.

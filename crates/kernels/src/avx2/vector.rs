@@ -1,7 +1,6 @@
 use std::arch::x86_64::*;
 use std::marker::PhantomData;
 
-use crate::code_fields::CodeFields;
 use crate::strip::HALF;
 use crate::vector::{Half, LANES, Level, Vector};
 
@@ -285,14 +284,14 @@ impl<I: Copy> Level for Avx2<I> {
     }
 }
 
-/// The field of 2 bits at `position` minus 2: the instruction looks at the lowest two bits alone.
+/// The signed number of 2 bits at `position`: the instruction looks at the lowest two bits alone.
 #[inline(always)]
 fn looked_up(words: U32x32, position: u32) -> F32x32 {
     #[inline(always)]
     unsafe fn register(words: __m256i, position: u32) -> __m256 {
         // SAFETY: the caller has AVX2.
         unsafe {
-            let values = _mm256_setr_ps(-2.0, -1.0, 0.0, 1.0, -2.0, -1.0, 0.0, 1.0);
+            let values = _mm256_setr_ps(0.0, 1.0, -2.0, -1.0, 0.0, 1.0, -2.0, -1.0);
             _mm256_permutevar_ps(values, _mm256_srlv_epi32(words, _mm256_set1_epi32(position as i32)))
         }
     }
@@ -332,18 +331,15 @@ fn from_table(table: F32x16, words: U32x32, position: u32) -> F32x32 {
     }
 }
 
-/// The field of `BITS` bits at `position` minus `2^(BITS − 1)`: with its top bit flipped it is a signed number.
+/// The signed number of `BITS` bits at `position`.
 #[inline(always)]
 fn signed_field<const BITS: u32>(words: U32x32, position: u32) -> F32x32 {
     #[inline(always)]
     unsafe fn register<const BITS: u32>(words: __m256i, position: u32) -> __m256 {
-        // The top bits of all fields are flipped at once: one instruction for all columns of a word.
-        let top_bits = CodeFields::of_halves(BITS).top_bits();
         let up = 32u32.wrapping_sub(BITS).wrapping_sub(position) as i32;
         // SAFETY: the caller has AVX2.
         unsafe {
-            let flipped = _mm256_xor_si256(words, _mm256_set1_epi32(top_bits as i32));
-            let high = _mm256_sllv_epi32(flipped, _mm256_set1_epi32(up));
+            let high = _mm256_sllv_epi32(words, _mm256_set1_epi32(up));
             _mm256_cvtepi32_ps(_mm256_srav_epi32(high, _mm256_set1_epi32(32 - BITS as i32)))
         }
     }

@@ -1,6 +1,5 @@
 use std::arch::x86_64::*;
 
-use crate::code_fields::CodeFields;
 use crate::prefetch::{Cache, Prefetch};
 use crate::strip::HALF;
 use crate::vector::{Half, LANES, Level, Vector};
@@ -247,23 +246,23 @@ impl Level for Avx512 {
     }
 }
 
-/// Codes of so many bits have a table of bfloat16 in a register.
+/// Signed numbers of so many bits have a table of bfloat16 in a register.
 pub(super) const LOOKED_UP_BITS: u32 = 5;
 
-/// `(i mod 2^BITS) − 2^(BITS − 1)` as bfloat16, exact.
-const fn centred_codes<const BITS: u32>() -> [u16; 32] {
+/// The signed number in the lowest `BITS` bits of each index as bfloat16, exact.
+const fn signed_numbers<const BITS: u32>() -> [u16; 32] {
     let mut table = [0; 32];
     let mut i = 0;
     while i < 32 {
-        let value = (i % (1 << BITS)) as f32 - (1 << (BITS - 1)) as f32;
-        table[i] = (value.to_bits() >> 16) as u16;
+        let value = (i as i32) << (32 - BITS) >> (32 - BITS);
+        table[i] = ((value as f32).to_bits() >> 16) as u16;
         i += 1;
     }
     table
 }
 
-/// The code at bit `position` of each half word minus half its range, as bfloat16. The look-up reads five bits; the
-/// table repeats, so the bits above a code do not matter and need no mask.
+/// The signed number of `BITS` bits at `position` of each half word as bfloat16. The look-up reads five bits; the table
+/// repeats, so the bits above do not matter and need no mask.
 #[inline(always)]
 pub(super) fn looked_up<const BITS: u32>(words: U32x32, position: u32) -> U32x32 {
     #[inline(always)]
@@ -275,7 +274,7 @@ pub(super) fn looked_up<const BITS: u32>(words: U32x32, position: u32) -> U32x32
             _mm512_permutexvar_epi16(codes, table)
         }
     }
-    let table = const { &centred_codes::<BITS>() };
+    let table = const { &signed_numbers::<BITS>() };
     // SAFETY: the words come from `Avx512::load_words`.
     unsafe { U32x32(register(words.0, position, table), register(words.1, position, table)) }
 }
@@ -292,18 +291,15 @@ fn from_table(table: F32x16, words: U32x32, position: u32) -> F32x32 {
     unsafe { F32x32(register(table, words.0, position), register(table, words.1, position)) }
 }
 
-/// The field of `BITS` bits at `position` minus `2^(BITS − 1)`.
+/// The signed number of `BITS` bits at `position`.
 #[inline(always)]
-pub(super) fn signed_field<const BITS: u32>(words: U32x32, position: u32) -> F32x32 {
+fn signed_field<const BITS: u32>(words: U32x32, position: u32) -> F32x32 {
     #[inline(always)]
     unsafe fn register<const BITS: u32>(words: __m512i, position: u32) -> __m512 {
-        let up = 32u32.wrapping_sub(BITS).wrapping_sub(position);
+        let up = 32u32.wrapping_sub(BITS).wrapping_sub(position) as i32;
         // SAFETY: the caller has AVX-512.
         unsafe {
-            // With its top bit flipped it is a signed number; one instruction flips those of all columns.
-            let top_bits = CodeFields::of_halves(BITS).top_bits();
-            let flipped = _mm512_xor_si512(words, _mm512_set1_epi32(top_bits as i32));
-            let high = _mm512_sllv_epi32(flipped, _mm512_set1_epi32(up as i32));
+            let high = _mm512_sllv_epi32(words, _mm512_set1_epi32(up));
             _mm512_cvtepi32_ps(_mm512_srav_epi32(high, _mm512_set1_epi32(32 - BITS as i32)))
         }
     }

@@ -10,7 +10,8 @@ pub(crate) trait ByteProducts: Copy {
     type Partial: Copy;
     const RUN_LIMIT: usize;
     const SUMS_UNDER_WAY: usize;
-    /// Whether bytes are multiplied as signed numbers, codes minus 128. Codes of fewer bits are below 64 and fit either way.
+    /// Whether bytes are multiplied as signed numbers, codes minus 128. Codes of fewer bits are below 64 and fit either
+    /// way.
     const SIGNED: bool;
 
     /// # Safety

@@ -2,7 +2,6 @@ use std::arch::aarch64::*;
 use std::marker::PhantomData;
 
 use super::integer::Widening;
-use crate::code_fields::CodeFields;
 use crate::strip::HALF;
 use crate::vector::{Half, LANES, Level, Vector};
 
@@ -237,16 +236,13 @@ fn from_table(table: uint8x16x4_t, words: U32x32, position: u32) -> F32x32 {
     })
 }
 
-/// The field of `BITS` bits at `position` minus `2^(BITS − 1)`: with its top bit flipped it is a signed number.
+/// The signed number of `BITS` bits at `position`.
 #[inline(always)]
 fn signed_field<const BITS: u32>(words: U32x32, position: u32) -> F32x32 {
-    // The top bits of all fields are flipped at once: one instruction for all columns of a word.
-    let top_bits = CodeFields::of_halves(BITS).top_bits();
-    let up = (32 - BITS - position) as i32;
+    let up = 32u32.wrapping_sub(BITS).wrapping_sub(position) as i32;
     registers!(F32x32, |i| {
-        let flipped = vreinterpretq_s32_u32(veorq_u32(words.0[i], vdupq_n_u32(top_bits)));
         // A negative shift goes to the right. Both are constants, and so become shifts by one.
-        let high = vshlq_s32(flipped, vdupq_n_s32(up));
+        let high = vshlq_s32(vreinterpretq_s32_u32(words.0[i]), vdupq_n_s32(up));
         vcvtq_f32_s32(vshlq_s32(high, vdupq_n_s32(BITS as i32 - 32)))
     })
 }

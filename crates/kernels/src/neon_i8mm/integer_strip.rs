@@ -70,8 +70,8 @@ where
     }
 }
 
-/// Unpacks a step, eight columns after another. Steps of four columns are taken in pairs, or a last one with zeros where
-/// there is no `next`.
+/// Unpacks a step, eight columns after another. Steps of four columns are taken in pairs, or a last one with zeros
+/// where there is no `next`.
 #[inline(always)]
 unsafe fn unpack<L, E>(level: L, state: E::State, step: *const u8, next: bool, out: &mut [[u8; 8 * LANES]])
 where
@@ -79,8 +79,8 @@ where
     E: IntegerEncoding<L>,
 {
     for first in (0..LANES).step_by(L::ROWS) {
-        // SAFETY: the caller's pointer is good for a step, and the next one where there is one; an octet has room for two
-        // words of each row.
+        // SAFETY: the caller's pointer is good for a step, and for the next one where there is one; an octet has room for
+        // two words of each row.
         unsafe {
             let words = E::load(level, step.add(4 * first));
             if E::QUADS == 1 {

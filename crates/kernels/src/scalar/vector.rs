@@ -188,12 +188,11 @@ impl Level for Scalar {
     }
 }
 
-/// The field of `BITS` bits at `position` minus `2^(BITS − 1)`: with its top bit flipped it is a signed number.
+/// The signed number of `BITS` bits at `position`.
 #[inline(always)]
 fn signed_field<const BITS: u32>(words: [u32; LANES], position: u32) -> F32x32 {
-    let flip = 1u32.wrapping_shl(position + BITS - 1);
     let up = 32u32.wrapping_sub(BITS).wrapping_sub(position);
-    lanewise!(|i| ((words[i] ^ flip).wrapping_shl(up) as i32 >> (32 - BITS)) as f32)
+    lanewise!(|i| (words[i].wrapping_shl(up) as i32 >> (32 - BITS)) as f32)
 }
 
 /// Exponent and mantissa moved into place and scaled by the difference of the exponent biases; only infinities and
