@@ -6,8 +6,8 @@
 //! bandwidth and clock of shared machines drift. `kintsugi bench` shows a user the same in short.
 //!
 //! `cargo bench -p kintsugi-kernels --bench product -- [SECTION]...` with `KINTSUGI_THREADS` for the number of
-//! threads and `KINTSUGI_CPU` for a single level. Sections are `stream`, `residual`, `cached` and numbers of rows; all of
-//! them by default.
+//! threads and `KINTSUGI_CPU` for a single level. Sections are `stream`, `widths`, `residual`, `cached` and numbers of
+//! rows; all of them by default.
 #![allow(clippy::print_stdout, reason = "a bench is there to print")]
 
 use std::time::Instant;
@@ -42,6 +42,9 @@ fn main() {
     println!("{} threads, best level {}", pool.threads(), CpuLevel::best().name());
     if wanted("stream") {
         [4, 8, 2].into_iter().for_each(|bits| stream(bits, pool));
+    }
+    if wanted("widths") {
+        [1, 8, 128].into_iter().for_each(|rows| widths(rows, pool));
     }
     if wanted("residual") {
         [1, 8, 512].into_iter().for_each(|rows| residual(rows, pool));
@@ -88,6 +91,43 @@ fn stream(bits: u8, pool: &ThreadPool) {
     }
 }
 
+/// Codes of 3, 5 and 6 bits beside those of the wider panels that the same numbers would fit into: what their bytes
+/// save, and what their unpacking costs. Everything in turn, so that ratios hold on a busy machine.
+fn widths(rows: usize, pool: &ThreadPool) {
+    const WIDTHS: [(u8, u8); 3] = [(3, 4), (5, 8), (6, 8)];
+    for group in [128, 32] {
+        for precision in [Precision::F32, Precision::Fast] {
+            let sets = [3, 4, 5, 6, 8].map(|bits| {
+                let count = if rows > 64 { 1 } else { MATRICES / 2 };
+                (bits, packed(&weight(bits, group), precision, count, pool))
+            });
+            let x = matrices::activations(1, rows, SIZE);
+            let mut y = vec![0.0; rows * SIZE];
+            for level in levels() {
+                let kernels = Kernels::new(level).expect("the level is available");
+                let mut rounds: Vec<Vec<f64>> = Vec::new();
+                for _ in 0..2 * ROUNDS {
+                    rounds.push(sets.iter().map(|(_, set)| set.seconds(&kernels, &x, &mut y, pool)).collect());
+                }
+                println!("\n{} {precision:?} group {group}, {SIZE}×{SIZE}, {rows} rows", level.name());
+                let place = |bits: u8| sets.iter().position(|set| set.0 == bits).expect("every width has a matrix");
+                for (narrow, wide) in WIDTHS.map(|(narrow, wide)| (place(narrow), place(wide))) {
+                    let seconds = |set: usize| rounds.iter().map(|round| round[set]).collect::<Vec<_>>();
+                    let ratios: Vec<f64> = rounds.iter().map(|round| round[narrow] / round[wide]).collect();
+                    println!(
+                        "  int{} {:8.3} ms, int{} {:8.3} ms: median of the ratios {:.2}",
+                        sets[narrow].0,
+                        median(&seconds(narrow)) * 1e3,
+                        sets[wide].0,
+                        median(&seconds(wide)) * 1e3,
+                        median(&ratios)
+                    );
+                }
+            }
+        }
+    }
+}
+
 /// The shortest of many short products with a matrix that stays in the cache, on one thread: what the instructions
 /// take, on a machine that is not quiet too.
 fn cached() {
@@ -98,7 +138,7 @@ fn cached() {
         let best = (0..300).map(|_| ceiling.rate_of_one_call()).fold(0.0, f64::max);
         println!("  a loop of {}: {:.0} GOP/s", ceiling.instructions(), best / 1e9);
     }
-    for (bits, group) in [(4, 128), (4, 64), (4, 32), (8, 128), (2, 128)] {
+    for (bits, group) in [(4, 128), (4, 64), (4, 32), (8, 128), (2, 128), (3, 128), (5, 128), (6, 128), (3, 32)] {
         let group = GroupSize::Columns(group);
         let matrix = matrices::quantized(1, OUTPUTS, SIZE, bits, group, true, ElementType::F16, false);
         let weight = LinearWeight::plain(WeightMatrix::Quantized(matrix));

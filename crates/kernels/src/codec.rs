@@ -1,11 +1,13 @@
 use std::marker::PhantomData;
 
+use crate::code_fields::CodeFields;
+use crate::kernel_table::written_out;
 use crate::vector::{LANES, Level, Vector};
 
 /// How the columns of 32 rows lie in a panel.
 ///
 /// Columns come in pairs. In a 32-bit word of codes the lower half holds the even columns and the upper half the odd
-/// ones, lowest first: a shift of half words then leaves a pair of neighbours in place.
+/// ones, as [`CodeFields`] tells: a shift of half words then leaves a pair of neighbours in place.
 pub(crate) trait Encoding<L: Level> {
     /// Columns of a step, a multiple of 4.
     const COLUMNS: usize;
@@ -17,22 +19,18 @@ pub(crate) trait Encoding<L: Level> {
     /// The state of a job with this table of codes.
     fn state(level: L, table: &[f32; 16]) -> Self::State;
 
-    /// Columns `2·PAIR` and `2·PAIR + 1` of the step. Integer codes come centred: minus half their
-    /// range.
+    /// Columns `2·PAIR` and `2·PAIR + 1` of the step. Codes that stand for themselves are stored and come centred:
+    /// minus half their range.
     ///
     /// # Safety
     /// `step` must point to the bytes of a step.
     unsafe fn pair<const PAIR: u32>(level: L, state: Self::State, step: *const u8) -> (L::Vector, L::Vector);
 }
 
-/// Codes of 2 bits, sixteen columns per word.
-pub(crate) struct Bits2;
-/// Codes of 4 bits, eight columns per word; codes of 3 bits plus 4.
-pub(crate) struct Bits4;
+/// Codes of `BITS` bits, from which half their range is subtracted where products are in f32: two's complements.
+pub(crate) struct Bits<const BITS: u32>;
 /// Codes of 4 bits that stand for the values of a table, eight columns per word.
 pub(crate) struct Table4;
-/// Codes of 8 bits, four columns per word; narrower ones moved to the middle.
-pub(crate) struct Bits8;
 /// bfloat16, two columns per word.
 pub(crate) struct Bf16;
 /// binary16, column by column.
@@ -40,9 +38,9 @@ pub(crate) struct F16;
 /// binary32, column by column.
 pub(crate) struct F32;
 
-impl<L: Level> Encoding<L> for Bits2 {
-    const COLUMNS: usize = 16;
-    const BYTES: usize = 4 * LANES;
+impl<L: Level, const BITS: u32> Encoding<L> for Bits<BITS> {
+    const COLUMNS: usize = CodeFields::of_halves(BITS).columns();
+    const BYTES: usize = CodeFields::of_halves(BITS).step_bytes();
 
     type State = ();
 
@@ -51,30 +49,49 @@ impl<L: Level> Encoding<L> for Bits2 {
 
     #[inline(always)]
     unsafe fn pair<const PAIR: u32>(level: L, (): (), step: *const u8) -> (L::Vector, L::Vector) {
-        // SAFETY: a step is 32 words.
-        level.bits2_pair::<PAIR>(level.load_words(unsafe { &*step.cast() }))
+        // SAFETY: as the caller promises.
+        let (words, position) = unsafe { code_words::<L, BITS, PAIR>(level, step) };
+        level.field_pair::<BITS>(words, position)
     }
 }
 
-impl<L: Level> Encoding<L> for Bits4 {
-    const COLUMNS: usize = 8;
-    const BYTES: usize = 4 * LANES;
-
-    type State = ();
-
+/// Words with the codes of columns `2·PAIR` and `2·PAIR + 1` at the same position of both halves, and that position:
+/// where they are put together it is as high as can be, which at the top saves the upper half a shift.
+///
+/// # Safety
+/// `step` must point to the bytes of a step of [`Bits`].
+#[inline(always)]
+pub(crate) unsafe fn code_words<L: Level, const BITS: u32, const PAIR: u32>(
+    level: L,
+    step: *const u8,
+) -> (L::Words, u32) {
     #[inline(always)]
-    fn state(_: L, _: &[f32; 16]) {}
-
-    #[inline(always)]
-    unsafe fn pair<const PAIR: u32>(level: L, (): (), step: *const u8) -> (L::Vector, L::Vector) {
-        // SAFETY: a step is 32 words.
-        level.bits4_pair::<PAIR>(level.load_words(unsafe { &*step.cast() }))
+    unsafe fn load<L: Level>(level: L, step: *const u8, word: usize) -> L::Words {
+        // SAFETY: the caller's step has that many times 32 words.
+        level.load_words(unsafe { &*step.add(word * 4 * LANES).cast() })
+    }
+    let pieces = const { CodeFields::of_halves(BITS).pieces(PAIR as usize) };
+    let position = const { CodeFields::of_halves(BITS).pieces(PAIR as usize).least_shift() };
+    let first = pieces.get(0);
+    // SAFETY: as the caller promises.
+    unsafe {
+        let mut words = load(level, step, first.word);
+        if pieces.count() == 1 {
+            return (words, first.shift);
+        }
+        words = level.masked(words, first.shift - position, first.mask << position);
+        for index in 1..pieces.count() {
+            let piece = pieces.get(index);
+            let more = level.masked(load(level, step, piece.word), piece.shift - position, piece.mask << position);
+            words = level.or(words, more);
+        }
+        (words, position)
     }
 }
 
 impl<L: Level> Encoding<L> for Table4 {
-    const COLUMNS: usize = 8;
-    const BYTES: usize = 4 * LANES;
+    const COLUMNS: usize = CodeFields::of_halves(4).columns();
+    const BYTES: usize = CodeFields::of_halves(4).step_bytes();
     type State = L::Table;
 
     #[inline(always)]
@@ -86,22 +103,6 @@ impl<L: Level> Encoding<L> for Table4 {
     unsafe fn pair<const PAIR: u32>(level: L, table: L::Table, step: *const u8) -> (L::Vector, L::Vector) {
         // SAFETY: a step is 32 words.
         level.table4_pair::<PAIR>(table, level.load_words(unsafe { &*step.cast() }))
-    }
-}
-
-impl<L: Level> Encoding<L> for Bits8 {
-    const COLUMNS: usize = 4;
-    const BYTES: usize = 4 * LANES;
-
-    type State = ();
-
-    #[inline(always)]
-    fn state(_: L, _: &[f32; 16]) {}
-
-    #[inline(always)]
-    unsafe fn pair<const PAIR: u32>(level: L, (): (), step: *const u8) -> (L::Vector, L::Vector) {
-        // SAFETY: a step is 32 words.
-        level.bits8_pair::<PAIR>(level.load_words(unsafe { &*step.cast() }))
     }
 }
 
@@ -207,21 +208,11 @@ impl<L: Level, E: Encoding<L>> Codec for F32Products<L, E> {
         x: [*const u32; ROWS],
         sums: &mut [[L::Vector; PANELS]; ROWS],
     ) {
-        // SAFETY: as the caller promises. Written out, because shifts by a constant need a constant pair.
-        unsafe {
-            multiply::<L, E, 0, ROWS, PANELS>(level, state, panels, x, sums);
-            multiply::<L, E, 1, ROWS, PANELS>(level, state, panels, x, sums);
-            if E::COLUMNS > 4 {
-                multiply::<L, E, 2, ROWS, PANELS>(level, state, panels, x, sums);
-                multiply::<L, E, 3, ROWS, PANELS>(level, state, panels, x, sums);
-            }
-            if E::COLUMNS > 8 {
-                multiply::<L, E, 4, ROWS, PANELS>(level, state, panels, x, sums);
-                multiply::<L, E, 5, ROWS, PANELS>(level, state, panels, x, sums);
-                multiply::<L, E, 6, ROWS, PANELS>(level, state, panels, x, sums);
-                multiply::<L, E, 7, ROWS, PANELS>(level, state, panels, x, sums);
-            }
-        }
+        // Written out, because shifts by a constant need a constant pair.
+        written_out!(PAIR < E::COLUMNS / 2 => {
+            // SAFETY: as the caller promises.
+            unsafe { multiply::<L, E, PAIR, ROWS, PANELS>(level, state, panels, x, sums) }
+        });
     }
 }
 

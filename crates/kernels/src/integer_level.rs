@@ -31,8 +31,10 @@ pub(crate) trait IntegerLevel: Level {
     /// # Safety
     /// `out` must have room for a word of each row.
     unsafe fn store_codes(self, codes: Self::Codes, out: *mut u8);
-    /// The field of `BITS` bits at `FIELD · BITS` of each byte.
-    fn fields<const BITS: u32, const FIELD: u32>(self, words: Self::Codes) -> Self::Codes;
+    /// Each byte shifted to the right by `shift`, and of it the bits of `mask` alone. Those that come from another byte
+    /// must not be among them.
+    fn masked_bytes(self, words: Self::Codes, shift: u32, mask: u8) -> Self::Codes;
+    fn or_bytes(self, a: Self::Codes, b: Self::Codes) -> Self::Codes;
     /// Codes of 8 bits, centred as [`multiply_bytes`](Self::multiply_bytes) takes them.
     fn bytes(self, words: Self::Codes) -> Self::Codes;
     /// What codes of 4 bits stand for, in a register.
@@ -44,7 +46,7 @@ pub(crate) trait IntegerLevel: Level {
     fn add_sums(self, a: Self::Sums, b: Self::Sums) -> Self::Sums;
     /// What a run that follows `sums` starts with.
     fn open(self, sums: Self::Sums) -> Self::Partial;
-    /// The products of unsigned codes up to 15 with four columns of x.
+    /// The products of unsigned codes up to 63 with four columns of x.
     fn multiply_fields(self, partial: Self::Partial, codes: Self::Codes, x: u32) -> Self::Partial;
     /// `sums` and the run that was opened with them.
     fn close(self, sums: Self::Sums, partial: Self::Partial) -> Self::Sums;

@@ -2,6 +2,7 @@ use crate::grid_parameters::{BlockGrid, GridParameters};
 use crate::integer_encoding::IntegerEncoding;
 use crate::integer_level::IntegerLevel;
 use crate::integer_strip::AccumulateIntegerStrip;
+use crate::kernel_table::written_out;
 use crate::packed_input::QuantizedBlock;
 use crate::packed_matrix::PanelEncoding;
 use crate::vector::{LANES, Vector};
@@ -37,7 +38,8 @@ pub(crate) struct IntegerJob<'a> {
 
 /// The functions of a level for products in int8.
 pub(crate) struct IntegerProducts {
-    /// From so many rows on, codes are unpacked into a strip; fewer take passes of up to `most_rows` over a panel.
+    /// From so many rows on, codes that a shift and a mask unpack go to a strip; fewer take passes of up to `most_rows`
+    /// over a panel.
     pub(crate) least_strip_rows: usize,
     /// Most rows that fit into registers.
     pub(crate) most_rows: usize,
@@ -49,6 +51,13 @@ pub(crate) struct IntegerProducts {
     pub(crate) accumulate_strip: fn(PanelEncoding) -> AccumulateIntegerStrip,
     /// What is to be subtracted from the codes of a strip.
     pub(crate) centre: fn(PanelEncoding) -> i32,
+}
+
+impl IntegerProducts {
+    /// From so many rows on, codes are unpacked into a strip. What takes several words to unpack is not unpacked twice.
+    pub(crate) fn least_strip_rows(&self, encoding: PanelEncoding) -> usize {
+        if encoding.step_words() > 1 { self.least_strip_rows.min(self.most_rows + 1) } else { self.least_strip_rows }
+    }
 }
 
 /// How some rows of x are rounded in a block. Read where they are needed: a level broadcasts from memory for nothing.
@@ -137,8 +146,8 @@ impl BlockArrays {
 
 /// The body of [`IntegerProducts::accumulate`] for `ROWS` rows of x and a panel of `REGISTERS` registers.
 ///
-/// Steps take turns between up to four sets of sums, which are added up at the end of a run: with few rows, a single set
-/// would be one long chain of additions.
+/// Pairs of groups of four columns take turns between up to four sets of sums, which are added up at the end of a run:
+/// with few rows, a single set would be one long chain of additions.
 ///
 /// # Safety
 /// See [`AccumulateIntegers`].
@@ -171,30 +180,27 @@ where
             while left > 0 {
                 let run = left.min(E::RUN / E::QUADS);
                 let none = [[level.splat_sum(0); REGISTERS]; ROWS];
-                let mut partial = [open::<L, E, ROWS, REGISTERS>(level, &none); UNROLLED_STEPS];
+                let mut partial = [open::<L, E, ROWS, REGISTERS>(level, &none); MOST_CHAINS];
                 partial[0] = open::<L, E, ROWS, REGISTERS>(level, &sums);
-                for _ in 0..run / UNROLLED_STEPS {
-                    L::PREFETCH.ahead_of(panel, UNROLLED_STEPS * 4 * LANES);
-                    let chains = const { chains::<L>(ROWS * REGISTERS) };
+                let unrolled = const { unrolled_steps::<L, E>() };
+                for _ in 0..run / unrolled {
                     if L::WRITTEN_OUT {
-                        step::<L, E, ROWS, REGISTERS>(level, state, panel, &x, 0, &mut partial[0]);
-                        step::<L, E, ROWS, REGISTERS>(level, state, panel, &x, 1, &mut partial[1 % chains]);
-                        step::<L, E, ROWS, REGISTERS>(level, state, panel, &x, 2, &mut partial[2 % chains]);
-                        step::<L, E, ROWS, REGISTERS>(level, state, panel, &x, 3, &mut partial[3 % chains]);
+                        written_out!(INDEX < const { unrolled_steps::<L, E>() } => {
+                            step::<L, E, ROWS, REGISTERS>(level, state, panel, &x, INDEX as usize, &mut partial);
+                        });
                     } else {
-                        for index in 0..UNROLLED_STEPS {
-                            let sums = &mut partial[index % chains];
-                            step::<L, E, ROWS, REGISTERS>(level, state, panel, &x, index, sums);
+                        for index in 0..unrolled {
+                            step::<L, E, ROWS, REGISTERS>(level, state, panel, &x, index, &mut partial);
                         }
                     }
-                    panel = panel.add(UNROLLED_STEPS * 4 * LANES);
+                    panel = panel.add(unrolled * E::BYTES);
                     for row in 0..ROWS {
-                        x[row] = x[row].add(UNROLLED_STEPS * E::QUADS);
+                        x[row] = x[row].add(unrolled * E::QUADS);
                     }
                 }
-                for _ in 0..run % UNROLLED_STEPS {
-                    step::<L, E, ROWS, REGISTERS>(level, state, panel, &x, 0, &mut partial[0]);
-                    panel = panel.add(4 * LANES);
+                for _ in 0..run % unrolled {
+                    step::<L, E, ROWS, REGISTERS>(level, state, panel, &x, 0, &mut partial);
+                    panel = panel.add(E::BYTES);
                     for row in 0..ROWS {
                         x[row] = x[row].add(E::QUADS);
                     }
@@ -202,7 +208,7 @@ where
                 for row in 0..ROWS {
                     for register in 0..REGISTERS {
                         let mut sum = E::close(level, sums[row][register], partial[0][row][register]);
-                        for chain in 1..chains::<L>(ROWS * REGISTERS) {
+                        for chain in 1..const { chains::<L, E>(ROWS * REGISTERS) } {
                             let more = E::close(level, none[row][register], partial[chain][row][register]);
                             sum = level.add_sums(sum, more);
                         }
@@ -219,13 +225,22 @@ where
 }
 
 /// How many sets of so many sums a level wants.
-const fn chains<L: IntegerLevel>(sums: usize) -> usize {
+const fn chains<L: IntegerLevel, E: IntegerEncoding<L>>(sums: usize) -> usize {
     let wanted = L::SUMS_UNDER_WAY.div_ceil(sums);
-    if wanted < UNROLLED_STEPS { wanted } else { UNROLLED_STEPS }
+    let turns = unrolled_steps::<L, E>() * E::QUADS.div_ceil(2);
+    let most = if turns < MOST_CHAINS { turns } else { MOST_CHAINS };
+    if wanted < most { wanted } else { most }
 }
 
-/// Steps that are written out one after another, with constant addresses: a run of 4-bit codes at AVX2.
-const UNROLLED_STEPS: usize = 4;
+/// Most sets of sums.
+const MOST_CHAINS: usize = 4;
+
+/// Steps that are written out one after another, with constant addresses: up to four, of eight groups of four columns
+/// together, which is a run of codes of 4 bits at AVX2.
+const fn unrolled_steps<L: IntegerLevel, E: IntegerEncoding<L>>() -> usize {
+    const { assert!(E::RUN >= 8 && E::QUADS <= 8) };
+    if E::QUADS > 2 { 8 / E::QUADS } else { 4 }
+}
 
 /// What a run that follows `sums` starts with. A loop, because `array::map` is not compiled for the level.
 #[inline(always)]
@@ -254,19 +269,18 @@ unsafe fn step<L, E, const ROWS: usize, const REGISTERS: usize>(
     panel: *const u8,
     x: &[*const u32; ROWS],
     index: usize,
-    partial: &mut [[E::Partial; REGISTERS]; ROWS],
+    partial: &mut [[[E::Partial; REGISTERS]; ROWS]; MOST_CHAINS],
 ) where
     L: IntegerLevel,
     E: IntegerEncoding<L>,
 {
+    L::PREFETCH.ahead_of(panel.wrapping_add(index * E::BYTES), E::BYTES);
     // SAFETY: the caller's pointers are good for one step.
     unsafe {
         if L::WRITTEN_OUT {
-            const { assert!(!L::WRITTEN_OUT || REGISTERS == 4) };
-            step_of_register::<L, E, ROWS, REGISTERS>(level, state, panel, x, index, 0, partial);
-            step_of_register::<L, E, ROWS, REGISTERS>(level, state, panel, x, index, 1, partial);
-            step_of_register::<L, E, ROWS, REGISTERS>(level, state, panel, x, index, 2, partial);
-            step_of_register::<L, E, ROWS, REGISTERS>(level, state, panel, x, index, 3, partial);
+            written_out!(REGISTER < REGISTERS => {
+                step_of_register::<L, E, ROWS, REGISTERS>(level, state, panel, x, index, REGISTER as usize, partial);
+            });
         } else {
             for register in 0..REGISTERS {
                 step_of_register::<L, E, ROWS, REGISTERS>(level, state, panel, x, index, register, partial);
@@ -283,32 +297,57 @@ unsafe fn step_of_register<L, E, const ROWS: usize, const REGISTERS: usize>(
     x: &[*const u32; ROWS],
     index: usize,
     register: usize,
-    partial: &mut [[E::Partial; REGISTERS]; ROWS],
+    partial: &mut [[[E::Partial; REGISTERS]; ROWS]; MOST_CHAINS],
 ) where
     L: IntegerLevel,
     E: IntegerEncoding<L>,
 {
-    // SAFETY: as the caller promises. Written out, because shifts by a constant need a constant quad.
+    let at = index * E::QUADS;
+    let chains = const { chains::<L, E>(ROWS * REGISTERS) };
+    // SAFETY: as the caller promises; the words of the rows of a register follow those of the registers before it.
     unsafe {
-        let words = level.load_codes(panel.add((index * LANES + register * L::ROWS) * 4));
-        let at = index * E::QUADS;
-        add::<L, E, ROWS, REGISTERS>(level, E::unpack::<0>(level, state, words), register, x, at, partial);
-        if E::QUADS > 1 {
-            add::<L, E, ROWS, REGISTERS>(level, E::unpack::<1>(level, state, words), register, x, at + 1, partial);
+        let words = E::load(level, panel.add(index * E::BYTES + register * L::ROWS * 4));
+        if E::QUADS == 1 {
+            let sums = &mut partial[index % chains];
+            add::<L, E, ROWS, REGISTERS, 1>(level, [E::unpack::<0>(level, state, words)], register, x, at, sums);
+            return;
         }
-        if E::QUADS > 2 {
-            add::<L, E, ROWS, REGISTERS>(level, E::unpack::<2>(level, state, words), register, x, at + 2, partial);
-            add::<L, E, ROWS, REGISTERS>(level, E::unpack::<3>(level, state, words), register, x, at + 3, partial);
-        }
+        // Written out, because shifts by a constant need a constant quad.
+        written_out!(PAIR < E::QUADS / 2 => {
+            let pair = unpack_pair::<L, E, PAIR>(level, state, words);
+            let at = at + 2 * PAIR as usize;
+            let sums = &mut partial[at / 2 % chains];
+            if E::IN_PAIRS {
+                add::<L, E, ROWS, REGISTERS, 2>(level, pair, register, x, at, sums);
+            } else {
+                add::<L, E, ROWS, REGISTERS, 1>(level, [pair[0]], register, x, at, sums);
+                add::<L, E, ROWS, REGISTERS, 1>(level, [pair[1]], register, x, at + 1, sums);
+            }
+        });
     }
 }
 
-/// Adds the products of four columns of one register, those at `at` from `x` on. No closure, because those are not
-/// always compiled for the level.
+/// Two groups of four columns, `2·PAIR` and `2·PAIR + 1`.
 #[inline(always)]
-unsafe fn add<L, E, const ROWS: usize, const REGISTERS: usize>(
+pub(crate) fn unpack_pair<L, E, const PAIR: u32>(level: L, state: E::State, words: E::Words) -> [L::Codes; 2]
+where
+    L: IntegerLevel,
+    E: IntegerEncoding<L>,
+{
+    match PAIR {
+        0 => [E::unpack::<0>(level, state, words), E::unpack::<1>(level, state, words)],
+        1 => [E::unpack::<2>(level, state, words), E::unpack::<3>(level, state, words)],
+        2 => [E::unpack::<4>(level, state, words), E::unpack::<5>(level, state, words)],
+        _ => [E::unpack::<6>(level, state, words), E::unpack::<7>(level, state, words)],
+    }
+}
+
+/// Adds the products of some groups of four columns of one register, those at `at` from `x` on. No closure, because
+/// those are not always compiled for the level.
+#[inline(always)]
+unsafe fn add<L, E, const ROWS: usize, const REGISTERS: usize, const QUADS: usize>(
     level: L,
-    codes: L::Codes,
+    codes: [L::Codes; QUADS],
     register: usize,
     x: &[*const u32; ROWS],
     at: usize,
@@ -318,8 +357,11 @@ unsafe fn add<L, E, const ROWS: usize, const REGISTERS: usize>(
     E: IntegerEncoding<L>,
 {
     for row in 0..ROWS {
-        // SAFETY: the caller's pointers are good for these columns.
-        let x = unsafe { *x[row].add(at) };
-        partial[row][register] = E::multiply(level, partial[row][register], codes, x);
+        let mut of_row = [0; QUADS];
+        for quad in 0..QUADS {
+            // SAFETY: the caller's pointers are good for these columns.
+            of_row[quad] = unsafe { *x[row].add(at + quad) };
+        }
+        partial[row][register] = E::multiply::<QUADS>(level, partial[row][register], codes, of_row);
     }
 }

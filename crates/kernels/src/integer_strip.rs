@@ -1,7 +1,8 @@
 use crate::grid_parameters::GridParameters;
 use crate::integer_encoding::IntegerEncoding;
 use crate::integer_level::IntegerLevel;
-use crate::integer_product::{BlockArrays, BlockRows, open};
+use crate::integer_product::{BlockArrays, BlockRows, open, unpack_pair};
+use crate::kernel_table::written_out;
 use crate::packed_matrix::ColumnLayout;
 use crate::prefetch::prefetch;
 use crate::tiled_input::TileBlock;
@@ -64,11 +65,11 @@ where
             let quads = steps as usize * E::QUADS;
             for step in strip.0[..quads].chunks_exact_mut(E::QUADS) {
                 unpack::<L, E>(level, state, panel, step);
-                panel = panel.add(4 * LANES);
+                panel = panel.add(E::BYTES);
             }
             let grid = job.grid.load(level, panel).map(Vector::to_array);
             panel = panel.add(job.grid.bytes());
-            prefetch::<true>(panel, steps as usize * 4 * LANES);
+            prefetch::<true>(panel, steps as usize * E::BYTES);
             let block_words = (quads + TileBlock::INTEGER_WORDS) * ROWS;
             for tile in 0..tiles {
                 let start = tile * job.rows / tiles;
@@ -113,15 +114,16 @@ where
     for first in (0..4 * LANES).step_by(4 * L::ROWS) {
         // SAFETY: the caller's pointer is good for one step, and each quad has room for a word of every row.
         unsafe {
-            let words = level.load_codes(panel.add(first));
-            level.store_codes(E::unpack::<0>(level, state, words), out[0][first..].as_mut_ptr());
-            if E::QUADS > 1 {
-                level.store_codes(E::unpack::<1>(level, state, words), out[1][first..].as_mut_ptr());
+            let words = E::load(level, panel.add(first));
+            if E::QUADS == 1 {
+                level.store_codes(E::unpack::<0>(level, state, words), out[0][first..].as_mut_ptr());
+                continue;
             }
-            if E::QUADS > 2 {
-                level.store_codes(E::unpack::<2>(level, state, words), out[2][first..].as_mut_ptr());
-                level.store_codes(E::unpack::<3>(level, state, words), out[3][first..].as_mut_ptr());
-            }
+            written_out!(PAIR < E::QUADS / 2 => {
+                let pair = unpack_pair::<L, E, PAIR>(level, state, words);
+                level.store_codes(pair[0], out[2 * PAIR as usize][first..].as_mut_ptr());
+                level.store_codes(pair[1], out[2 * PAIR as usize + 1][first..].as_mut_ptr());
+            });
         }
     }
 }
@@ -195,14 +197,37 @@ impl TileJob<'_> {
                     let at = x.offset_from(self.x) as usize;
                     prefetch::<true>(self.next.wrapping_add(at).cast(), UNROLLED_QUADS * TILE * 4);
                 }
-                for index in 0..UNROLLED_QUADS {
-                    self.add_quad::<L, E, ROWS, REGISTERS>(level, &quads[index], x.add(index * TILE), &mut partial);
+                if E::IN_PAIRS {
+                    for (index, pair) in quads.as_chunks::<2>().0.iter().enumerate() {
+                        self.add_quads::<L, E, ROWS, REGISTERS, TILE, 2>(
+                            level,
+                            pair,
+                            x.add(2 * index * TILE),
+                            &mut partial,
+                        );
+                    }
+                } else {
+                    for (index, quad) in quads.as_chunks::<1>().0.iter().enumerate() {
+                        self.add_quads::<L, E, ROWS, REGISTERS, TILE, 1>(
+                            level,
+                            quad,
+                            x.add(index * TILE),
+                            &mut partial,
+                        );
+                    }
                 }
                 x = x.add(UNROLLED_QUADS * TILE);
             }
-            for codes in rest {
-                self.add_quad::<L, E, ROWS, REGISTERS>(level, codes, x, &mut partial);
-                x = x.add(TILE);
+            if E::IN_PAIRS {
+                for pair in rest.as_chunks::<2>().0 {
+                    self.add_quads::<L, E, ROWS, REGISTERS, TILE, 2>(level, pair, x, &mut partial);
+                    x = x.add(2 * TILE);
+                }
+            } else {
+                for quad in rest.as_chunks::<1>().0 {
+                    self.add_quads::<L, E, ROWS, REGISTERS, TILE, 1>(level, quad, x, &mut partial);
+                    x = x.add(TILE);
+                }
             }
             for row in 0..ROWS {
                 for register in 0..REGISTERS {
@@ -212,32 +237,38 @@ impl TileJob<'_> {
         }
     }
 
-    /// Adds the products of four columns, `x` of each row.
+    /// Adds the products of some groups of four columns, `x` of each row.
     ///
     /// # Safety
-    /// `x` must reach every row.
+    /// `x` must reach every row of each group.
     #[inline(always)]
-    unsafe fn add_quad<L, E, const ROWS: usize, const REGISTERS: usize>(
+    unsafe fn add_quads<L, E, const ROWS: usize, const REGISTERS: usize, const TILE: usize, const QUADS: usize>(
         &self,
         level: L,
-        codes: &[u8; 4 * LANES],
+        codes: &[[u8; 4 * LANES]; QUADS],
         x: *const u32,
         partial: &mut [[E::Partial; REGISTERS]; ROWS],
     ) where
         L: IntegerLevel,
         E: IntegerEncoding<L>,
     {
-        // SAFETY: as the caller promises; the codes are a word of each of the 32 rows.
+        // SAFETY: as the caller promises; each of the codes is a word of each of the 32 rows.
         unsafe {
-            let codes = codes.as_ptr().add(4 * self.first);
-            let mut registers = [level.load_codes(codes); REGISTERS];
-            for register in 1..REGISTERS {
-                registers[register] = level.load_codes(codes.add(4 * register * L::ROWS));
+            let mut registers = [[level.load_codes(codes[0].as_ptr()); QUADS]; REGISTERS];
+            for register in 0..REGISTERS {
+                for quad in 0..QUADS {
+                    let first = self.first + register * L::ROWS;
+                    registers[register][quad] = level.load_codes(codes[quad].as_ptr().add(4 * first));
+                }
             }
             for row in 0..ROWS {
-                let x = *x.add(row);
+                let mut of_row = [0; QUADS];
+                for quad in 0..QUADS {
+                    of_row[quad] = *x.add(quad * TILE + row);
+                }
                 for register in 0..REGISTERS {
-                    partial[row][register] = E::multiply(level, partial[row][register], registers[register], x);
+                    partial[row][register] =
+                        E::multiply::<QUADS>(level, partial[row][register], registers[register], of_row);
                 }
             }
         }

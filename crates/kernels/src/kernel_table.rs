@@ -5,7 +5,7 @@ use crate::integer_product::IntegerProducts;
 use crate::norm::LayerNorm;
 use crate::packed_input::QuantizedBlock;
 use crate::packed_matrix::{Arithmetic, ColumnLayout, PanelEncoding};
-use crate::strip::StripProducts;
+use crate::strip::{AccumulateStrip, StripProducts};
 
 /// The functions of one CPU level.
 ///
@@ -44,15 +44,16 @@ pub(crate) struct KernelTable {
 
 /// The table of a level: each generic body instantiated under the level's `target_feature`.
 ///
-/// `bf16` are the products in bf16: of few rows and of many. `queries` is how many queries attention keeps in registers,
-/// `shapes` the `(rows, panels)` of products, `strip` the fewest rows that are worth a strip and the rows and halves of a
-/// panel of its tiles. `integers` is the same for products in int8: the registers of a panel and the most rows that fit
-/// into registers, then the fewest rows of a strip and its body with the rows and registers of its tiles.
+/// `bf16` are the products in bf16, where the level has them: of few rows and of many. `queries` is how many queries
+/// attention keeps in registers, `shapes` the `(rows, panels)` of products, `strip` the fewest rows that are worth a
+/// strip and the rows and halves of a panel of its tiles. `integers` is the same for products in int8: the registers of
+/// a panel and the most rows that fit into registers, then the fewest rows of a strip and its body with the rows and
+/// registers of its tiles.
 macro_rules! kernel_table {
     (
         level: $level:ty,
         $(features: $features:literal,)?
-        bf16: ($bf16:path, $bf16_strip:path),
+        $(bf16: ($bf16:path, $bf16_strip:path),)?
         tile_rows: $tile_rows:literal,
         few_row_panels: $panels:literal,
         queries: $queries:literal,
@@ -98,18 +99,16 @@ macro_rules! kernel_table {
             rows: usize,
             panels: usize,
         ) -> $crate::accumulate::Accumulate {
-            use $crate::codec::{self, F32Products};
-            use $crate::packed_matrix::{Arithmetic, PanelEncoding};
-            match (arithmetic, encoding) {
-                (Arithmetic::Int8, _) => unreachable!("products in int8 are `accumulate_integers`"),
-                (Arithmetic::Bf16, _) => $bf16(encoding, rows, panels),
-                (Arithmetic::F32, PanelEncoding::Bits2) => f32_products::<F32Products<$level, codec::Bits2>>(rows, panels),
-                (Arithmetic::F32, PanelEncoding::Bits4) => f32_products::<F32Products<$level, codec::Bits4>>(rows, panels),
-                (Arithmetic::F32, PanelEncoding::Table4) => f32_products::<F32Products<$level, codec::Table4>>(rows, panels),
-                (Arithmetic::F32, PanelEncoding::Bits8) => f32_products::<F32Products<$level, codec::Bits8>>(rows, panels),
-                (Arithmetic::F32, PanelEncoding::F32) => f32_products::<F32Products<$level, codec::F32>>(rows, panels),
-                (Arithmetic::F32, PanelEncoding::F16) => f32_products::<F32Products<$level, codec::F16>>(rows, panels),
-                (Arithmetic::F32, PanelEncoding::Bf16) => f32_products::<F32Products<$level, codec::Bf16>>(rows, panels),
+            use $crate::codec::F32Products;
+            use $crate::packed_matrix::Arithmetic;
+            match arithmetic {
+                Arithmetic::Int8 => unreachable!("products in int8 are `accumulate_integers`"),
+                Arithmetic::Bf16 => {
+                    $crate::kernel_table::given_or!($crate::kernel_table::no_bf16, $($bf16)?)(encoding, rows, panels)
+                }
+                Arithmetic::F32 => $crate::kernel_table::of_encoding!(encoding, E => {
+                    f32_products::<F32Products<$level, E>>(rows, panels)
+                }),
             }
         }
 
@@ -117,35 +116,25 @@ macro_rules! kernel_table {
             encoding: $crate::packed_matrix::PanelEncoding,
             arithmetic: $crate::packed_matrix::Arithmetic,
         ) -> $crate::strip::AccumulateStrip {
-            use $crate::codec;
-            use $crate::packed_matrix::{Arithmetic, PanelEncoding};
+            use $crate::codec::Encoding;
+            use $crate::packed_matrix::Arithmetic;
             $(#[target_feature(enable = $features)])?
-            unsafe fn product<E: codec::Encoding<$level>>(job: &$crate::strip::StripJob<'_>) {
+            unsafe fn product<E: Encoding<$level>>(job: &$crate::strip::StripJob<'_>) {
                 // SAFETY: the caller has the level and a sound job.
                 unsafe { $crate::strip::accumulate_strip::<$level, E, { $strip_rows }, $strip_halves>(job) }
             }
             if arithmetic == Arithmetic::Bf16 {
-                return $bf16_strip(encoding);
+                return $crate::kernel_table::given_or!($crate::kernel_table::no_bf16_strip, $($bf16_strip)?)(encoding);
             }
-            match encoding {
-                PanelEncoding::Bits2 => product::<codec::Bits2>,
-                PanelEncoding::Bits4 => product::<codec::Bits4>,
-                PanelEncoding::Table4 => product::<codec::Table4>,
-                PanelEncoding::Bits8 => product::<codec::Bits8>,
-                PanelEncoding::F32 => product::<codec::F32>,
-                PanelEncoding::F16 => product::<codec::F16>,
-                PanelEncoding::Bf16 => product::<codec::Bf16>,
-            }
+            $crate::kernel_table::of_encoding!(encoding, E => product::<E>)
         }
 
         fn accumulate_integers(
             encoding: $crate::packed_matrix::PanelEncoding,
             rows: usize,
         ) -> $crate::integer_product::AccumulateIntegers {
-            use $crate::codec;
             use $crate::integer_encoding::IntegerEncoding;
             use $crate::integer_product::{AccumulateIntegers, IntegerJob, accumulate};
-            use $crate::packed_matrix::PanelEncoding;
             $(#[target_feature(enable = $features)])?
             unsafe fn product<E: IntegerEncoding<$level>, const ROWS: usize>(job: &IntegerJob<'_>) {
                 // SAFETY: the caller has the level and a sound job.
@@ -157,53 +146,25 @@ macro_rules! kernel_table {
                     _ => unreachable!("no product of {rows} rows"),
                 }
             }
-            match encoding {
-                PanelEncoding::Bits2 => of_rows::<codec::Bits2>(rows),
-                PanelEncoding::Bits4 => of_rows::<codec::Bits4>(rows),
-                PanelEncoding::Table4 => of_rows::<codec::Table4>(rows),
-                PanelEncoding::Bits8 => of_rows::<codec::Bits8>(rows),
-                PanelEncoding::F32 | PanelEncoding::F16 | PanelEncoding::Bf16 => {
-                    unreachable!("{encoding:?} has no products in int8")
-                }
-            }
+            $crate::kernel_table::of_integer_encoding!(encoding, E => of_rows::<E>(rows))
         }
 
         fn accumulate_integer_strip(
             encoding: $crate::packed_matrix::PanelEncoding,
         ) -> $crate::integer_strip::AccumulateIntegerStrip {
-            use $crate::codec;
             use $crate::integer_encoding::IntegerEncoding;
             use $crate::integer_strip::IntegerStripJob;
-            use $crate::packed_matrix::PanelEncoding;
             $(#[target_feature(enable = $features)])?
             unsafe fn product<E: IntegerEncoding<$level>>(job: &IntegerStripJob<'_>) {
                 // SAFETY: the caller has the level and a sound job.
                 unsafe { $integer_strip::<$level, E, $tile, $tile_registers>(job) }
             }
-            match encoding {
-                PanelEncoding::Bits2 => product::<codec::Bits2>,
-                PanelEncoding::Bits4 => product::<codec::Bits4>,
-                PanelEncoding::Table4 => product::<codec::Table4>,
-                PanelEncoding::Bits8 => product::<codec::Bits8>,
-                PanelEncoding::F32 | PanelEncoding::F16 | PanelEncoding::Bf16 => {
-                    unreachable!("{encoding:?} has no products in int8")
-                }
-            }
+            $crate::kernel_table::of_integer_encoding!(encoding, E => product::<E>)
         }
 
         fn integer_centre(encoding: $crate::packed_matrix::PanelEncoding) -> i32 {
-            use $crate::codec;
             use $crate::integer_encoding::IntegerEncoding;
-            use $crate::packed_matrix::PanelEncoding;
-            match encoding {
-                PanelEncoding::Bits2 => <codec::Bits2 as IntegerEncoding<$level>>::CENTRE,
-                PanelEncoding::Bits4 => <codec::Bits4 as IntegerEncoding<$level>>::CENTRE,
-                PanelEncoding::Table4 => <codec::Table4 as IntegerEncoding<$level>>::CENTRE,
-                PanelEncoding::Bits8 => <codec::Bits8 as IntegerEncoding<$level>>::CENTRE,
-                PanelEncoding::F32 | PanelEncoding::F16 | PanelEncoding::Bf16 => {
-                    unreachable!("{encoding:?} has no products in int8")
-                }
-            }
+            $crate::kernel_table::of_integer_encoding!(encoding, E => <E as IntegerEncoding<$level>>::CENTRE)
         }
 
         $crate::kernel_table::product_shapes!(f32_products, $($features,)? [$($shape)+]);
@@ -339,4 +300,91 @@ macro_rules! product_shapes {
     };
 }
 
-pub(crate) use {kernel_table, product_shapes};
+/// An expression in which `$type` is the type of an encoding. Nothing else lists them, but for the two macros that it
+/// goes on with.
+macro_rules! of_encoding {
+    ($encoding:expr, $type:ident => $value:expr) => {{
+        use $crate::packed_matrix::PanelEncoding;
+        match $encoding {
+            PanelEncoding::F32 => {
+                type $type = $crate::codec::F32;
+                $value
+            }
+            PanelEncoding::F16 => {
+                type $type = $crate::codec::F16;
+                $value
+            }
+            PanelEncoding::Bf16 => {
+                type $type = $crate::codec::Bf16;
+                $value
+            }
+            codes => $crate::kernel_table::of_integer_encoding!(codes, $type => $value),
+        }
+    }};
+}
+
+/// The same for encodings of codes, which have products in int8 where codes stand for integers.
+macro_rules! of_integer_encoding {
+    ($encoding:expr, $type:ident => $value:expr) => {{
+        use $crate::packed_matrix::PanelEncoding;
+        match $encoding {
+            PanelEncoding::Table4 => {
+                type $type = $crate::codec::Table4;
+                $value
+            }
+            codes => $crate::kernel_table::of_width!(codes, $type => $value),
+        }
+    }};
+}
+
+/// The same for encodings of codes that stand for themselves.
+macro_rules! of_width {
+    ($encoding:expr, $type:ident => $value:expr) => {
+        $crate::kernel_table::of_width!(@ $encoding, $type, $value, Bits2 2, Bits3 3, Bits4 4, Bits5 5, Bits6 6, Bits8 8)
+    };
+    (@ $encoding:expr, $type:ident, $value:expr, $($variant:ident $bits:literal),+) => {
+        match $encoding {
+            $($crate::packed_matrix::PanelEncoding::$variant => {
+                type $type = $crate::codec::Bits<$bits>;
+                $value
+            })+
+            other => unreachable!("{other:?} has no codes of its own"),
+        }
+    };
+}
+
+/// A block that is written out for every value of a constant below a limit.
+macro_rules! written_out {
+    ($index:ident < $limit:expr => $body:block) => {
+        $crate::kernel_table::written_out!(@ $index $limit, $body, 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15)
+    };
+    (@ $index:ident $limit:expr, $body:block, $($value:literal)+) => {
+        const { assert!($limit <= [$($value),+].len()) };
+        $(if $value < $limit {
+            const $index: u32 = $value;
+            $body
+        })+
+    };
+}
+
+/// The second path, or the first where there is none.
+macro_rules! given_or {
+    ($default:path,) => {
+        $default
+    };
+    ($default:path, $given:path) => {
+        $given
+    };
+}
+
+/// What levels without products in bf16 have in their place.
+pub(crate) fn no_bf16(_: PanelEncoding, _: usize, _: usize) -> Accumulate {
+    unreachable!("this level has no bf16 products")
+}
+
+/// See [`no_bf16`].
+pub(crate) fn no_bf16_strip(_: PanelEncoding) -> AccumulateStrip {
+    unreachable!("this level has no bf16 products")
+}
+
+pub(crate) use {given_or, kernel_table, of_encoding, of_integer_encoding, of_width, product_shapes, written_out};

@@ -16,6 +16,7 @@ mod avx2;
 mod avx512;
 #[cfg(target_arch = "x86_64")]
 mod avxvnni;
+mod code_fields;
 mod codec;
 mod grid_parameters;
 mod integer_encoding;

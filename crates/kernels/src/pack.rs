@@ -7,6 +7,7 @@ use kintsugi_weights::{
 
 use crate::Precision;
 use crate::aligned_bytes::AlignedBytes;
+use crate::code_fields::{CodeFields, Piece};
 use crate::grid_parameters::{GridOrigin, GridParameters};
 use crate::packed_matrix::{ColumnLayout, Compensation, IntegerCodes, PackedMatrix, PanelEncoding, Section};
 use crate::vector::LANES;
@@ -116,19 +117,20 @@ fn dense_section(matrix: &DenseMatrix, offset: usize) -> Section {
 }
 
 fn quantized_section(matrix: &QuantizedMatrix, precision: Precision, offset: usize) -> Section {
-    let encoding = match matrix.code_table() {
-        Some(_) => PanelEncoding::Table4,
-        None => PanelEncoding::of_bits(matrix.bits()),
-    };
     let integers = if precision == Precision::Fast { IntegerCodes::of(matrix.code_table()) } else { None };
     let layout = ColumnLayout::grouped(
         matrix.columns(),
         matrix.groups(),
-        encoding.step_columns(),
+        PanelEncoding::Table4.step_columns(),
         if integers.is_some() { ColumnLayout::INTEGER_BLOCK_COLUMNS } else { ColumnLayout::BLOCK_COLUMNS },
         |column| matrix.group_of(column),
         matrix.group_index().is_some(),
     );
+    let encoding = match matrix.code_table() {
+        Some(_) => PanelEncoding::Table4,
+        None => smallest_encoding(matrix.bits(), &layout),
+    };
+    let layout = layout.in_steps_of(encoding.step_columns());
     // A scale that its declared type does not hold exactly (NaN among them) is kept as it is.
     let declared = matrix.scale_type();
     let exact = matrix.scales().iter().all(|&scale| declared.round(scale) == scale);
@@ -140,6 +142,16 @@ fn quantized_section(matrix: &QuantizedMatrix, precision: Precision, offset: usi
     };
     let table = matrix.code_table().copied().unwrap_or(CodeTable::FP4);
     Section { encoding, layout, grid: Some(GridParameters { scale_type, origin }), table, integers, offset }
+}
+
+/// The encoding of integer codes that takes the fewest bytes, and of those the fewest columns. A step of 3 bits is 32
+/// columns: in blocks of 16, such as Q3_K has, it would be padded to 6 bits a code, and steps of 4 bits are smaller.
+fn smallest_encoding(bits: u8, layout: &ColumnLayout) -> PanelEncoding {
+    let size = |encoding: &PanelEncoding| {
+        let steps = layout.steps_of(encoding.step_columns());
+        (steps * encoding.step_bytes(), steps * encoding.step_columns())
+    };
+    PanelEncoding::of_bits(bits).min_by_key(size).unwrap_or(PanelEncoding::Bits8)
 }
 
 /// Writes the rows of a panel.
@@ -190,12 +202,13 @@ fn write_quantized(matrix: &QuantizedMatrix, section: &Section, panel: usize, by
     let centre = 1u32 << (bits - 1);
     // Codes of fewer bits move to the middle of the range, so that their centre is the same.
     let shift = centre - (1 << (matrix.bits() - 1));
-    let place = |column: u32| match section.integers {
-        Some(_) => column % 4 * 8 + column / 4 * bits,
-        None => column % 2 * 16 + column / 2 * bits,
+    let fields = match section.integers {
+        Some(_) => CodeFields::of_bytes(bits),
+        None => CodeFields::of_halves(bits),
     };
-    let shifts: Vec<u32> = (0..step_columns as u32).map(place).collect();
-    let padding: u32 = shifts.iter().map(|shift| centre << shift).sum();
+    // With its top bit flipped, a code minus its centre is a two's complement.
+    let flip = if section.integers.is_none() && matrix.code_table().is_none() { centre } else { 0 };
+    let pieces = step_pieces(fields);
 
     let mut at = section.offset;
     for (block, &steps) in section.layout.blocks.iter().zip(&section.layout.steps) {
@@ -203,17 +216,22 @@ fn write_quantized(matrix: &QuantizedMatrix, section: &Section, panel: usize, by
             let start = block.start + step * step_columns;
             let count = step_columns.min(block.start + block.columns - start);
             for row in 0..LANES {
-                let mut word = padding;
+                let mut values = [centre ^ flip; CodeFields::MOST_COLUMNS];
                 if row < rows {
                     let codes = &matrix.codes()[(first + row) * columns..][..columns];
-                    for (place, &position) in (start..start + count).zip(&shifts) {
-                        let code = u32::from(codes[section.layout.column(place)]) + shift;
-                        word ^= (code ^ centre) << position;
+                    for (value, place) in values.iter_mut().zip(start..start + count) {
+                        *value = (u32::from(codes[section.layout.column(place)]) + shift) ^ flip;
                     }
                 }
-                bytes[at + row * 4..][..4].copy_from_slice(&word.to_le_bytes());
+                let mut words = [0; CodeFields::MOST_WORDS];
+                for &(column, unit_shift, piece) in &pieces {
+                    words[piece.word] |= (values[column] & piece.mask) << (piece.shift + unit_shift);
+                }
+                for (word, value) in words[..fields.words()].iter().enumerate() {
+                    bytes[at + (word * LANES + row) * 4..][..4].copy_from_slice(&value.to_le_bytes());
+                }
             }
-            at += 4 * LANES;
+            at += fields.step_bytes();
         }
         for row in 0..rows {
             let scale = matrix.scales()[(first + row) * groups + block.group];
@@ -245,6 +263,17 @@ fn write_quantized(matrix: &QuantizedMatrix, section: &Section, panel: usize, by
         }
         at += LANES * grid.origin.bytes();
     }
+}
+
+/// The pieces of the codes of a step: the column of each, and how far its unit is from the lowest of the word.
+fn step_pieces(fields: CodeFields) -> Vec<(usize, u32, Piece)> {
+    let mut list = Vec::new();
+    for column in 0..fields.columns() {
+        let pieces = fields.pieces(column / fields.units());
+        let unit_shift = (column % fields.units()) as u32 * fields.unit_bits();
+        list.extend((0..pieces.count()).map(|index| (column, unit_shift, pieces.get(index))));
+    }
+    list
 }
 
 fn mismatch(message: String) -> Error {

@@ -4,6 +4,7 @@ use kintsugi_weights::{CodeTable, ElementType};
 
 use crate::Precision;
 use crate::aligned_bytes::AlignedBytes;
+use crate::code_fields::CodeFields;
 use crate::grid_parameters::GridParameters;
 use crate::vector::LANES;
 
@@ -87,9 +88,12 @@ pub(crate) struct ColumnBlock {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum PanelEncoding {
     Bits2,
+    Bits3,
     Bits4,
-    Table4,
+    Bits5,
+    Bits6,
     Bits8,
+    Table4,
     F32,
     F16,
     Bf16,
@@ -221,6 +225,18 @@ impl ColumnLayout {
         layout
     }
 
+    /// The same blocks in steps of another length.
+    pub(crate) fn in_steps_of(mut self, step_columns: usize) -> Self {
+        self.step_columns = step_columns;
+        self.steps = self.blocks.iter().map(|block| block.columns.div_ceil(step_columns) as u32).collect();
+        self
+    }
+
+    /// How many steps of so many columns the blocks take.
+    pub(crate) fn steps_of(&self, step_columns: usize) -> usize {
+        self.blocks.iter().map(|block| block.columns.div_ceil(step_columns)).sum()
+    }
+
     fn push_group(&mut self, start: usize, columns: usize, group: usize, block_columns: usize) {
         for first in (0..columns).step_by(block_columns) {
             let columns = (columns - first).min(block_columns);
@@ -280,13 +296,12 @@ impl IntegerCodes {
 }
 
 impl PanelEncoding {
-    /// The encoding of integer codes of that many bits. Codes of 3 bits are kept in 4, those of 5 and 6 in 8.
-    pub(crate) fn of_bits(bits: u8) -> Self {
-        match bits {
-            2 => PanelEncoding::Bits2,
-            3 | 4 => PanelEncoding::Bits4,
-            _ => PanelEncoding::Bits8,
-        }
+    /// The encodings of integer codes, narrowest first.
+    const INTEGERS: [Self; 6] = [Self::Bits2, Self::Bits3, Self::Bits4, Self::Bits5, Self::Bits6, Self::Bits8];
+
+    /// The encodings that hold integer codes of that many bits, narrowest first.
+    pub(crate) fn of_bits(bits: u8) -> impl Iterator<Item = Self> {
+        Self::INTEGERS.into_iter().filter(move |encoding| encoding.code_bits() >= Some(u32::from(bits)))
     }
 
     /// The encoding of plain floats.
@@ -300,33 +315,34 @@ impl PanelEncoding {
 
     /// Columns of a step.
     pub(crate) fn step_columns(self) -> usize {
-        match self {
-            PanelEncoding::Bits2 => 16,
-            PanelEncoding::Bits4 | PanelEncoding::Table4 => 8,
-            PanelEncoding::Bits8 | PanelEncoding::F32 | PanelEncoding::F16 | PanelEncoding::Bf16 => 4,
-        }
+        self.code_bits().map_or(4, |bits| CodeFields::of_halves(bits).columns())
     }
 
     /// Bits of a column of a row; `None` for floats.
     pub(crate) fn code_bits(self) -> Option<u32> {
         match self {
             PanelEncoding::Bits2 => Some(2),
+            PanelEncoding::Bits3 => Some(3),
             PanelEncoding::Bits4 | PanelEncoding::Table4 => Some(4),
+            PanelEncoding::Bits5 => Some(5),
+            PanelEncoding::Bits6 => Some(6),
             PanelEncoding::Bits8 => Some(8),
             PanelEncoding::F32 | PanelEncoding::F16 | PanelEncoding::Bf16 => None,
         }
     }
 
-    /// Bytes of a step of a panel.
-    pub(crate) fn step_bytes(self) -> usize {
-        let column_bytes = match self {
+    /// 32-bit words of a step of a row.
+    pub(crate) fn step_words(self) -> usize {
+        match self {
             PanelEncoding::F32 => 4,
             PanelEncoding::F16 | PanelEncoding::Bf16 => 2,
-            PanelEncoding::Bits2 | PanelEncoding::Bits4 | PanelEncoding::Table4 | PanelEncoding::Bits8 => {
-                return 4 * LANES;
-            }
-        };
-        self.step_columns() * column_bytes * LANES
+            _ => self.code_bits().map_or(1, |bits| CodeFields::of_halves(bits).words()),
+        }
+    }
+
+    /// Bytes of a step of a panel.
+    pub(crate) fn step_bytes(self) -> usize {
+        self.step_words() * 4 * LANES
     }
 
     /// Whether the encoded values are exact in bf16; those of a table may not be.
@@ -338,7 +354,8 @@ impl PanelEncoding {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::codec::{self, Encoding};
+    use crate::codec::Encoding;
+    use crate::kernel_table::of_encoding;
     use crate::scalar::Scalar;
 
     fn check<E: Encoding<Scalar>>(encoding: PanelEncoding) {
@@ -347,13 +364,12 @@ mod tests {
 
     #[test]
     fn the_packer_and_the_kernels_agree_about_steps() {
-        check::<codec::Bits2>(PanelEncoding::Bits2);
-        check::<codec::Bits4>(PanelEncoding::Bits4);
-        check::<codec::Table4>(PanelEncoding::Table4);
-        check::<codec::Bits8>(PanelEncoding::Bits8);
-        check::<codec::F32>(PanelEncoding::F32);
-        check::<codec::F16>(PanelEncoding::F16);
-        check::<codec::Bf16>(PanelEncoding::Bf16);
+        for encoding in [PanelEncoding::F32, PanelEncoding::F16, PanelEncoding::Bf16, PanelEncoding::Table4] {
+            of_encoding!(encoding, E => check::<E>(encoding));
+        }
+        for encoding in PanelEncoding::INTEGERS {
+            of_encoding!(encoding, E => check::<E>(encoding));
+        }
     }
 
     #[test]

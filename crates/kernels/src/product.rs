@@ -183,7 +183,7 @@ impl Input {
     ) -> Self {
         let table = kernels.table();
         let (least, tile_rows) = match arithmetic {
-            Arithmetic::Int8 => (table.integers.least_strip_rows, table.integers.tile_rows),
+            Arithmetic::Int8 => (table.integers.least_strip_rows(section.encoding), table.integers.tile_rows),
             Arithmetic::F32 | Arithmetic::Bf16 if panels < LEAST_TILED_PANELS => (usize::MAX, 0),
             Arithmetic::F32 | Arithmetic::Bf16 => (table.strip.least_rows, table.strip.tile_rows),
         };

@@ -1,5 +1,6 @@
 use crate::codec::Encoding;
 use crate::grid_parameters::{BlockGrid, GridParameters};
+use crate::kernel_table::written_out;
 use crate::packed_matrix::{Arithmetic, ColumnLayout, PanelEncoding};
 use crate::tiled_input::TileBlock;
 use crate::vector::{Half, LANES, Level, Vector};
@@ -105,21 +106,11 @@ pub(crate) unsafe fn accumulate_strip<L: Level, E: Encoding<L>, const ROWS: usiz
 /// Unpacks the columns of a step.
 #[inline(always)]
 unsafe fn unpack<L: Level, E: Encoding<L>>(level: L, state: E::State, step: *const u8, out: &mut [[f32; LANES]]) {
-    // SAFETY: the caller's pointer is good for one step. Written out, because shifts need a constant pair.
-    unsafe {
-        unpack_pair::<L, E, 0>(level, state, step, out);
-        unpack_pair::<L, E, 1>(level, state, step, out);
-        if E::COLUMNS > 4 {
-            unpack_pair::<L, E, 2>(level, state, step, out);
-            unpack_pair::<L, E, 3>(level, state, step, out);
-        }
-        if E::COLUMNS > 8 {
-            unpack_pair::<L, E, 4>(level, state, step, out);
-            unpack_pair::<L, E, 5>(level, state, step, out);
-            unpack_pair::<L, E, 6>(level, state, step, out);
-            unpack_pair::<L, E, 7>(level, state, step, out);
-        }
-    }
+    // Written out, because shifts need a constant pair.
+    written_out!(PAIR < E::COLUMNS / 2 => {
+        // SAFETY: the caller's pointer is good for one step.
+        unsafe { unpack_pair::<L, E, PAIR>(level, state, step, out) }
+    });
 }
 
 #[inline(always)]

@@ -84,15 +84,15 @@ pub(crate) trait Level: Copy {
     fn f32s(self, words: Self::Words) -> Self::Vector;
     /// The lower and the upper half of each word as bfloat16.
     fn bf16_pair(self, words: Self::Words) -> (Self::Vector, Self::Vector);
-    /// Columns `2·PAIR` and `2·PAIR + 1` of words of sixteen 2-bit codes, minus 2.
-    fn bits2_pair<const PAIR: u32>(self, words: Self::Words) -> (Self::Vector, Self::Vector);
-    /// Columns `2·PAIR` and `2·PAIR + 1` of words of eight 4-bit codes, minus 8.
-    fn bits4_pair<const PAIR: u32>(self, words: Self::Words) -> (Self::Vector, Self::Vector);
+    /// Both halves of each word shifted to the right by `shift`, and of them the bits of `mask` alone. Those that come
+    /// from the other half must not be among them.
+    fn masked(self, words: Self::Words, shift: u32, mask: u32) -> Self::Words;
+    fn or(self, a: Self::Words, b: Self::Words) -> Self::Words;
+    /// The signed numbers of `BITS` bits at `position` of the lower and the upper half of each word.
+    fn field_pair<const BITS: u32>(self, words: Self::Words, position: u32) -> (Self::Vector, Self::Vector);
     fn table(self, values: &[f32; 16]) -> Self::Table;
     /// Columns `2·PAIR` and `2·PAIR + 1` of words of eight 4-bit codes, looked up.
     fn table4_pair<const PAIR: u32>(self, table: Self::Table, words: Self::Words) -> (Self::Vector, Self::Vector);
-    /// Columns `2·PAIR` and `2·PAIR + 1` of words of four 8-bit codes, minus 128.
-    fn bits8_pair<const PAIR: u32>(self, words: Self::Words) -> (Self::Vector, Self::Vector);
 }
 
 /// Folds halves onto each other: 32, 16, 8, 4, 2, 1.

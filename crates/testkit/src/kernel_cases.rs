@@ -411,13 +411,16 @@ const fn reordered(bits: u8, group_size: usize, symmetric: bool, scale_type: Ele
 }
 
 /// One of each kind of encoding and of arithmetic.
-const FORMATS: [Format; 11] = [
+const FORMATS: [Format; 14] = [
     Format::Dense(F32),
     Format::Dense(F16),
     Format::Dense(BF16),
     integer(2, GroupSize::Columns(64), true, F16),
     integer(3, GroupSize::Columns(32), false, BF16),
+    integer(3, GroupSize::WholeRow, true, F16),
     integer(4, GroupSize::Columns(32), false, F16),
+    integer(5, GroupSize::Columns(64), true, F16),
+    integer(6, GroupSize::Columns(128), false, BF16),
     integer(8, GroupSize::WholeRow, false, F32),
     on_grid(4, 32, Grid::Offsets, F32),
     on_grid(6, 16, Grid::Symmetric, F32),
@@ -441,7 +444,7 @@ pub fn kernel_cases() -> Vec<KernelCase> {
                 turn += 1;
             }
         }
-        for (group_size, symmetric) in [(32, false), (128, true)] {
+        for (group_size, symmetric) in [(32, false), (32, true), (64, false), (128, true), (256, false)] {
             cases.push(KernelCase::new(33, 257, reordered(bits, group_size, symmetric, F16)).low_rank(5, BF16));
         }
         // Groups that are not whole steps of a panel.
@@ -496,7 +499,10 @@ pub fn coded_factor_cases() -> Vec<KernelCase> {
     let mains = [
         Format::Dense(BF16),
         integer(2, GroupSize::Columns(64), true, F16),
+        integer(3, GroupSize::Columns(64), false, F16),
         integer(4, GroupSize::Columns(128), false, BF16),
+        integer(5, GroupSize::Columns(32), false, F16),
+        integer(6, GroupSize::Columns(128), true, BF16),
         integer(8, GroupSize::Columns(32), true, F32),
     ];
     let shapes = [(33, 257), (100, 100), (1, 65), (65, 300), (31, 129)];

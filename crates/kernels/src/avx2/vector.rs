@@ -232,13 +232,45 @@ impl<I: Copy> Level for Avx2<I> {
     }
 
     #[inline(always)]
-    fn bits2_pair<const PAIR: u32>(self, words: U32x32) -> (F32x32, F32x32) {
-        (looked_up(words, 2 * PAIR), looked_up(words, 16 + 2 * PAIR))
+    fn masked(self, words: U32x32, shift: u32, mask: u32) -> U32x32 {
+        #[inline(always)]
+        unsafe fn register(words: __m256i, shift: u32, mask: u32) -> __m256i {
+            // SAFETY: the caller has AVX2.
+            unsafe {
+                let shifted = _mm256_srlv_epi32(words, _mm256_set1_epi32(shift as i32));
+                _mm256_and_si256(shifted, _mm256_set1_epi32((mask * 0x0001_0001) as i32))
+            }
+        }
+        // SAFETY: `Avx2` exists only where the CPU has the instructions.
+        unsafe {
+            U32x32(
+                register(words.0, shift, mask),
+                register(words.1, shift, mask),
+                register(words.2, shift, mask),
+                register(words.3, shift, mask),
+            )
+        }
     }
 
     #[inline(always)]
-    fn bits4_pair<const PAIR: u32>(self, words: U32x32) -> (F32x32, F32x32) {
-        (signed_field::<4>(words, 4 * PAIR), signed_field::<4>(words, 16 + 4 * PAIR))
+    fn or(self, a: U32x32, b: U32x32) -> U32x32 {
+        // SAFETY: as in `masked`.
+        unsafe {
+            U32x32(
+                _mm256_or_si256(a.0, b.0),
+                _mm256_or_si256(a.1, b.1),
+                _mm256_or_si256(a.2, b.2),
+                _mm256_or_si256(a.3, b.3),
+            )
+        }
+    }
+
+    #[inline(always)]
+    fn field_pair<const BITS: u32>(self, words: U32x32, position: u32) -> (F32x32, F32x32) {
+        if BITS == 2 {
+            return (looked_up(words, position), looked_up(words, 16 + position));
+        }
+        (signed_field::<BITS>(words, position), signed_field::<BITS>(words, 16 + position))
     }
 
     #[inline(always)]
@@ -250,21 +282,16 @@ impl<I: Copy> Level for Avx2<I> {
     fn table4_pair<const PAIR: u32>(self, table: F32x16, words: U32x32) -> (F32x32, F32x32) {
         (from_table(table, words, 4 * PAIR), from_table(table, words, 16 + 4 * PAIR))
     }
-
-    #[inline(always)]
-    fn bits8_pair<const PAIR: u32>(self, words: U32x32) -> (F32x32, F32x32) {
-        (signed_field::<8>(words, 8 * PAIR), signed_field::<8>(words, 16 + 8 * PAIR))
-    }
 }
 
-/// The field of 2 bits at `position` minus 2: the instruction looks at the lowest two bits alone.
+/// The signed number of 2 bits at `position`: the instruction looks at the lowest two bits alone.
 #[inline(always)]
 fn looked_up(words: U32x32, position: u32) -> F32x32 {
     #[inline(always)]
     unsafe fn register(words: __m256i, position: u32) -> __m256 {
         // SAFETY: the caller has AVX2.
         unsafe {
-            let values = _mm256_setr_ps(-2.0, -1.0, 0.0, 1.0, -2.0, -1.0, 0.0, 1.0);
+            let values = _mm256_setr_ps(0.0, 1.0, -2.0, -1.0, 0.0, 1.0, -2.0, -1.0);
             _mm256_permutevar_ps(values, _mm256_srlv_epi32(words, _mm256_set1_epi32(position as i32)))
         }
     }
@@ -304,18 +331,15 @@ fn from_table(table: F32x16, words: U32x32, position: u32) -> F32x32 {
     }
 }
 
-/// The field of `BITS` bits at `position` minus `2^(BITS − 1)`: with its top bit flipped it is a signed number.
+/// The signed number of `BITS` bits at `position`.
 #[inline(always)]
 fn signed_field<const BITS: u32>(words: U32x32, position: u32) -> F32x32 {
     #[inline(always)]
     unsafe fn register<const BITS: u32>(words: __m256i, position: u32) -> __m256 {
-        // The top bits of all fields are flipped at once: one instruction for all columns of a word.
-        let top_bits = (u32::MAX / ((1 << BITS) - 1)) << (BITS - 1);
         let up = 32u32.wrapping_sub(BITS).wrapping_sub(position) as i32;
         // SAFETY: the caller has AVX2.
         unsafe {
-            let flipped = _mm256_xor_si256(words, _mm256_set1_epi32(top_bits as i32));
-            let high = _mm256_sllv_epi32(flipped, _mm256_set1_epi32(up));
+            let high = _mm256_sllv_epi32(words, _mm256_set1_epi32(up));
             _mm256_cvtepi32_ps(_mm256_srav_epi32(high, _mm256_set1_epi32(32 - BITS as i32)))
         }
     }

@@ -1,8 +1,9 @@
 use std::arch::x86_64::*;
 use std::marker::PhantomData;
 
-use super::vector::{Avx512, BITS2_AS_BF16, BITS4_AS_BF16, F32x32, U32x32, looked_up, signed_byte};
-use crate::codec::{Bf16, Bits2, Bits4, Bits8, Codec, Encoding};
+use super::vector::{Avx512, F32x32, LOOKED_UP_BITS, U32x32, looked_up};
+use crate::codec::{Bf16, Bits, Codec, Encoding, code_words};
+use crate::kernel_table::written_out;
 use crate::vector::{LANES, Level};
 
 /// Products of bf16 pairs (`vdpbf16ps`): codes and bf16 weights are exact in bf16, x is rounded to it.
@@ -36,21 +37,10 @@ impl<E: Bf16Encoding> Codec for Bf16Products<E> {
         x: [*const u32; ROWS],
         sums: &mut [[F32x32; PANELS]; ROWS],
     ) {
-        // SAFETY: the caller's pointers are good for one step, and this CPU has AVX512_BF16.
-        unsafe {
-            multiply::<E, 0, ROWS, PANELS>(level, panels, x, sums);
-            multiply::<E, 1, ROWS, PANELS>(level, panels, x, sums);
-            if E::COLUMNS > 4 {
-                multiply::<E, 2, ROWS, PANELS>(level, panels, x, sums);
-                multiply::<E, 3, ROWS, PANELS>(level, panels, x, sums);
-            }
-            if E::COLUMNS > 8 {
-                multiply::<E, 4, ROWS, PANELS>(level, panels, x, sums);
-                multiply::<E, 5, ROWS, PANELS>(level, panels, x, sums);
-                multiply::<E, 6, ROWS, PANELS>(level, panels, x, sums);
-                multiply::<E, 7, ROWS, PANELS>(level, panels, x, sums);
-            }
-        }
+        written_out!(PAIR < E::COLUMNS / 2 => {
+            // SAFETY: the caller's pointers are good for one step, and this CPU has AVX512_BF16.
+            unsafe { multiply::<E, PAIR, ROWS, PANELS>(level, panels, x, sums) }
+        });
     }
 }
 
@@ -81,29 +71,7 @@ pub(super) fn as_bf16(words: __m512i) -> __m512bh {
     unsafe { std::mem::transmute(words) }
 }
 
-#[inline(always)]
-unsafe fn load(level: Avx512, step: *const u8, index: u32) -> U32x32 {
-    // SAFETY: the caller's step holds that many times 32 words.
-    level.load_words(unsafe { &*step.add(4 * LANES * index as usize).cast() })
-}
-
-impl Bf16Encoding for Bits2 {
-    #[inline(always)]
-    unsafe fn words<const PAIR: u32>(level: Avx512, step: *const u8) -> U32x32 {
-        // SAFETY: as the caller promises.
-        looked_up(unsafe { load(level, step, 0) }, 2 * PAIR, BITS2_AS_BF16)
-    }
-}
-
-impl Bf16Encoding for Bits4 {
-    #[inline(always)]
-    unsafe fn words<const PAIR: u32>(level: Avx512, step: *const u8) -> U32x32 {
-        // SAFETY: as the caller promises.
-        looked_up(unsafe { load(level, step, 0) }, 4 * PAIR, BITS4_AS_BF16)
-    }
-}
-
-impl Bf16Encoding for Bits8 {
+impl<const BITS: u32> Bf16Encoding for Bits<BITS> {
     #[inline(always)]
     unsafe fn words<const PAIR: u32>(level: Avx512, step: *const u8) -> U32x32 {
         #[inline(always)]
@@ -113,8 +81,11 @@ impl Bf16Encoding for Bits8 {
         }
         // SAFETY: as the caller promises.
         unsafe {
-            let words = load(level, step, 0);
-            let (even, odd) = (signed_byte(words, 8 * PAIR), signed_byte(words, 16 + 8 * PAIR));
+            let (words, position) = code_words::<Avx512, BITS, PAIR>(level, step);
+            if BITS <= LOOKED_UP_BITS {
+                return looked_up::<BITS>(words, position);
+            }
+            let (even, odd) = level.field_pair::<BITS>(words, position);
             U32x32(register(even.0, odd.0), register(even.1, odd.1))
         }
     }
@@ -123,7 +94,7 @@ impl Bf16Encoding for Bits8 {
 impl Bf16Encoding for Bf16 {
     #[inline(always)]
     unsafe fn words<const PAIR: u32>(level: Avx512, step: *const u8) -> U32x32 {
-        // SAFETY: as the caller promises.
-        unsafe { load(level, step, PAIR) }
+        // SAFETY: the caller's step has two pairs of columns.
+        level.load_words(unsafe { &*step.add(4 * LANES * PAIR as usize).cast() })
     }
 }

@@ -3,6 +3,7 @@ use std::arch::x86_64::*;
 use super::bf16_codec::{Bf16Encoding, as_bf16};
 use super::vector::{Avx512, F32x16, U32x32};
 use crate::grid_parameters::{BlockGrid, GridParameters};
+use crate::kernel_table::written_out;
 use crate::packed_matrix::ColumnLayout;
 use crate::strip::{StripJob, add_block};
 use crate::tiled_input::TileBlock;
@@ -68,21 +69,11 @@ pub(super) unsafe fn accumulate_strip<E: Bf16Encoding>(job: &StripJob<'_>) {
 /// Unpacks the pairs of a step.
 #[inline(always)]
 unsafe fn unpack<E: Bf16Encoding>(level: Avx512, step: *const u8, out: &mut [[u32; LANES]]) {
-    // SAFETY: the caller's pointer is good for one step. Written out, because shifts need a constant pair.
-    unsafe {
-        unpack_pair::<E, 0>(level, step, out);
-        unpack_pair::<E, 1>(level, step, out);
-        if E::COLUMNS > 4 {
-            unpack_pair::<E, 2>(level, step, out);
-            unpack_pair::<E, 3>(level, step, out);
-        }
-        if E::COLUMNS > 8 {
-            unpack_pair::<E, 4>(level, step, out);
-            unpack_pair::<E, 5>(level, step, out);
-            unpack_pair::<E, 6>(level, step, out);
-            unpack_pair::<E, 7>(level, step, out);
-        }
-    }
+    // Written out, because shifts need a constant pair.
+    written_out!(PAIR < E::COLUMNS / 2 => {
+        // SAFETY: the caller's pointer is good for one step.
+        unsafe { unpack_pair::<E, PAIR>(level, step, out) }
+    });
 }
 
 #[inline(always)]

@@ -2,9 +2,9 @@ use super::bf16_codec::{Bf16Encoding, Bf16Products};
 use super::bf16_strip::{TILE_ROWS, accumulate_strip as accumulate_bf16_strip};
 use super::vector::Avx512;
 use crate::accumulate::Accumulate;
-use crate::codec::{Bf16, Bits2, Bits4, Bits8};
+use crate::codec::Bf16;
 use crate::integer_strip::accumulate_strip as integer_strip;
-use crate::kernel_table::{kernel_table, product_shapes};
+use crate::kernel_table::{kernel_table, of_width, product_shapes};
 use crate::packed_matrix::PanelEncoding;
 use crate::strip::{AccumulateStrip, StripJob};
 
@@ -26,16 +26,24 @@ product_shapes!(
     [(1, 2)(1, 1)(2, 2)(2, 1)(3, 1)(4, 1)(5, 1)(6, 1)(7, 1)(8, 1)]
 );
 
-fn bf16(encoding: PanelEncoding, rows: usize, panels: usize) -> Accumulate {
-    match encoding {
-        PanelEncoding::Bits2 => bf16_products::<Bf16Products<Bits2>>(rows, panels),
-        PanelEncoding::Bits4 => bf16_products::<Bf16Products<Bits4>>(rows, panels),
-        PanelEncoding::Bits8 => bf16_products::<Bf16Products<Bits8>>(rows, panels),
-        PanelEncoding::Bf16 => bf16_products::<Bf16Products<Bf16>>(rows, panels),
-        PanelEncoding::Table4 | PanelEncoding::F32 | PanelEncoding::F16 => {
-            unreachable!("{encoding:?} has no bf16 products")
+/// An expression in which `$type` is the type of an encoding whose values are exact in bf16.
+macro_rules! of_bf16_encoding {
+    ($encoding:expr, $type:ident => $value:expr) => {
+        match $encoding {
+            PanelEncoding::Bf16 => {
+                type $type = Bf16;
+                $value
+            }
+            PanelEncoding::Table4 | PanelEncoding::F32 | PanelEncoding::F16 => {
+                unreachable!("{:?} has no bf16 products", $encoding)
+            }
+            integers => of_width!(integers, $type => $value),
         }
-    }
+    };
+}
+
+fn bf16(encoding: PanelEncoding, rows: usize, panels: usize) -> Accumulate {
+    of_bf16_encoding!(encoding, E => bf16_products::<Bf16Products<E>>(rows, panels))
 }
 
 fn bf16_strip(encoding: PanelEncoding) -> AccumulateStrip {
@@ -44,13 +52,5 @@ fn bf16_strip(encoding: PanelEncoding) -> AccumulateStrip {
         // SAFETY: the caller has the level and a sound job.
         unsafe { accumulate_bf16_strip::<E>(job) }
     }
-    match encoding {
-        PanelEncoding::Bits2 => product::<Bits2>,
-        PanelEncoding::Bits4 => product::<Bits4>,
-        PanelEncoding::Bits8 => product::<Bits8>,
-        PanelEncoding::Bf16 => product::<Bf16>,
-        PanelEncoding::Table4 | PanelEncoding::F32 | PanelEncoding::F16 => {
-            unreachable!("{encoding:?} has no bf16 products")
-        }
-    }
+    of_bf16_encoding!(encoding, E => product::<E>)
 }

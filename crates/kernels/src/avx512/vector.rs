@@ -208,13 +208,31 @@ impl Level for Avx512 {
     }
 
     #[inline(always)]
-    fn bits2_pair<const PAIR: u32>(self, words: U32x32) -> (F32x32, F32x32) {
-        self.bf16_pair(looked_up(words, 2 * PAIR, BITS2_AS_BF16))
+    fn masked(self, words: U32x32, shift: u32, mask: u32) -> U32x32 {
+        #[inline(always)]
+        unsafe fn register(words: __m512i, shift: u32, mask: u32) -> __m512i {
+            // SAFETY: the caller has AVX-512.
+            unsafe {
+                let shifted = _mm512_srlv_epi32(words, _mm512_set1_epi32(shift as i32));
+                _mm512_and_si512(shifted, _mm512_set1_epi32((mask * 0x0001_0001) as i32))
+            }
+        }
+        // SAFETY: `Avx512` exists only where the CPU has the instructions.
+        unsafe { U32x32(register(words.0, shift, mask), register(words.1, shift, mask)) }
     }
 
     #[inline(always)]
-    fn bits4_pair<const PAIR: u32>(self, words: U32x32) -> (F32x32, F32x32) {
-        self.bf16_pair(looked_up(words, 4 * PAIR, BITS4_AS_BF16))
+    fn or(self, a: U32x32, b: U32x32) -> U32x32 {
+        // SAFETY: as in `masked`.
+        unsafe { U32x32(_mm512_or_si512(a.0, b.0), _mm512_or_si512(a.1, b.1)) }
+    }
+
+    #[inline(always)]
+    fn field_pair<const BITS: u32>(self, words: U32x32, position: u32) -> (F32x32, F32x32) {
+        if BITS <= LOOKED_UP_BITS {
+            return self.bf16_pair(looked_up::<BITS>(words, position));
+        }
+        (signed_field::<BITS>(words, position), signed_field::<BITS>(words, 16 + position))
     }
 
     #[inline(always)]
@@ -226,35 +244,29 @@ impl Level for Avx512 {
     fn table4_pair<const PAIR: u32>(self, table: F32x16, words: U32x32) -> (F32x32, F32x32) {
         (from_table(table, words, 4 * PAIR), from_table(table, words, 16 + 4 * PAIR))
     }
-
-    #[inline(always)]
-    fn bits8_pair<const PAIR: u32>(self, words: U32x32) -> (F32x32, F32x32) {
-        (signed_byte(words, 8 * PAIR), signed_byte(words, 16 + 8 * PAIR))
-    }
 }
 
-/// `(i mod 4) − 2` as bfloat16, exact.
-pub(super) const BITS2_AS_BF16: [u16; 32] = centred_codes(4);
-/// `(i mod 16) − 8` as bfloat16, exact.
-pub(super) const BITS4_AS_BF16: [u16; 32] = centred_codes(16);
+/// Signed numbers of so many bits have a table of bfloat16 in a register.
+pub(super) const LOOKED_UP_BITS: u32 = 5;
 
-const fn centred_codes(count: usize) -> [u16; 32] {
+/// The signed number in the lowest `BITS` bits of each index as bfloat16, exact.
+const fn signed_numbers<const BITS: u32>() -> [u16; 32] {
     let mut table = [0; 32];
     let mut i = 0;
     while i < 32 {
-        let value = (i % count) as f32 - (count / 2) as f32;
-        table[i] = (value.to_bits() >> 16) as u16;
+        let value = (i as i32) << (32 - BITS) >> (32 - BITS);
+        table[i] = ((value as f32).to_bits() >> 16) as u16;
         i += 1;
     }
     table
 }
 
-/// The code at bit `position` of each half word through a table of 32 entries. The look-up reads five bits; the
-/// table repeats, so the bits above a code do not matter and need no mask.
+/// The signed number of `BITS` bits at `position` of each half word as bfloat16. The look-up reads five bits; the table
+/// repeats, so the bits above do not matter and need no mask.
 #[inline(always)]
-pub(super) fn looked_up(words: U32x32, position: u32, table: [u16; 32]) -> U32x32 {
+pub(super) fn looked_up<const BITS: u32>(words: U32x32, position: u32) -> U32x32 {
     #[inline(always)]
-    unsafe fn register(words: __m512i, position: u32, table: [u16; 32]) -> __m512i {
+    unsafe fn register(words: __m512i, position: u32, table: &[u16; 32]) -> __m512i {
         // SAFETY: the caller has AVX-512 BW; the table is as long as a register.
         unsafe {
             let table = _mm512_loadu_si512(table.as_ptr().cast());
@@ -262,6 +274,7 @@ pub(super) fn looked_up(words: U32x32, position: u32, table: [u16; 32]) -> U32x3
             _mm512_permutexvar_epi16(codes, table)
         }
     }
+    let table = const { &signed_numbers::<BITS>() };
     // SAFETY: the words come from `Avx512::load_words`.
     unsafe { U32x32(register(words.0, position, table), register(words.1, position, table)) }
 }
@@ -278,20 +291,18 @@ fn from_table(table: F32x16, words: U32x32, position: u32) -> F32x32 {
     unsafe { F32x32(register(table, words.0, position), register(table, words.1, position)) }
 }
 
-/// The byte at `position` minus 128.
+/// The signed number of `BITS` bits at `position`.
 #[inline(always)]
-pub(super) fn signed_byte(words: U32x32, position: u32) -> F32x32 {
+fn signed_field<const BITS: u32>(words: U32x32, position: u32) -> F32x32 {
     #[inline(always)]
-    unsafe fn register(words: __m512i, position: u32) -> __m512 {
-        let up = 24u32.wrapping_sub(position);
+    unsafe fn register<const BITS: u32>(words: __m512i, position: u32) -> __m512 {
+        let up = 32u32.wrapping_sub(BITS).wrapping_sub(position) as i32;
         // SAFETY: the caller has AVX-512.
         unsafe {
-            // With its top bit flipped, code − 128 is a signed byte; one instruction flips all four columns.
-            let flipped = _mm512_xor_si512(words, _mm512_set1_epi32(0x8080_8080_u32 as i32));
-            let high = _mm512_sllv_epi32(flipped, _mm512_set1_epi32(up as i32));
-            _mm512_cvtepi32_ps(_mm512_srai_epi32::<24>(high))
+            let high = _mm512_sllv_epi32(words, _mm512_set1_epi32(up));
+            _mm512_cvtepi32_ps(_mm512_srav_epi32(high, _mm512_set1_epi32(32 - BITS as i32)))
         }
     }
     // SAFETY: the words come from `Avx512::load_words`.
-    unsafe { F32x32(register(words.0, position), register(words.1, position)) }
+    unsafe { F32x32(register::<BITS>(words.0, position), register::<BITS>(words.1, position)) }
 }

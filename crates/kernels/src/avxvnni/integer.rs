@@ -33,12 +33,18 @@ impl IntegerLevel for Avx2<Vnni> {
     }
 
     #[inline(always)]
-    fn fields<const BITS: u32, const FIELD: u32>(self, words: __m256i) -> __m256i {
+    fn masked_bytes(self, words: __m256i, shift: u32, mask: u8) -> __m256i {
         // SAFETY: `Avx2` exists only where the CPU has the instructions.
         unsafe {
-            let shifted = _mm256_srl_epi16(words, _mm_cvtsi32_si128((BITS * FIELD) as i32));
-            _mm256_and_si256(shifted, _mm256_set1_epi8((1 << BITS) - 1))
+            let shifted = _mm256_srl_epi16(words, _mm_cvtsi32_si128(shift as i32));
+            _mm256_and_si256(shifted, _mm256_set1_epi8(mask as i8))
         }
+    }
+
+    #[inline(always)]
+    fn or_bytes(self, a: __m256i, b: __m256i) -> __m256i {
+        // SAFETY: as in `masked_bytes`.
+        unsafe { _mm256_or_si256(a, b) }
     }
 
     #[inline(always)]
@@ -49,7 +55,7 @@ impl IntegerLevel for Avx2<Vnni> {
     /// The values plus 128, as unsigned bytes.
     #[inline(always)]
     fn byte_table(self, values: &[i8; 16]) -> __m256i {
-        // SAFETY: as in `fields`; the array is as long as half a register.
+        // SAFETY: as in `masked_bytes`; the array is as long as half a register.
         unsafe {
             let values = _mm256_broadcastsi128_si256(_mm_loadu_si128(values.as_ptr().cast()));
             _mm256_xor_si256(values, _mm256_set1_epi8(i8::MIN))
@@ -58,19 +64,19 @@ impl IntegerLevel for Avx2<Vnni> {
 
     #[inline(always)]
     fn look_up(self, table: __m256i, fields: __m256i) -> __m256i {
-        // SAFETY: as in `fields`.
+        // SAFETY: as in `masked_bytes`.
         unsafe { _mm256_shuffle_epi8(table, fields) }
     }
 
     #[inline(always)]
     fn splat_sum(self, value: i32) -> __m256i {
-        // SAFETY: as in `fields`.
+        // SAFETY: as in `masked_bytes`.
         unsafe { _mm256_set1_epi32(value) }
     }
 
     #[inline(always)]
     fn add_sums(self, a: __m256i, b: __m256i) -> __m256i {
-        // SAFETY: as in `fields`.
+        // SAFETY: as in `masked_bytes`.
         unsafe { _mm256_add_epi32(a, b) }
     }
 
@@ -91,25 +97,25 @@ impl IntegerLevel for Avx2<Vnni> {
 
     #[inline(always)]
     fn multiply_bytes(self, sums: __m256i, bytes: __m256i, x: u32) -> __m256i {
-        // SAFETY: as in `fields`.
+        // SAFETY: as in `masked_bytes`.
         unsafe { _mm256_dpbusd_avx_epi32(sums, bytes, _mm256_set1_epi32(x as i32)) }
     }
 
     #[inline(always)]
     fn floats(self, sums: __m256i) -> __m256 {
-        // SAFETY: as in `fields`.
+        // SAFETY: as in `masked_bytes`.
         unsafe { _mm256_cvtepi32_ps(sums) }
     }
 
     #[inline(always)]
     unsafe fn subtract(self, values: __m256, zero_points: *const f32, x_sum: f32) -> __m256 {
-        // SAFETY: as in `fields`; the caller's pointer reaches a register.
+        // SAFETY: as in `masked_bytes`; the caller's pointer reaches a register.
         unsafe { _mm256_fnmadd_ps(_mm256_loadu_ps(zero_points), _mm256_set1_ps(x_sum), values) }
     }
 
     #[inline(always)]
     unsafe fn add_scaled(self, values: __m256, scales: *const f32, x_scale: f32, totals: *mut f32) {
-        // SAFETY: as in `fields`; the caller's pointers reach a register each.
+        // SAFETY: as in `masked_bytes`; the caller's pointers reach a register each.
         unsafe {
             let scales = _mm256_mul_ps(_mm256_loadu_ps(scales), _mm256_set1_ps(x_scale));
             _mm256_storeu_ps(totals, _mm256_fmadd_ps(values, scales, _mm256_loadu_ps(totals)));
@@ -118,7 +124,7 @@ impl IntegerLevel for Avx2<Vnni> {
 
     #[inline(always)]
     unsafe fn add_product(self, values: *const f32, factor: f32, totals: *mut f32) {
-        // SAFETY: as in `fields`; the caller's pointers reach a register each.
+        // SAFETY: as in `masked_bytes`; the caller's pointers reach a register each.
         unsafe {
             let sum = _mm256_fmadd_ps(_mm256_loadu_ps(values), _mm256_set1_ps(factor), _mm256_loadu_ps(totals));
             _mm256_storeu_ps(totals, sum);

@@ -10,7 +10,8 @@ pub(crate) trait ByteProducts: Copy {
     type Partial: Copy;
     const RUN_LIMIT: usize;
     const SUMS_UNDER_WAY: usize;
-    /// Whether bytes are multiplied as signed numbers, codes minus 128. Fields are below 16 and fit either way.
+    /// Whether bytes are multiplied as signed numbers, codes minus 128. Codes of fewer bits are below 64 and fit either
+    /// way.
     const SIGNED: bool;
 
     /// # Safety
@@ -55,30 +56,36 @@ impl<P: ByteProducts> IntegerLevel for Neon<P> {
     }
 
     #[inline(always)]
-    fn fields<const BITS: u32, const FIELD: u32>(self, words: [uint8x16_t; 2]) -> [uint8x16_t; 2] {
+    fn masked_bytes(self, words: [uint8x16_t; 2], shift: u32, mask: u8) -> [uint8x16_t; 2] {
         #[inline(always)]
-        unsafe fn register<const BITS: u32, const FIELD: u32>(words: uint8x16_t) -> uint8x16_t {
+        unsafe fn register(words: uint8x16_t, shift: u32, mask: u8) -> uint8x16_t {
             // SAFETY: as the caller promises.
             unsafe {
                 // A negative shift goes to the right; a constant one becomes a shift by that constant.
-                let shifted = vshlq_u8(words, vdupq_n_s8(-((BITS * FIELD) as i8)));
-                let highest = BITS * (FIELD + 1) == u8::BITS;
-                if highest { shifted } else { vandq_u8(shifted, vdupq_n_u8((1 << BITS) - 1)) }
+                let shifted = vshlq_u8(words, vdupq_n_s8(-(shift as i8)));
+                let all = mask == u8::MAX >> shift;
+                if all { shifted } else { vandq_u8(shifted, vdupq_n_u8(mask)) }
             }
         }
         // SAFETY: `Neon` exists only where the CPU has the instructions.
-        unsafe { [register::<BITS, FIELD>(words[0]), register::<BITS, FIELD>(words[1])] }
+        unsafe { [register(words[0], shift, mask), register(words[1], shift, mask)] }
+    }
+
+    #[inline(always)]
+    fn or_bytes(self, a: [uint8x16_t; 2], b: [uint8x16_t; 2]) -> [uint8x16_t; 2] {
+        // SAFETY: as in `masked_bytes`.
+        unsafe { [vorrq_u8(a[0], b[0]), vorrq_u8(a[1], b[1])] }
     }
 
     #[inline(always)]
     fn bytes(self, words: [uint8x16_t; 2]) -> [uint8x16_t; 2] {
-        // SAFETY: as in `fields`.
+        // SAFETY: as in `masked_bytes`.
         if P::SIGNED { unsafe { flipped(words) } } else { words }
     }
 
     #[inline(always)]
     fn byte_table(self, values: &[i8; 16]) -> [uint8x16_t; 2] {
-        // SAFETY: as in `fields`; the array is as long as a register.
+        // SAFETY: as in `masked_bytes`; the array is as long as a register.
         unsafe {
             let values = [vreinterpretq_u8_s8(vld1q_s8(values.as_ptr())); 2];
             if P::SIGNED { values } else { flipped(values) }
@@ -87,55 +94,55 @@ impl<P: ByteProducts> IntegerLevel for Neon<P> {
 
     #[inline(always)]
     fn look_up(self, table: [uint8x16_t; 2], fields: [uint8x16_t; 2]) -> [uint8x16_t; 2] {
-        // SAFETY: as in `fields`.
+        // SAFETY: as in `masked_bytes`.
         unsafe { [vqtbl1q_u8(table[0], fields[0]), vqtbl1q_u8(table[0], fields[1])] }
     }
 
     #[inline(always)]
     fn splat_sum(self, value: i32) -> [int32x4_t; 2] {
-        // SAFETY: as in `fields`.
+        // SAFETY: as in `masked_bytes`.
         unsafe { [vdupq_n_s32(value); 2] }
     }
 
     #[inline(always)]
     fn add_sums(self, a: [int32x4_t; 2], b: [int32x4_t; 2]) -> [int32x4_t; 2] {
-        // SAFETY: as in `fields`.
+        // SAFETY: as in `masked_bytes`.
         unsafe { [vaddq_s32(a[0], b[0]), vaddq_s32(a[1], b[1])] }
     }
 
     #[inline(always)]
     fn open(self, sums: [int32x4_t; 2]) -> [P::Partial; 2] {
-        // SAFETY: as in `fields`.
+        // SAFETY: as in `masked_bytes`.
         unsafe { [P::open(sums[0]), P::open(sums[1])] }
     }
 
     #[inline(always)]
     fn multiply_fields(self, partial: [P::Partial; 2], codes: [uint8x16_t; 2], x: u32) -> [P::Partial; 2] {
-        // SAFETY: as in `fields`.
+        // SAFETY: as in `masked_bytes`.
         unsafe { [P::multiply_fields(partial[0], codes[0], x), P::multiply_fields(partial[1], codes[1], x)] }
     }
 
     #[inline(always)]
     fn close(self, sums: [int32x4_t; 2], partial: [P::Partial; 2]) -> [int32x4_t; 2] {
-        // SAFETY: as in `fields`.
+        // SAFETY: as in `masked_bytes`.
         unsafe { [P::close(sums[0], partial[0]), P::close(sums[1], partial[1])] }
     }
 
     #[inline(always)]
     fn multiply_bytes(self, sums: [int32x4_t; 2], bytes: [uint8x16_t; 2], x: u32) -> [int32x4_t; 2] {
-        // SAFETY: as in `fields`.
+        // SAFETY: as in `masked_bytes`.
         unsafe { [P::multiply_bytes(sums[0], bytes[0], x), P::multiply_bytes(sums[1], bytes[1], x)] }
     }
 
     #[inline(always)]
     fn floats(self, sums: [int32x4_t; 2]) -> [float32x4_t; 2] {
-        // SAFETY: as in `fields`.
+        // SAFETY: as in `masked_bytes`.
         unsafe { [vcvtq_f32_s32(sums[0]), vcvtq_f32_s32(sums[1])] }
     }
 
     #[inline(always)]
     unsafe fn subtract(self, values: [float32x4_t; 2], zero_points: *const f32, x_sum: f32) -> [float32x4_t; 2] {
-        // SAFETY: as in `fields`; the caller's pointer reaches two registers.
+        // SAFETY: as in `masked_bytes`; the caller's pointer reaches two registers.
         unsafe {
             let x_sum = vdupq_n_f32(x_sum);
             let low = vfmsq_f32(values[0], vld1q_f32(zero_points), x_sum);
@@ -145,7 +152,7 @@ impl<P: ByteProducts> IntegerLevel for Neon<P> {
 
     #[inline(always)]
     unsafe fn add_scaled(self, values: [float32x4_t; 2], scales: *const f32, x_scale: f32, totals: *mut f32) {
-        // SAFETY: as in `fields`; the caller's pointers reach two registers each.
+        // SAFETY: as in `masked_bytes`; the caller's pointers reach two registers each.
         unsafe {
             for i in 0..2 {
                 let (scales, totals) = (vld1q_f32(scales.add(4 * i)), totals.add(4 * i));
@@ -157,7 +164,7 @@ impl<P: ByteProducts> IntegerLevel for Neon<P> {
 
     #[inline(always)]
     unsafe fn add_product(self, values: *const f32, factor: f32, totals: *mut f32) {
-        // SAFETY: as in `fields`; the caller's pointers reach two registers each.
+        // SAFETY: as in `masked_bytes`; the caller's pointers reach two registers each.
         unsafe {
             for i in 0..2 {
                 let (values, totals) = (vld1q_f32(values.add(4 * i)), totals.add(4 * i));

@@ -4,7 +4,7 @@ use super::byte_products::ByteProducts;
 
 /// Products of int8 by instructions of ARMv8.0: signed bytes are multiplied to 16 bits (`smull`, `smlal`).
 ///
-/// Products of codes of 2 and 4 bits are added up in those 16 bits, a lane per column, as long as they fit. Of bytes,
+/// Products of codes of up to 6 bits are added up in those 16 bits, a lane per column, as long as they fit. Of bytes,
 /// 2 · 128 · 127 is the largest sum of two that there can be, and it fits too.
 #[derive(Clone, Copy)]
 pub(crate) struct Widening;

@@ -192,13 +192,22 @@ impl<P: Copy> Level for Neon<P> {
     }
 
     #[inline(always)]
-    fn bits2_pair<const PAIR: u32>(self, words: U32x32) -> (F32x32, F32x32) {
-        (signed_field::<2>(words, 2 * PAIR), signed_field::<2>(words, 16 + 2 * PAIR))
+    fn masked(self, words: U32x32, shift: u32, mask: u32) -> U32x32 {
+        registers!(U32x32, |i| {
+            // A negative shift goes to the right; a constant one becomes a shift by that constant.
+            let shifted = vshlq_u32(words.0[i], vdupq_n_s32(-(shift as i32)));
+            vandq_u32(shifted, vdupq_n_u32(mask * 0x0001_0001))
+        })
     }
 
     #[inline(always)]
-    fn bits4_pair<const PAIR: u32>(self, words: U32x32) -> (F32x32, F32x32) {
-        (signed_field::<4>(words, 4 * PAIR), signed_field::<4>(words, 16 + 4 * PAIR))
+    fn or(self, a: U32x32, b: U32x32) -> U32x32 {
+        registers!(U32x32, |i| vorrq_u32(a.0[i], b.0[i]))
+    }
+
+    #[inline(always)]
+    fn field_pair<const BITS: u32>(self, words: U32x32, position: u32) -> (F32x32, F32x32) {
+        (signed_field::<BITS>(words, position), signed_field::<BITS>(words, 16 + position))
     }
 
     #[inline(always)]
@@ -214,11 +223,6 @@ impl<P: Copy> Level for Neon<P> {
     fn table4_pair<const PAIR: u32>(self, table: uint8x16x4_t, words: U32x32) -> (F32x32, F32x32) {
         (from_table(table, words, 4 * PAIR), from_table(table, words, 16 + 4 * PAIR))
     }
-
-    #[inline(always)]
-    fn bits8_pair<const PAIR: u32>(self, words: U32x32) -> (F32x32, F32x32) {
-        (signed_field::<8>(words, 8 * PAIR), signed_field::<8>(words, 16 + 8 * PAIR))
-    }
 }
 
 /// What the field of 4 bits at `position` stands for: the instruction looks up single bytes, of which those from
@@ -232,16 +236,13 @@ fn from_table(table: uint8x16x4_t, words: U32x32, position: u32) -> F32x32 {
     })
 }
 
-/// The field of `BITS` bits at `position` minus `2^(BITS − 1)`: with its top bit flipped it is a signed number.
+/// The signed number of `BITS` bits at `position`.
 #[inline(always)]
 fn signed_field<const BITS: u32>(words: U32x32, position: u32) -> F32x32 {
-    // The top bits of all fields are flipped at once: one instruction for all columns of a word.
-    let top_bits = (u32::MAX / ((1 << BITS) - 1)) << (BITS - 1);
-    let up = (32 - BITS - position) as i32;
+    let up = 32u32.wrapping_sub(BITS).wrapping_sub(position) as i32;
     registers!(F32x32, |i| {
-        let flipped = vreinterpretq_s32_u32(veorq_u32(words.0[i], vdupq_n_u32(top_bits)));
         // A negative shift goes to the right. Both are constants, and so become shifts by one.
-        let high = vshlq_s32(flipped, vdupq_n_s32(up));
+        let high = vshlq_s32(vreinterpretq_s32_u32(words.0[i]), vdupq_n_s32(up));
         vcvtq_f32_s32(vshlq_s32(high, vdupq_n_s32(BITS as i32 - 32)))
     })
 }

@@ -3,8 +3,9 @@ use std::arch::asm;
 
 use crate::integer_encoding::IntegerEncoding;
 use crate::integer_level::IntegerLevel;
-use crate::integer_product::{BlockArrays, BlockRows};
+use crate::integer_product::{BlockArrays, BlockRows, unpack_pair};
 use crate::integer_strip::IntegerStripJob;
+use crate::kernel_table::written_out;
 use crate::packed_matrix::ColumnLayout;
 use crate::tiled_input::TileBlock;
 use crate::vector::{LANES, Vector};
@@ -40,10 +41,13 @@ where
         for &steps in job.steps {
             let quads = steps as usize * E::QUADS;
             let octets = quads.div_ceil(2);
-            for (index, octet) in strip.0[..octets].iter_mut().enumerate() {
-                unpack::<L, E>(level, state, panel, quads, index, octet);
+            // Steps of a single quad are taken in pairs.
+            for (index, octets) in strip.0[..octets].chunks_mut((E::QUADS / 2).max(1)).enumerate() {
+                let next = E::QUADS == 1 && 2 * index + 1 < quads;
+                let step = panel.add(index * E::BYTES * if E::QUADS == 1 { 2 } else { 1 });
+                unpack::<L, E>(level, state, step, next, octets);
             }
-            panel = panel.add(steps as usize * 4 * LANES);
+            panel = panel.add(steps as usize * E::BYTES);
             let grid = job.grid.load(level, panel).map(Vector::to_array);
             panel = panel.add(job.grid.bytes());
             for tile in 0..tiles {
@@ -66,48 +70,47 @@ where
     }
 }
 
-/// Unpacks eight columns: those of two quads, or of the last one and zeros.
+/// Unpacks a step, eight columns after another. Steps of four columns are taken in pairs, or a last one with zeros
+/// where there is no `next`.
 #[inline(always)]
-unsafe fn unpack<L, E>(
-    level: L,
-    state: E::State,
-    panel: *const u8,
-    quads: usize,
-    octet: usize,
-    out: &mut [u8; 8 * LANES],
-) where
+unsafe fn unpack<L, E>(level: L, state: E::State, step: *const u8, next: bool, out: &mut [[u8; 8 * LANES]])
+where
     L: IntegerLevel<Codes = [uint8x16_t; 2]>,
     E: IntegerEncoding<L>,
 {
     for first in (0..LANES).step_by(L::ROWS) {
-        // SAFETY: the caller's pointer reaches the steps of every quad, and `out` has room for two words of each row.
+        // SAFETY: the caller's pointer is good for a step, and for the next one where there is one; an octet has room for
+        // two words of each row.
         unsafe {
-            let words = |step: usize| level.load_codes(panel.add((step * LANES + first) * 4));
-            let (low, high) = match E::QUADS {
-                1 if 2 * octet + 1 == quads => (E::unpack::<0>(level, state, words(2 * octet)), [vdupq_n_u8(0); 2]),
-                1 => {
-                    let (low, high) = (words(2 * octet), words(2 * octet + 1));
-                    (E::unpack::<0>(level, state, low), E::unpack::<0>(level, state, high))
+            let words = E::load(level, step.add(4 * first));
+            if E::QUADS == 1 {
+                let low = E::unpack::<0>(level, state, words);
+                let mut high = [vdupq_n_u8(0); 2];
+                if next {
+                    high = E::unpack::<0>(level, state, E::load(level, step.add(E::BYTES + 4 * first)));
                 }
-                2 => {
-                    let words = words(octet);
-                    (E::unpack::<0>(level, state, words), E::unpack::<1>(level, state, words))
-                }
-                _ if octet.is_multiple_of(2) => {
-                    let words = words(octet / 2);
-                    (E::unpack::<0>(level, state, words), E::unpack::<1>(level, state, words))
-                }
-                _ => {
-                    let words = words(octet / 2);
-                    (E::unpack::<2>(level, state, words), E::unpack::<3>(level, state, words))
-                }
-            };
-            for register in 0..2 {
-                let words = (vreinterpretq_u32_u8(low[register]), vreinterpretq_u32_u8(high[register]));
-                let out = out[(first + 4 * register) * 8..].as_mut_ptr();
-                // A word of each in turn.
-                vst2q_u32(out.cast(), uint32x4x2_t(words.0, words.1));
+                store([low, high], out[0][8 * first..].as_mut_ptr());
+                continue;
             }
+            written_out!(PAIR < E::QUADS / 2 => {
+                let pair = unpack_pair::<L, E, PAIR>(level, state, words);
+                store(pair, out[PAIR as usize][8 * first..].as_mut_ptr());
+            });
+        }
+    }
+}
+
+/// Writes the codes of eight rows: a word of each group of four columns in turn.
+///
+/// # Safety
+/// `out` must have room for two words of each row.
+#[inline(always)]
+unsafe fn store([low, high]: [[uint8x16_t; 2]; 2], out: *mut u8) {
+    // SAFETY: as the caller promises.
+    unsafe {
+        for register in 0..2 {
+            let words = uint32x4x2_t(vreinterpretq_u32_u8(low[register]), vreinterpretq_u32_u8(high[register]));
+            vst2q_u32(out.add(4 * register * 8).cast(), words);
         }
     }
 }

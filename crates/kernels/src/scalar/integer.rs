@@ -27,9 +27,14 @@ impl IntegerLevel for Scalar {
     }
 
     #[inline(always)]
-    fn fields<const BITS: u32, const FIELD: u32>(self, words: [u32; ROWS]) -> [u32; ROWS] {
-        let mask = ((1 << BITS) - 1) * 0x0101_0101;
-        words.map(|word| word >> (BITS * FIELD) & mask)
+    fn masked_bytes(self, words: [u32; ROWS], shift: u32, mask: u8) -> [u32; ROWS] {
+        let mask = u32::from(mask) * 0x0101_0101;
+        words.map(|word| word >> shift & mask)
+    }
+
+    #[inline(always)]
+    fn or_bytes(self, a: [u32; ROWS], b: [u32; ROWS]) -> [u32; ROWS] {
+        std::array::from_fn(|row| a[row] | b[row])
     }
 
     #[inline(always)]

@@ -161,13 +161,19 @@ impl Level for Scalar {
     }
 
     #[inline(always)]
-    fn bits2_pair<const PAIR: u32>(self, words: [u32; LANES]) -> (F32x32, F32x32) {
-        (signed_field::<2>(words, 2 * PAIR), signed_field::<2>(words, 16 + 2 * PAIR))
+    fn masked(self, words: [u32; LANES], shift: u32, mask: u32) -> [u32; LANES] {
+        let mask = mask * 0x0001_0001;
+        words.map(|word| word >> shift & mask)
     }
 
     #[inline(always)]
-    fn bits4_pair<const PAIR: u32>(self, words: [u32; LANES]) -> (F32x32, F32x32) {
-        (signed_field::<4>(words, 4 * PAIR), signed_field::<4>(words, 16 + 4 * PAIR))
+    fn or(self, a: [u32; LANES], b: [u32; LANES]) -> [u32; LANES] {
+        std::array::from_fn(|i| a[i] | b[i])
+    }
+
+    #[inline(always)]
+    fn field_pair<const BITS: u32>(self, words: [u32; LANES], position: u32) -> (F32x32, F32x32) {
+        (signed_field::<BITS>(words, position), signed_field::<BITS>(words, 16 + position))
     }
 
     #[inline(always)]
@@ -180,19 +186,13 @@ impl Level for Scalar {
         let field = |word: u32, position: u32| table[(word >> position & 15) as usize];
         (lanewise!(|i| field(words[i], 4 * PAIR)), lanewise!(|i| field(words[i], 16 + 4 * PAIR)))
     }
-
-    #[inline(always)]
-    fn bits8_pair<const PAIR: u32>(self, words: [u32; LANES]) -> (F32x32, F32x32) {
-        (signed_field::<8>(words, 8 * PAIR), signed_field::<8>(words, 16 + 8 * PAIR))
-    }
 }
 
-/// The field of `BITS` bits at `position` minus `2^(BITS − 1)`: with its top bit flipped it is a signed number.
+/// The signed number of `BITS` bits at `position`.
 #[inline(always)]
 fn signed_field<const BITS: u32>(words: [u32; LANES], position: u32) -> F32x32 {
-    let flip = 1u32.wrapping_shl(position + BITS - 1);
     let up = 32u32.wrapping_sub(BITS).wrapping_sub(position);
-    lanewise!(|i| ((words[i] ^ flip).wrapping_shl(up) as i32 >> (32 - BITS)) as f32)
+    lanewise!(|i| (words[i].wrapping_shl(up) as i32 >> (32 - BITS)) as f32)
 }
 
 /// Exponent and mantissa moved into place and scaled by the difference of the exponent biases; only infinities and
