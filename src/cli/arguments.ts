@@ -53,6 +53,7 @@ export function withEoraOptions(command: Command, prefix = ''): Command {
     .option(`--${prefix}rank <n>`, 'compensate with factors of this rank; with a budget the largest', numberArgument)
     .option(`--${prefix}solver <name>`, 'fast, exact, diagonal or lorc (default: fast)')
     .option(`--${prefix}factor-bits <n>`, 'bits of a value of the factors: 16, 8 or 4 (default: 16)', numberArgument)
+    .option(`--${prefix}affine`, 'with a bias for the mean of the inputs')
     .option(`--${prefix}mean-rank <n>`, 'divide the bytes of this rank where they do most good', numberArgument)
     .option(`--${prefix}budget <size>`, 'the same with so many bytes, such as 200M', bytesArgument)
     .option(`--${prefix}min-rank <n>`, 'with a budget: least rank of a Linear (default: 0)', numberArgument)
@@ -62,9 +63,9 @@ export function withEoraOptions(command: Command, prefix = ''): Command {
 
 /** The compensation that options of {@link withEoraOptions} ask for; `undefined` without any. */
 export function eoraArguments(given: EoraArguments): EoraOptions | undefined {
-  const { budget, rank, solver, factorBits, meanRank, minRank, rankMultiple, rankWeights } = given
+  const { budget, rank, solver, factorBits, affine, meanRank, minRank, rankMultiple, rankWeights } = given
   const division = { meanRank, budgetBytes: budget, minRank, rankMultiple, rankWeights }
-  const options = withoutUndefined({ rank, solver, factorBits, ...division })
+  const options = withoutUndefined({ rank, solver, factorBits, affine, ...division })
   return Object.keys(options).length > 0 ? options : undefined
 }
 
@@ -73,6 +74,7 @@ export interface EoraArguments {
   rank?: number | undefined
   solver?: EoraOptions['solver'] | undefined
   factorBits?: EoraOptions['factorBits'] | undefined
+  affine?: boolean | undefined
   meanRank?: number | undefined
   budget?: number | undefined
   minRank?: number | undefined

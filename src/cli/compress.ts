@@ -115,6 +115,7 @@ export function registerCompress(program: Command): void {
             rank: given.eoraRank,
             solver: given.eoraSolver,
             factorBits: given.eoraFactorBits,
+            affine: given.eoraAffine,
             meanRank: given.eoraMeanRank,
             budget: given.eoraBudget,
             minRank: given.eoraMinRank,

@@ -2,6 +2,7 @@
 
 mod calibration;
 mod calibration_builder;
+mod centring;
 
 pub use calibration::{Calibration, SumPart};
 pub use calibration_builder::{CHUNK_TOKENS, CalibrationBuilder};

@@ -35,6 +35,13 @@ impl HoldOut {
         [first, second].map(|rows| HoldOut { width: self.width, rows: rows.to_vec() })
     }
 
+    /// The same inputs less a mean.
+    pub(crate) fn minus(&self, mean: &[f64]) -> HoldOut {
+        let less =
+            |row: &[f32]| -> Vec<f32> { row.iter().zip(mean).map(|(&x, m)| (f64::from(x) - m) as f32).collect() };
+        HoldOut { width: self.width, rows: self.rows.chunks_exact(self.width.max(1)).flat_map(less).collect() }
+    }
+
     /// `[tokens, width]` in f64.
     pub(crate) fn wide(&self) -> Vec<f64> {
         self.rows.iter().map(|&value| f64::from(value)).collect()

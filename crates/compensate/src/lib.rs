@@ -1,11 +1,13 @@
 //! Low-rank compensation of a compression residual: EoRA.
 
+mod affine;
 mod certificate;
 mod compensation;
 mod compensation_method;
 mod diagonal;
 mod exact;
 mod factor_precision;
+mod factor_storage;
 mod fast;
 mod hold_out;
 mod input_metric;
@@ -23,6 +25,7 @@ pub use compensation_method::{CompensationMethod, METHODS, compensation_method};
 pub use diagonal::Diagonal;
 pub use exact::Exact;
 pub use factor_precision::FactorPrecision;
+pub use factor_storage::FactorStorage;
 pub use fast::{Fast, directions_bytes};
 pub use hold_out::HoldOut;
 pub use lorc::Lorc;

@@ -11,6 +11,7 @@ pub struct BindingEora {
     pub rank: u32,
     pub solver: String,
     pub factor_bits: u32,
+    pub affine: bool,
     pub mean_rank: Option<f64>,
     pub budget_bytes: Option<f64>,
     pub min_rank: u32,
@@ -34,6 +35,6 @@ impl BindingEora {
             weights,
         });
         let (rank, solver) = (self.rank as usize, self.solver.clone());
-        Ok(EoraRecipe { rank, solver, factor_bits: bits(self.factor_bits), allocation })
+        Ok(EoraRecipe { rank, solver, factor_bits: bits(self.factor_bits), affine: self.affine, allocation })
     }
 }

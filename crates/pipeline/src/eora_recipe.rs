@@ -1,5 +1,5 @@
 use kintsugi_compensate::{
-    CompensationOptions, FactorPrecision, RankBudget, RankLimits, allocate_ranks, compensation_method,
+    CompensationOptions, FactorPrecision, FactorStorage, RankBudget, RankLimits, allocate_ranks, compensation_method,
 };
 use kintsugi_model::{DecoderSpec, LinearSpec};
 use kintsugi_runtime::{Error, ErrorCode, Result};
@@ -15,6 +15,9 @@ pub struct EoraRecipe {
     pub solver: String,
     /// Bits of a value of the factors: 16, 8 or 4.
     pub factor_bits: u8,
+    /// Whether a bias repairs what the factors leave of the mean of the inputs. Not in a report that has none.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub affine: bool,
     /// Ranks that differ, within a budget; `null` for one rank.
     pub allocation: Option<AllocationRecipe>,
 }
@@ -65,6 +68,7 @@ impl EoraRecipe {
             rank,
             solver: kintsugi_compensate::METHODS[0].name().to_owned(),
             factor_bits: 16,
+            affine: false,
             allocation: None,
         }
     }
@@ -101,6 +105,7 @@ impl EoraRecipe {
             method: compensation_method(&self.solver)?,
             rank: self.rank,
             precision: FactorPrecision::of_bits(self.factor_bits)?,
+            affine: self.affine,
         })
     }
 
@@ -108,14 +113,21 @@ impl EoraRecipe {
         RankLimits { multiple: allocation.multiple, min: allocation.min_rank, max: self.rank }
     }
 
-    /// Bits of the factors of a Linear.
+    /// Bits of the factors of a Linear, and of their bias.
     pub(crate) fn factor_bits(&self, rows: usize, columns: usize, rank: usize) -> u64 {
-        self.precision().stored_bits(rows, columns, rank)
+        self.storage().stored_bits(rows, columns, rank)
+    }
+
+    /// Bytes that they take in a file: values of 16 bits, whatever the codes, biases and centres in f32.
+    pub(crate) fn file_bytes(&self, rows: usize, columns: usize, rank: usize) -> u64 {
+        let affine = if self.affine && rank > 0 { 4 * (rows + rank) } else { 0 };
+        (rank * (rows + columns) * 2 + affine) as u64
     }
 
     /// What the factors are stored in; bf16 for a width that [`EoraRecipe::validate`] refuses.
-    pub(crate) fn precision(&self) -> FactorPrecision {
-        FactorPrecision::of_bits(self.factor_bits).unwrap_or_default()
+    pub(crate) fn storage(&self) -> FactorStorage {
+        let precision = FactorPrecision::of_bits(self.factor_bits).unwrap_or_default();
+        FactorStorage { precision, affine: self.affine }
     }
 
     /// The bits that all factors of a model may take; `None` without a budget.
