@@ -154,6 +154,7 @@ export interface BindingEora {
   rank: number
   solver: string
   factorBits: number
+  affine: boolean
   meanRank?: number
   budgetBytes?: number
   minRank: number

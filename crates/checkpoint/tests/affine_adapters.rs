@@ -125,7 +125,8 @@ fn a_bias_is_read_as_peft_writes_it() {
 
 #[test]
 fn biases_that_are_missing_strange_or_unannounced() {
-    let refused = |config: &Value, tensors: &[Tensor]| assert_refused(read(config, tensors, None), ErrorCode::AdapterInvalid);
+    let refused =
+        |config: &Value, tensors: &[Tensor]| assert_refused(read(config, tensors, None), ErrorCode::AdapterInvalid);
     let error = refused(&config(), &tensors());
     assert!(error.message.contains("lora_bias") && error.subject == "up", "{error}");
     for odd in [

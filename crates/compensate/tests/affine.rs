@@ -3,7 +3,7 @@
 
 use kintsugi_calibration::{Calibration, CalibrationBuilder};
 use kintsugi_compensate::{
-    Compensation, CompensationOptions, Exact, Fast, FactorPrecision, HoldOut, METHODS, compensate,
+    Compensation, CompensationOptions, Exact, FactorPrecision, Fast, HoldOut, METHODS, compensate,
 };
 use kintsugi_runtime::ThreadPool;
 use kintsugi_testkit::eora_cases::{EORA_CASES, EoraCase, ITERATED_EORA_CASES, Inputs, outputs, singular_values};
@@ -115,9 +115,9 @@ fn a_prefix_is_the_affine_solution_of_the_smaller_rank() {
             let (part, small, all) = (part.bias().unwrap(), small.bias().unwrap(), large.bias().unwrap());
             assert_eq!(part.centre, small.centre, "{case:?}");
             let wide = |values: &[f32]| values.iter().map(|&v| f64::from(v)).collect::<Vec<_>>();
-            let apart: Vec<f64> =
-                wide(&part.values).iter().zip(wide(&small.values)).map(|(a, b)| a - b).collect();
-            let size = norm(&wide(&small.values)) + norm(&wide(&all.values)) + norm(&wide(all.centre.as_ref().unwrap()));
+            let apart: Vec<f64> = wide(&part.values).iter().zip(wide(&small.values)).map(|(a, b)| a - b).collect();
+            let size =
+                norm(&wide(&small.values)) + norm(&wide(&all.values)) + norm(&wide(all.centre.as_ref().unwrap()));
             assert!(norm(&apart) <= 1e-6 * size, "{case:?}: {:e} of {size:e}", norm(&apart));
             compared += 1;
         }
@@ -143,8 +143,7 @@ fn profiles_say_what_every_prefix_leaves_on_both_kinds_of_inputs() {
             let precision = FactorPrecision::of_bits(bits).unwrap();
             let options = CompensationOptions { precision, ..affine(case.rank, ElementType::F32) };
             let (weight, quantized) = (&problem.instance.weight, &problem.instance.quantized);
-            let solved =
-                compensate(weight, quantized, &problem.calibration, Some(&hold_out), &options, pool).unwrap();
+            let solved = compensate(weight, quantized, &problem.calibration, Some(&hold_out), &options, pool).unwrap();
             let Some(update) = &solved.factors else { continue };
             assert_eq!(solved.profile.calibration.len(), update.rank() + 1);
             assert!(solved.profile.best.len() > update.rank() && solved.profile.is_sound());
@@ -153,7 +152,10 @@ fn profiles_say_what_every_prefix_leaves_on_both_kinds_of_inputs() {
             for rank in [0, 1, update.rank() / 2, update.rank()] {
                 let prefix = update.prefix(rank);
                 let (said, measured) = (solved.profile.calibration[rank].sqrt(), left(&problem, Some(&prefix)));
-                assert!((said - measured).abs() <= 1e-6 * problem.total, "{case:?} {bits} {rank}: {said:e} {measured:e}");
+                assert!(
+                    (said - measured).abs() <= 1e-6 * problem.total,
+                    "{case:?} {bits} {rank}: {said:e} {measured:e}"
+                );
                 let (said, measured) =
                     (held_profile.energies[1][rank].sqrt(), norm(&left_over(&problem.delta, &prefix, second)));
                 // Products of f32.
@@ -225,15 +227,15 @@ fn tokens_of_a_mixture_count_in_the_mean_as_in_everything() {
         let repeated = [first.repeat(6), second.to_vec()].concat();
         let solve = |calibration: &Calibration| {
             let options = affine(case.rank, ElementType::F32);
-            compensate(&problem.instance.weight, &problem.instance.quantized, calibration, None, &options, pool).unwrap()
+            compensate(&problem.instance.weight, &problem.instance.quantized, calibration, None, &options, pool)
+                .unwrap()
         };
         let (found, expected) = (solve(&weighted), solve(&calibrate(&repeated, case.columns)));
         let near = |a: f64, b: f64| (a - b).abs() <= 1e-6 * expected.error.quantized;
         assert!(near(found.error.quantized, expected.error.quantized), "{case:?}");
         assert!(near(found.error.compensated, expected.error.compensated), "{case:?}: {:?}", found.error);
-        let measured = |solved: &Compensation| {
-            norm(&left_over(&problem.delta, solved.factors.as_ref().unwrap(), &repeated))
-        };
+        let measured =
+            |solved: &Compensation| norm(&left_over(&problem.delta, solved.factors.as_ref().unwrap(), &repeated));
         assert!((measured(&found) / measured(&expected) - 1.0).abs() <= 1e-5, "{case:?}");
     }
 }

@@ -121,7 +121,8 @@ fn errors_are_those_of_an_evaluation_in_f64_and_never_above_those_without_a_bias
     assert_eq!((summary.certified, summary.uncertified), (report.linears.len(), 0));
     let adapter = read_adapter(&folder).unwrap();
     let statistics = TensorFile::open(&compressed().statistics).unwrap();
-    let (original, model) = (Checkpoint::open(&assets("llama-7m")).unwrap(), Checkpoint::open(&compressed().model).unwrap());
+    let (original, model) =
+        (Checkpoint::open(&assets("llama-7m")).unwrap(), Checkpoint::open(&compressed().model).unwrap());
     let (mut better, mut prefixes) = (0, 0);
     for (linear, plain) in report.linears.iter().zip(&plain.linears) {
         let (block, module) = linear.name.rsplit_once('.').unwrap();
@@ -194,7 +195,10 @@ fn a_compression_solves_the_same_and_the_model_runs_with_it() {
     together.eora = Some(affine(8));
     compress(&together, &backend(), &CancelToken::new(), &Progress::new()).unwrap();
     for file in ["adapter_model.safetensors", "factor_centres.safetensors"] {
-        assert!(fs::read(together.out.join("eora").join(file)).unwrap() == fs::read(folder.join(file)).unwrap(), "{file}");
+        assert!(
+            fs::read(together.out.join("eora").join(file)).unwrap() == fs::read(folder.join(file)).unwrap(),
+            "{file}"
+        );
     }
     let planned = plan_compensation(&job(&root.path().join("planned"), affine(8))).unwrap();
     assert_eq!(planned.bytes, report.summary.bytes);

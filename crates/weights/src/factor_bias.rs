@@ -87,9 +87,9 @@ mod tests {
     #[test]
     fn what_is_cut_off_answers_as_it_did_to_the_mean() {
         // A μ of μ = (2, 1, 4).
-        let (mean, whole) = ([2.0, 1.0, 4.0], update(&[10.0, 20.0], Some(&[3.0, 6.0])));
+        let (mean, whole) = ([2.0, 1.0, 4.0], update(&[10.0, 20.0], Some(&[3.0, 8.0])));
         let first = whole.prefix(1);
-        assert_eq!(first.bias().unwrap().values, [10.0 + 2.0 * 6.0, 20.0 + 4.0 * 6.0]);
+        assert_eq!(first.bias().unwrap().values, [10.0 + 2.0 * 8.0, 20.0 + 4.0 * 8.0]);
         assert_eq!(first.bias().unwrap().centre.as_deref(), Some(&[3.0][..]));
         assert_eq!(answer(&first, mean), answer(&whole, mean));
         assert_ne!(answer(&first, [0.0; 3]), answer(&whole, [0.0; 3]));
@@ -100,16 +100,16 @@ mod tests {
 
     #[test]
     fn a_bias_is_scaled_and_added_with_its_factors() {
-        let whole = update(&[10.0, 20.0], Some(&[3.0, 6.0]));
+        let whole = update(&[10.0, 20.0], Some(&[3.0, 8.0]));
         let x = [0.25, -1.0, 3.0];
         let scaled = whole.scaled(-0.5);
         assert_eq!(answer(&scaled, x), answer(&whole, x).iter().map(|y| -0.5 * y).collect::<Vec<_>>());
         assert_eq!(answer(&scaled.prefix(1), [2.0, 1.0, 4.0]), answer(&scaled, [2.0, 1.0, 4.0]));
         let plain = LowRank::new(2, 3, 1, vec![1.0, 1.0], vec![1.0, 1.0, 1.0], ElementType::F32);
         for (sum, centre) in [
-            (whole.beside(&plain), vec![3.0, 6.0, 0.0]),
-            (plain.beside(&whole), vec![0.0, 3.0, 6.0]),
-            (whole.beside(&scaled), vec![3.0, 6.0, 3.0, 6.0]),
+            (whole.beside(&plain), vec![3.0, 8.0, 0.0]),
+            (plain.beside(&whole), vec![0.0, 3.0, 8.0]),
+            (whole.beside(&scaled), vec![3.0, 8.0, 3.0, 8.0]),
         ] {
             assert_eq!(sum.bias().unwrap().centre.as_ref(), Some(&centre));
             assert!(sum.is_divisible());
