@@ -4,9 +4,7 @@ use kintsugi_weights::{DenseMatrix, FactorBias, LowRank, RowSource};
 
 use crate::compensation::{solve, stored_factors, widen};
 use crate::residual_error::wide_row;
-use crate::{
-    Compensation, CompensationOptions, HoldOut, HoldOutProfile, OutputDirections, RankProfile, Residual, ResidualError,
-};
+use crate::{Compensation, CompensationOptions, HoldOut, HoldOutProfile, OutputDirections, RankProfile, Residual};
 
 /// Affine EoRA: factors and a bias that minimise `‖(W − Ŵ − B A) X − b 1ᵀ‖`.
 ///
@@ -27,20 +25,19 @@ pub(crate) fn compensate_affine(
     let (mean, centred) = (calibration.mean(), calibration.centred());
     let mut residual = Residual::new(weight, compressed, &centred, pool)?;
     let rows = residual.rows();
-    let of_mean = |fill: &(dyn Fn(usize, &mut [f64]) + Sync)| -> Vec<f64> {
-        let mut row = vec![0.0; mean.len()];
-        let answers = (0..rows).map(|i| {
-            fill(i, &mut row);
-            dot(&row, &mean)
-        });
-        answers.collect()
-    };
+    let mut row = vec![0.0; mean.len()];
+    let answers = (0..rows).map(|i| {
+        wide_row(weight, i, &mut row);
+        dot(&row, &mean)
+    });
+    let weight_mean: Vec<f64> = answers.collect();
     let delta_mean: Vec<f64> = residual.delta().chunks_exact(mean.len().max(1)).map(|row| dot(row, &mean)).collect();
     let total = calibration.weight();
-    residual.count_mean(total * square(&of_mean(&|i, row| wide_row(weight, i, row))));
-    let before = residual.energy() + total * square(&delta_mean);
+    residual.count_mean(total * square(&weight_mean));
 
     let mut found = solve(&mut residual, weight, None, options, pool)?;
+    // The energy may have become more exact meanwhile.
+    let before = residual.energy() + total * square(&delta_mean);
     if found.factors.is_none() && square(&delta_mean) > 0.0 {
         // Inputs that do not vary, or whose variation is not worth factors: what is left to repair is their mean.
         let directions = OutputDirections::new(&[1.0], unit(&delta_mean), rows, 1, 0.0);
@@ -74,7 +71,7 @@ pub(crate) fn compensate_affine(
         }
         profile
     });
-    let error: ResidualError = profile.error(profile.largest_rank());
+    let error = profile.error(profile.largest_rank());
     Ok(Compensation { factors, error, certificate: found.certificate, profile })
 }
 
