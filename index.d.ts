@@ -157,6 +157,7 @@ export interface BindingEora {
   /** `deployed`, `dense` or `mixed`. */
   inputs: string
   mismatch?: number
+  affine: boolean
   meanRank?: number
   budgetBytes?: number
   minRank: number

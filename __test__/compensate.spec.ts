@@ -1,4 +1,4 @@
-import { existsSync, readFileSync } from 'node:fs'
+import { existsSync, readFileSync, rmSync } from 'node:fs'
 import { join } from 'node:path'
 
 import test from 'ava'
@@ -62,6 +62,49 @@ test('a compressed checkpoint gets its factors, and less of them at load', async
   using model = await loadModel(compressed, { adapters: { eora: out } })
   const beside = await model.perplexity(text, { length: 128, adapter: 'eora' })
   t.true(Math.abs(beside.perplexity / all - 1) < 5e-4, `${beside.perplexity} ${all}`)
+})
+
+test('an affine compensation is never worse where it was solved, and belongs into the model', async (t) => {
+  const folder = temporaryFolder(t)
+  const [compressed, out] = [join(folder, 'w2'), join(folder, 'eora')]
+  await compress(TINY, { out: compressed, method: 'rtn', bits: 2, groupSize: 32 })
+  const plain = await compensate(TINY, compressed, { out: join(folder, 'plain'), calibration, eora: { rank: 8 } })
+  const eora = { rank: 8, affine: true }
+  const plan = await compensate(TINY, compressed, { out, calibration, eora, dryRun: true })
+  const report = await compensate(TINY, compressed, { out, calibration, eora })
+  t.deepEqual(report.recipe.eora, {
+    rank: 8,
+    solver: 'fast',
+    factorBits: 16,
+    inputs: 'deployed',
+    affine: true,
+    allocation: null,
+  })
+  t.is(report.summary.bytes, plan.bytes)
+  const outputs = report.linears.reduce((sum, { rows }) => sum + rows, 0)
+  t.is(report.summary.bytes, plain.summary.bytes + 4 * outputs)
+  // Those of the first block: what the others read depends on what is before them.
+  for (const [i, { name, error, holdOut, certificate }] of report.linears.entries()) {
+    const without = plain.linears[i]!.error!
+    if (i < 3) t.true(error!.compensated <= without.compensated * (1 + 1e-6), name)
+    t.true(error!.bound <= error!.compensated && error!.compensated < error!.quantized, name)
+    t.true(holdOut!.compensated < holdOut!.quantized && certificate!.holds, name)
+  }
+  const config = JSON.parse(readFileSync(join(out, 'adapter_config.json'), 'utf8'))
+  t.like(config, { peft_type: 'LORA', r: 8, lora_alpha: 8, lora_bias: true })
+
+  const none = await perplexity(compressed, {})
+  const part = await perplexity(compressed, { compensation: out, eoraRank: 2 })
+  const all = await perplexity(compressed, { compensation: out })
+  t.true(all < part && part < none, `${all} ${part} ${none}`)
+  t.is(await perplexity(compressed, { compensation: out, eoraRank: 0 }), none)
+  const beside = await t.throwsAsync(() => loadModel(compressed, { adapters: { eora: out } }))
+  t.like(beside, { code: 'ERR_ADAPTER_INVALID' })
+  t.regex((beside as { hint?: string }).hint ?? '', /compensation/)
+  rmSync(join(out, 'factor_centres.safetensors'))
+  t.is(await perplexity(compressed, { compensation: out }), all)
+  const cut = await t.throwsAsync(() => loadModel(compressed, { compensation: out, eoraRank: 2 }))
+  t.like(cut, { code: 'ERR_ADAPTER_INVALID' })
 })
 
 test('a budget is divided, factors may be codes', async (t) => {

@@ -4,7 +4,9 @@
 //
 //   node --import=tsx bench/compensation-quality.ts --checkpoint DIR[,DIR…] --text FILE --calibration FILE[,FILE…]
 //     [--method gptq] [--bits 2,3,4] [--ranks 4,8,16,32,64] [--sequences 32] [--length 256] [--characters N] [--own]
+//     [--affine]
 //
+// `--affine` prints other rows: each rank of `fast` with and without a bias, all on inputs that took no part, too.
 // `--own` calibrates on the rest of the evaluated file, too, a text of the same kind, and with `fast` alone on the very
 // text that is evaluated: how much overlap flatters.
 // Ranks at or above half of the smallest side of a Linear are left out. `error` is the mean over the Linears of
@@ -38,6 +40,7 @@ const { values: given } = parseArgs({
     length: { type: 'string', default: '256' },
     characters: { type: 'string', default: '1e9' },
     own: { type: 'boolean', default: false },
+    affine: { type: 'boolean', default: false },
   },
 })
 const { checkpoint: checkpoints, text: textFile } = given
@@ -115,6 +118,16 @@ async function table(checkpoint: string): Promise<void> {
       const middle = possible[Math.floor(possible.length / 2)]
       if (middle === undefined) throw new Error(`no rank is below half of ${side}, the smallest side of a Linear`)
       row(bits, label, 'none', 0, baseBits.toFixed(2), (await perplexity(base)).toFixed(3), '', '')
+      if (given.affine) {
+        for (const eora of possible.flatMap((rank) => [{ rank }, { rank, affine: true }] as EoraOptions[])) {
+          const [folder, { summary }] = await solve(eora)
+          const found = (await perplexity(base, folder)).toFixed(3)
+          const [error, held] = [summary.meanError?.compensated, summary.compensation?.holdOut?.compensated]
+          const weight = (baseBits + summary.bitsPerWeight).toFixed(2)
+          row(bits, label, eora.affine ? 'fast, affine' : 'fast', eora.rank!, weight, found, share(error), share(held))
+        }
+        continue
+      }
       let reached = 0
       for (const solver of used) {
         for (const rank of possible) {
@@ -158,6 +171,7 @@ async function table(checkpoint: string): Promise<void> {
     }
   }
 
+  if (given.affine) return
   const behind = (a: EoraSolver, b: EoraSolver): number =>
     errors.get(a)!.filter((error, i) => error > errors.get(b)![i]! * (1 + 1e-3) + 1e-9).length
   const count = errors.get('fast')!.length

@@ -132,6 +132,9 @@ test('compensate, and what it has written in eval and generate', async (t) => {
   t.is(plan.code, 0, plan.stderr)
   t.regex(plan.stdout, /factors +at most/)
   t.false(existsSync(out))
+  const affine = await kintsugi(...compensating, '--rank', '8', '--affine', '--dry-run', '--json')
+  t.is(affine.code, 0, affine.stderr)
+  t.like(JSON.parse(affine.stdout).recipe.eora, { rank: 8, affine: true })
 
   const done = await kintsugi(...compensating, '--rank', '16', '--factor-bits', '8', '--json')
   t.is(done.code, 0, done.stderr)

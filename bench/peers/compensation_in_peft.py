@@ -7,7 +7,7 @@
 `assets/llama-7m` is compressed with factors; transformers (with compressed-tensors) opens the checkpoint, peft puts the
 adapter on top, and perplexity and greedy text are compared with those of `kintsugi eval` and `kintsugi generate`. Then
 ranks are mixed: the factors of every other Linear are cut to their first columns, which is a valid smaller compensation,
-in both folders alike. At last an adapter of modules whose names have capitals goes through `kintsugi merge` and back
+in both folders alike; an affine one gets the biases that its centres give for that rank. At last an adapter of modules whose names have capitals goes through `kintsugi merge` and back
 into peft.
 
 Exits with 1 when perplexities are more than 0.01 % apart, a greedy token differs, peft finds a key that is missing or
@@ -33,6 +33,7 @@ PACKED = ["--format", "compressed-tensors/pack-quantized"]
 CASES = {
     "3 bits, rank 8": ["--bits", "3", "--group-size", "64", "--eora-rank", "8", *PACKED],
     "4 bits, rank 32": ["--eora-rank", "32", *PACKED],
+    "2 bits, rank 8, affine": ["--bits", "2", "--group-size", "64", "--eora-rank", "8", "--eora-affine", *PACKED],
 }
 
 
@@ -50,12 +51,19 @@ def mix_ranks(folder):
     eora = folder / "eora"
     config = json.loads((eora / "adapter_config.json").read_text())
     tensors = load_file(eora / "adapter_model.safetensors")
+    centres = load_file(eora / "factor_centres.safetensors") if config.get("lora_bias") else {}
     for module in list(config["rank_pattern"])[::2]:
         config["rank_pattern"][module] = config["alpha_pattern"][module] = 3
         a, b = (f"base_model.model.{module}.lora_{factor}.weight" for factor in "AB")
+        if centres:
+            bias, centre = f"base_model.model.{module}.lora_B.bias", f"{module}.lora_A.centre"
+            tensors[bias] += tensors[b][:, 3:].float() @ centres[centre][3:]
+            centres[centre] = centres[centre][:3].contiguous()
         tensors[a], tensors[b] = tensors[a][:3].contiguous(), tensors[b][:, :3].contiguous()
     (eora / "adapter_config.json").write_text(json.dumps(config))
     save_file(tensors, eora / "adapter_model.safetensors")
+    if centres:
+        save_file(centres, eora / "factor_centres.safetensors")
 
 
 def compare(case, folder, sample):

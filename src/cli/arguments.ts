@@ -55,6 +55,7 @@ export function withEoraOptions(command: Command, prefix = ''): Command {
     .option(`--${prefix}factor-bits <n>`, 'bits of a value of the factors: 16, 8 or 4 (default: 16)', numberArgument)
     .option(`--${prefix}inputs <name>`, 'solve for deployed, dense or mixed inputs (default: deployed)')
     .option(`--${prefix}mismatch <n>`, 'mixed inputs: how much of their difference to correct (default: 0.5)', numberArgument)
+    .option(`--${prefix}affine`, 'with a bias for the mean of the inputs')
     .option(`--${prefix}mean-rank <n>`, 'divide the bytes of this rank where they do most good', numberArgument)
     .option(`--${prefix}budget <size>`, 'the same with so many bytes, such as 200M', bytesArgument)
     .option(`--${prefix}min-rank <n>`, 'with a budget: least rank of a Linear (default: 0)', numberArgument)
@@ -64,9 +65,10 @@ export function withEoraOptions(command: Command, prefix = ''): Command {
 
 /** The compensation that options of {@link withEoraOptions} ask for; `undefined` without any. */
 export function eoraArguments(given: EoraArguments): EoraOptions | undefined {
-  const { budget, rank, solver, factorBits, inputs, mismatch, meanRank, minRank, rankMultiple, rankWeights } = given
+  const { budget, rank, solver, factorBits, inputs, mismatch, affine } = given
+  const { meanRank, minRank, rankMultiple, rankWeights } = given
   const division = { meanRank, budgetBytes: budget, minRank, rankMultiple, rankWeights }
-  const options = withoutUndefined({ rank, solver, factorBits, inputs, mismatch, ...division })
+  const options = withoutUndefined({ rank, solver, factorBits, inputs, mismatch, affine, ...division })
   return Object.keys(options).length > 0 ? options : undefined
 }
 
@@ -77,6 +79,7 @@ export interface EoraArguments {
   factorBits?: EoraOptions['factorBits'] | undefined
   inputs?: EoraOptions['inputs'] | undefined
   mismatch?: number | undefined
+  affine?: boolean | undefined
   meanRank?: number | undefined
   budget?: number | undefined
   minRank?: number | undefined

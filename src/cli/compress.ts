@@ -117,6 +117,7 @@ export function registerCompress(program: Command): void {
             factorBits: given.eoraFactorBits,
             inputs: given.eoraInputs,
             mismatch: given.eoraMismatch,
+            affine: given.eoraAffine,
             meanRank: given.eoraMeanRank,
             budget: given.eoraBudget,
             minRank: given.eoraMinRank,

@@ -7,6 +7,8 @@ use kintsugi_runtime::{Error, ErrorCode, Result};
 pub struct Calibration {
     pub(crate) width: usize,
     pub(crate) tokens: u64,
+    /// What all vectors count together.
+    pub(crate) weight: f64,
     pub(crate) second_moment: UpperTriangle<f64>,
     pub(crate) sums: Vec<f64>,
     pub(crate) absolute_sums: Vec<f64>,
@@ -29,6 +31,7 @@ impl Calibration {
         Calibration {
             width,
             tokens: 0,
+            weight: 0.0,
             second_moment: UpperTriangle::zeros(width),
             sums: vec![0.0; width],
             absolute_sums: vec![0.0; width],
@@ -40,7 +43,7 @@ impl Calibration {
         UpperTriangle::<f64>::bytes(width) + 16 * width as u64
     }
 
-    /// Sums that were kept somewhere else. The width is that of the second moment.
+    /// Sums that were kept somewhere else, of vectors that count once. The width is that of the second moment.
     ///
     /// # Errors
     /// `ERR_SHAPE_MISMATCH` when the lengths differ.
@@ -56,7 +59,7 @@ impl Calibration {
                 format!("second moments of {width} inputs with sums of {} and {}", sums.len(), absolute_sums.len());
             return Err(Error::new(ErrorCode::ShapeMismatch, message).subject("Calibration"));
         }
-        Ok(Calibration { width, tokens, second_moment, sums, absolute_sums })
+        Ok(Calibration { width, tokens, weight: tokens as f64, second_moment, sums, absolute_sums })
     }
 
     /// Length of an input vector: `inFeatures` of the Linear.
@@ -100,7 +103,7 @@ impl Calibration {
                 .subject("Calibration")
                 .hint("Merge only statistics of the same Linear"));
         }
-        self.add(other.tokens, weight, |part, out| {
+        self.add((other.tokens, other.weight), weight, |part, out| {
             out.copy_from_slice(match part {
                 SumPart::SecondMoment(row) => other.second_moment.row(row),
                 SumPart::Sums => &other.sums,
@@ -110,13 +113,14 @@ impl Calibration {
         })
     }
 
-    /// Adds sums that lie somewhere else, part by part: `read` writes one. Each of their `tokens` counts `weight` times.
+    /// Adds sums that lie somewhere else, part by part: `read` writes one. They are of so many tokens, which count
+    /// `counted` together in them, and count `weight` times that here.
     ///
     /// # Errors
     /// What `read` reports; the parts before have been added then.
     pub fn add(
         &mut self,
-        tokens: u64,
+        (tokens, counted): (u64, f64),
         weight: f64,
         mut read: impl FnMut(SumPart, &mut [f64]) -> Result<()>,
     ) -> Result<()> {
@@ -131,6 +135,7 @@ impl Calibration {
         add(SumPart::Sums, &mut self.sums)?;
         add(SumPart::AbsoluteSums, &mut self.absolute_sums)?;
         self.tokens += tokens;
+        self.weight += weight * counted;
         Ok(())
     }
 }

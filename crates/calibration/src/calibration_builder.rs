@@ -70,7 +70,7 @@ impl CalibrationBuilder {
     }
 
     fn add_chunk(&mut self, pool: &ThreadPool) {
-        let Calibration { width, tokens, second_moment, sums, absolute_sums } = &mut self.sums;
+        let Calibration { width, tokens, weight, second_moment, sums, absolute_sums } = &mut self.sums;
         if self.chunk.is_empty() {
             return;
         }
@@ -81,7 +81,9 @@ impl CalibrationBuilder {
                 *absolute += self.weight * f64::from(value.abs());
             }
         }
-        *tokens += (self.chunk.len() / *width) as u64;
+        let count = self.chunk.len() / *width;
+        *tokens += count as u64;
+        *weight += self.weight * count as f64;
         self.chunk.clear();
     }
 }

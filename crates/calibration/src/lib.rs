@@ -2,6 +2,7 @@
 
 mod calibration;
 mod calibration_builder;
+mod centring;
 mod drift;
 mod drift_builder;
 

@@ -4,6 +4,8 @@ use std::path::{Path, PathBuf};
 use kintsugi_runtime::{Error, ErrorCode, Result};
 use kintsugi_weights::{DenseMatrix, ElementType, LowRank};
 
+use crate::factor_biases::{self, FactorBiases, bias_module};
+use crate::factor_centres::FactorCentres;
 use crate::factor_rows::FactorRows;
 use crate::factor_scales::FactorScales;
 use crate::peft_adapter::invalid;
@@ -85,6 +87,8 @@ pub struct AdapterFolder {
     whole: Vec<WholeTensor>,
     /// Where the factors are quantized.
     scales: Option<FactorScales>,
+    /// Where the update is affine.
+    biases: Option<FactorBiases>,
 }
 
 #[derive(Debug)]
@@ -152,14 +156,20 @@ fn no_whole_tensors(tensor: &str) -> Error {
 
 impl AdapterFolder {
     /// The files of a folder, as far as they are there.
-    pub(crate) const FILE_NAMES: [&'static str; 4] =
-        [PeftConfig::FILE_NAME, WEIGHTS, TORCH_WEIGHTS, FactorScales::FILE_NAME];
+    pub(crate) const FILE_NAMES: [&'static str; 5] =
+        [PeftConfig::FILE_NAME, WEIGHTS, TORCH_WEIGHTS, FactorScales::FILE_NAME, FactorCentres::FILE_NAME];
 
     /// Reads the config and the headers, and checks them against each other.
     ///
     /// # Errors
-    /// `ERR_ADAPTER_INVALID` for everything that is missing, damaged or not a plain LoRA.
+    /// `ERR_ADAPTER_INVALID` for everything that is missing, damaged or not a plain LoRA; also for biases beside B,
+    /// without which the factors are another function.
     pub fn open(folder: &Path) -> Result<Self> {
+        Self::open_with_biases(folder)?.without_biases()
+    }
+
+    /// As [`AdapterFolder::open`], but there may be biases beside B: [`AdapterFolder::factors`] has them.
+    pub(crate) fn open_with_biases(folder: &Path) -> Result<Self> {
         let config = PeftConfig::read(&folder.join(PeftConfig::FILE_NAME))?;
         if !config.modules_to_save.is_empty() {
             return Err(invalid(
@@ -176,14 +186,18 @@ impl AdapterFolder {
     /// # Errors
     /// As [`AdapterFolder::open`], also when `modules_to_save` names what the weights do not hold.
     pub fn open_with_whole_modules(folder: &Path) -> Result<Self> {
-        Self::with_config(folder, PeftConfig::read(&folder.join(PeftConfig::FILE_NAME))?)
+        Self::with_config(folder, PeftConfig::read(&folder.join(PeftConfig::FILE_NAME))?)?.without_biases()
+    }
+
+    fn without_biases(self) -> Result<Self> {
+        if self.biases.is_some() { Err(factor_biases::refused(&self.path)) } else { Ok(self) }
     }
 
     fn with_config(folder: &Path, config: PeftConfig) -> Result<Self> {
         let weights = Weights::open(folder)?;
         let mut whole = Vec::new();
         let mut pairs: BTreeMap<(String, bool), FactorPair> = BTreeMap::new();
-        let mut tables = Vec::new();
+        let (mut tables, mut biases) = (Vec::new(), BTreeMap::new());
         for (name, shape, element_type) in weights.tensors() {
             if let Some(module) = base_table(&name) {
                 tables.push((module.to_string(), name));
@@ -195,12 +209,17 @@ impl AdapterFolder {
                 whole.push(weights.whole_tensor(&name, path, shape)?);
                 continue;
             }
+            if let Some(module) = bias_module(&name).filter(|_| config.lora_bias) {
+                if let Some((first, _)) = biases.insert(module.to_string(), (name.clone(), shape)) {
+                    return Err(twice("bias", &first, &name));
+                }
+                continue;
+            }
             let (module, kind, factor) = parse_key(&name).ok_or_else(|| not_a_factor(&name))?;
             let pair = pairs.entry((module.to_string(), kind == ModuleKind::Embedding)).or_default();
             let slot = if factor == Factor::A { &mut pair.a } else { &mut pair.b };
             if let Some(first) = slot {
-                return Err(invalid(format!("the module has this factor twice, also as '{}'", first.name), &name)
-                    .hint("The file may hold several adapters; save one of them"));
+                return Err(twice("factor", &first.name, &name));
             }
             let &[rows, columns] = shape.as_slice() else {
                 let message = format!("the factor has {} dimensions, only factors of Linears are read", shape.len());
@@ -236,7 +255,15 @@ impl AdapterFolder {
         }
         whole.sort_by(|left: &WholeTensor, right| left.name.cmp(&right.name));
         let scales = FactorScales::open(folder)?;
-        Ok(AdapterFolder { path: folder.to_path_buf(), config, weights, modules, keys, whole, scales })
+        let biases = match (config.lora_bias, &weights) {
+            (false, _) => None,
+            (true, Weights::Safetensors(_)) => {
+                let outputs = modules.iter().map(|module| (module.name.as_str(), module.out_features));
+                Some(FactorBiases::open(folder, biases, outputs)?)
+            }
+            (true, Weights::Torch(_)) => return Err(factor_biases::refused(folder)),
+        };
+        Ok(AdapterFolder { path: folder.to_path_buf(), config, weights, modules, keys, whole, scales, biases })
     }
 
     /// The tensors of modules that are saved whole, in name order.
@@ -322,7 +349,8 @@ impl AdapterFolder {
         self.keys.get(module).ok_or_else(|| invalid("the adapter has no such module", module).hint("Check the name"))
     }
 
-    /// The factors of a module in their own type; a pair of two types becomes f32. Quantized ones come with their codes.
+    /// The factors of a module in their own type; a pair of two types becomes f32. Quantized ones come with their codes,
+    /// those of an affine update with their bias.
     ///
     /// # Errors
     /// As [`AdapterFolder::stored_factors`].
@@ -330,9 +358,16 @@ impl AdapterFolder {
         let [a, b] = self.stored_factors(module)?;
         let factor_type = if a.element_type() == b.element_type() { a.element_type() } else { ElementType::F32 };
         let plain = LowRank::new(b.rows(), a.columns(), a.rows(), b.to_f32(), a.to_f32(), factor_type);
-        match &self.scales {
-            Some(scales) if scales.has(module) => Ok(LowRank::of_codes(scales.codes(module, &plain)?)),
-            _ => Ok(plain),
+        let factors = match &self.scales {
+            Some(scales) if scales.has(module) => LowRank::of_codes(scales.codes(module, &plain)?),
+            _ => plain,
+        };
+        match (&self.biases, &self.weights) {
+            (Some(biases), Weights::Safetensors(weights)) => {
+                let bias = biases.of(weights, module, factors.rank())?;
+                Ok(bias.into_iter().fold(factors, LowRank::with_bias))
+            }
+            _ => Ok(factors),
         }
     }
 }
@@ -431,12 +466,17 @@ fn base_table(key: &str) -> Option<&str> {
     key.strip_prefix(PREFIX)?.strip_suffix(".base_layer.weight")
 }
 
+fn twice(what: &str, first: &str, name: &str) -> Error {
+    invalid(format!("the module has this {what} twice, also as '{first}'"), name)
+        .hint("The file may hold several adapters; save one of them")
+}
+
 /// Says what a tensor is that is no factor.
 fn not_a_factor(name: &str) -> Error {
     let what = if name.contains("lora_magnitude_vector") {
         "the tensor is a DoRA magnitude, which is not supported"
     } else if name.ends_with("lora_B.bias") {
-        "the tensor is a bias beside B, which is not supported"
+        "the tensor is a bias beside B, of which the config says nothing ('lora_bias')"
     } else if name.starts_with(PREFIX) && !name.contains("lora_") {
         "the tensor is a fully trained module (modules_to_save) or bias, which is not supported"
     } else {

@@ -14,6 +14,8 @@ mod checkpoint;
 mod checkpoint_writer;
 mod companion_files;
 mod config_fields;
+mod factor_biases;
+mod factor_centres;
 mod factor_rows;
 mod factor_scales;
 mod float8_scaling;

@@ -5,17 +5,19 @@ use kintsugi_runtime::{Error, ErrorCode, Result, StagedFolder};
 use kintsugi_weights::{Adapter, AdapterEntry, ElementType};
 
 use crate::adapter_folder::{PREFIX, WEIGHTS};
+use crate::factor_biases::BIAS;
+use crate::factor_centres::FactorCentres;
 use crate::factor_scales::FactorScales;
 use crate::peft_config::PeftConfig;
 use crate::safetensors_writer::{SafetensorsWriter, TensorHeader, file_order, float_bytes, float_dtype, write_synced};
 use crate::{AdapterFolder, ModuleKind};
 
-/// Reads the whole of a PEFT folder, see [`AdapterFolder`].
+/// Reads the whole of a PEFT folder, see [`AdapterFolder`]; biases beside B too.
 ///
 /// # Errors
 /// `ERR_ADAPTER_INVALID` for everything that is missing, damaged, not finite or not a plain LoRA of Linears.
 pub fn read_adapter(folder: &Path) -> Result<Adapter> {
-    let folder = AdapterFolder::open(folder)?;
+    let folder = AdapterFolder::open_with_biases(folder)?;
     let mut linears = BTreeMap::new();
     for module in folder.modules() {
         if module.kind != ModuleKind::Linear {
@@ -37,7 +39,7 @@ pub fn read_adapter(folder: &Path) -> Result<Adapter> {
 /// computes it exactly and reading gives the same adapter. `r` is the largest rank, every rank stands in
 /// `rank_pattern` and every alpha in `alpha_pattern` under the full module path, and at scaling 1 both maps are
 /// identical. `base_model` becomes `base_model_name_or_path`. Factors of codes are written as the floats that they stand
-/// for, with their scales in a file beside them.
+/// for, with their scales in a file beside them; biases in f32, with their centres in another.
 ///
 /// # Errors
 /// `ERR_ADAPTER_INVALID` when there are no factors or a name cannot be written, `ERR_OUTPUT_NOT_EMPTY`,
@@ -58,12 +60,17 @@ pub fn write_adapter_files(folder: &Path, adapter: &Adapter, base_model: &str) -
     write_checked(folder, adapter, base_model)
 }
 
-/// Names are used as regular expressions by PEFT, and a rank of zero is refused by it.
+/// Names are used as regular expressions by PEFT, a rank of zero is refused by it, and of biases it knows all or none.
 fn check_writable(adapter: &Adapter) -> Result<()> {
     if adapter.linears.is_empty() {
         return Err(invalid("there are no factors to write", "adapter").hint("Use a rank of at least 1"));
     }
+    let biased = adapter.linears.values().any(|entry| entry.factors.bias().is_some());
     for (name, entry) in &adapter.linears {
+        if biased && entry.factors.bias().is_none() {
+            return Err(invalid("the factors have no bias, and others of the adapter have one", name)
+                .hint("Write them into folders of their own"));
+        }
         let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
         if name.is_empty() || !name.chars().all(plain) {
             return Err(invalid("the module name has characters that PEFT would take for a pattern", name)
@@ -90,6 +97,11 @@ fn write_checked(folder: &Path, adapter: &Adapter, base_model: &str) -> Result<(
             let bytes = (values.len() * element_type.bits() / 8) as u64;
             tensors.push((TensorHeader { name, dtype: float_dtype(element_type), shape, bytes }, values, element_type));
         }
+        if let Some(bias) = factors.bias() {
+            let (name, dtype) = (format!("{PREFIX}{name}.{BIAS}"), float_dtype(ElementType::F32));
+            let header = TensorHeader { name, dtype, shape: vec![out_features], bytes: 4 * out_features as u64 };
+            tensors.push((header, &bias.values, ElementType::F32));
+        }
     }
     tensors.sort_by(|(left, ..), (right, ..)| file_order(left, right));
     let mut writer = SafetensorsWriter::create(&folder.join(WEIGHTS), tensors.iter().map(|(header, ..)| header))?;
@@ -98,6 +110,7 @@ fn write_checked(folder: &Path, adapter: &Adapter, base_model: &str) -> Result<(
     }
     writer.finish()?;
     FactorScales::write(folder, adapter)?;
+    FactorCentres::write(folder, adapter)?;
     let config = format!("{:#}\n", PeftConfig::to_json(adapter, base_model));
     write_synced(&folder.join(PeftConfig::FILE_NAME), config.as_bytes())
 }

@@ -15,7 +15,6 @@ const VARIANTS: &[(&str, &str)] = &[
     ("use_dora", "DoRA magnitudes"),
     ("use_qalora", "QALoRA"),
     ("use_bdlora", "block-diagonal LoRA"),
-    ("lora_bias", "a bias beside B"),
     ("layer_replication", "replicated layers"),
     ("target_parameters", "parameters that are not Linears"),
     ("trainable_token_indices", "trained token embeddings"),
@@ -45,6 +44,8 @@ pub(crate) struct PeftConfig {
     pub(crate) task_type: Option<String>,
     /// The base keeps the adapted weights as `[in, out]`. The factors have the same orientation all the same.
     pub(crate) fan_in_fan_out: bool,
+    /// Every module has a bias beside B, which is multiplied with the scaling as B is.
+    pub(crate) lora_bias: bool,
     /// Modules that are saved whole: the ends of their paths.
     pub(crate) modules_to_save: Vec<String>,
     /// `target_modules` is a list of last parts of paths, and no layers are left out.
@@ -98,10 +99,11 @@ impl PeftConfig {
         let rank = config.get("r").and_then(as_rank).ok_or(("'r' is not a positive number".into(), SAVE_AGAIN))?;
         let alpha =
             config.get("lora_alpha").and_then(as_alpha).ok_or(("'lora_alpha' is not a number".into(), SAVE_AGAIN))?;
-        let rank_stabilized = match config.get("use_rslora") {
-            None | Some(Value::Null) => false,
-            Some(flag) => flag.as_bool().ok_or(("'use_rslora' is not true or false".into(), SAVE_AGAIN))?,
+        let flag = |field: &str| match config.get(field) {
+            None | Some(Value::Null) => Ok(false),
+            Some(flag) => flag.as_bool().ok_or((format!("'{field}' is not true or false"), SAVE_AGAIN)),
         };
+        let (rank_stabilized, lora_bias) = (flag("use_rslora")?, flag("lora_bias")?);
         Ok(PeftConfig {
             rank,
             alpha,
@@ -111,6 +113,7 @@ impl PeftConfig {
             base_model: text(config, "base_model_name_or_path"),
             task_type: text(config, "task_type"),
             fan_in_fan_out: config.get("fan_in_fan_out") == Some(&Value::Bool(true)),
+            lora_bias,
             modules_to_save: modules_to_save(config)
                 .ok_or(("'modules_to_save' is not a list of names".into(), SAVE_AGAIN))?,
             targets_by_suffix: targets_by_suffix(config),
@@ -163,7 +166,7 @@ impl PeftConfig {
             alphas.insert(name.clone(), alpha);
             targets.insert(name.rsplit('.').next().unwrap_or(name));
         }
-        json!({
+        let mut config = json!({
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
             "base_model_name_or_path": base_model,
@@ -184,7 +187,11 @@ impl PeftConfig {
             "target_modules": targets,
             "rank_pattern": ranks,
             "alpha_pattern": alphas,
-        })
+        });
+        if adapter.linears.values().any(|entry| entry.factors.bias().is_some()) {
+            config["lora_bias"] = json!(true);
+        }
+        config
     }
 }
 

@@ -1,6 +1,7 @@
 //! All integration tests of the crate in one program, which is linked once.
 
 mod adapter_attacks;
+mod affine_adapters;
 mod attacks;
 mod cross_format;
 mod fixture;

@@ -73,7 +73,7 @@ fn solve(
     pool: &ThreadPool,
 ) -> f64 {
     let precision = FactorPrecision::Float(ElementType::Bf16);
-    let options = CompensationOptions { method: compensation_method(solver).unwrap(), rank, precision };
+    let options = CompensationOptions { method: compensation_method(solver).unwrap(), rank, precision, affine: false };
     let started = Instant::now();
     let residual = Residual::new(weight, rounded, calibration, pool).unwrap();
     let energies = started.elapsed().as_secs_f64();

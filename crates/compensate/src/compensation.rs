@@ -5,6 +5,7 @@ use kintsugi_linalg::{
 use kintsugi_runtime::{Result, ThreadPool};
 use kintsugi_weights::{DenseMatrix, ElementType, FactorCodes, LowRank, QuantizedMatrix, RowSource};
 
+use crate::affine::compensate_affine;
 use crate::factor_precision::{code_rows, round_floats, without_columns};
 use crate::fast::Fast;
 use crate::input_metric::InputMetric;
@@ -22,12 +23,15 @@ pub struct CompensationOptions {
     pub rank: usize,
     /// What the factors are stored in.
     pub precision: FactorPrecision,
+    /// Whether a bias repairs what the factors leave of the mean of the inputs.
+    pub affine: bool,
 }
 
 impl Default for CompensationOptions {
-    /// `fast`, rank 64, bf16.
+    /// `fast`, rank 64, bf16, no bias.
     fn default() -> Self {
-        CompensationOptions { method: &Fast, rank: 64, precision: FactorPrecision::Float(ElementType::Bf16) }
+        let precision = FactorPrecision::Float(ElementType::Bf16);
+        CompensationOptions { method: &Fast, rank: 64, precision, affine: false }
     }
 }
 
@@ -59,6 +63,9 @@ pub struct Compensation {
 /// of codes are solved once more: B for the rounded A, in the metric of the inputs. Channels that rounding would make
 /// worse than they were are left out of them.
 ///
+/// With [`CompensationOptions::affine`] a bias is solved, too: `(Δ − B A) μ` for the mean μ of the inputs, and factors
+/// for what the inputs differ from it. No rank, no bias.
+///
 /// # Errors
 /// What [`Residual::new`] refuses, `ERR_VALUE_NOT_FINITE` for factors that the stored type cannot hold,
 /// `ERR_SOLVER_FAILED`.
@@ -70,15 +77,19 @@ pub fn compensate(
     options: &CompensationOptions,
     pool: &ThreadPool,
 ) -> Result<Compensation> {
-    solve(Residual::new(weight, compressed, calibration, pool)?, weight, hold_out, options, pool)
+    if options.affine {
+        return compensate_affine(weight, compressed, calibration, hold_out, options, pool);
+    }
+    let mut residual = Residual::new(weight, compressed, calibration, pool)?;
+    solve(&mut residual, weight, hold_out, options, pool)
 }
 
-/// [`compensate`] for a residual that is known.
+/// [`compensate`] for a residual that is known: the factors in the metric of its statistics.
 ///
 /// # Errors
 /// As [`compensate`].
 pub(crate) fn solve(
-    mut residual: Residual<'_>,
+    residual: &mut Residual<'_>,
     weight: &DenseMatrix,
     hold_out: Option<&HoldOut>,
     options: &CompensationOptions,
@@ -87,23 +98,22 @@ pub(crate) fn solve(
     // The bound is that of the best directions, whatever the method believes.
     let optimal = options.method.is_optimal();
     let best_method = if optimal { options.method } else { &Fast };
-    let mut best = best_method.directions(&residual, options.rank, pool)?;
+    let mut best = best_method.directions(residual, options.rank, pool)?;
     if residual.sharpen(best.captured(), pool) {
-        best = best_method.directions(&residual, options.rank, pool)?;
+        best = best_method.directions(residual, options.rank, pool)?;
     }
     let bounds = bounds(residual.energy(), &best);
     let certificate = optimal.then(|| {
         let metric = InputMetric::SecondMoment(residual.calibration().second_moment());
-        let measured = best.measured(&residual, &metric, pool);
+        let measured = best.measured(residual, &metric, pool);
         Certificate::new(residual.energy(), measured, best.captured() + best.excess, |energy| residual.relative(energy))
     });
-    let directions = if optimal { best } else { options.method.directions(&residual, options.rank, pool)? };
-    let factors = match options.precision {
-        _ if directions.rank == 0 => None,
-        FactorPrecision::Float(element) => Some(float_factors(&residual, &directions, element, pool)?),
-        FactorPrecision::Codes(bits) => Some(coded_factors(&residual, &directions, bits, pool)?),
+    let directions = if optimal { best } else { options.method.directions(residual, options.rank, pool)? };
+    let factors = match directions.rank {
+        0 => None,
+        _ => Some(stored_factors(residual, &directions, options.precision, pool)?),
     };
-    let energies = factors.as_ref().map(|factors| RankProfile::energies(&residual, factors, pool));
+    let energies = factors.as_ref().map(|factors| RankProfile::energies(residual, factors, pool));
     // Both are read off a second moment whose last digits are rounding noise, which may be all that is left of them.
     let worthwhile = energies.as_ref().is_some_and(|energies| energies[energies.len() - 1] < energies[0]);
     let factors = factors.filter(|_| worthwhile);
@@ -111,11 +121,24 @@ pub(crate) fn solve(
         original: residual.original(),
         calibration: energies.filter(|_| worthwhile).unwrap_or_else(|| vec![residual.energy()]),
         best: bounds,
-        hold_out: hold_out.map(|hold_out| HoldOutProfile::new(&residual, factors.as_ref(), weight, hold_out, pool)),
+        hold_out: hold_out.map(|hold_out| HoldOutProfile::new(residual, factors.as_ref(), weight, hold_out, pool)),
         dense: None,
     };
     let error = profile.error(profile.largest_rank());
     Ok(Compensation { factors, error, certificate, profile })
+}
+
+/// The factors that project on the directions, of which there are some, as they are stored.
+pub(crate) fn stored_factors(
+    residual: &Residual<'_>,
+    directions: &OutputDirections,
+    precision: FactorPrecision,
+    pool: &ThreadPool,
+) -> Result<LowRank> {
+    match precision {
+        FactorPrecision::Float(element) => float_factors(residual, directions, element, pool),
+        FactorPrecision::Codes(bits) => coded_factors(residual, directions, bits, pool),
+    }
 }
 
 /// The energies that no factors of the ranks 0, 1, … go below.

@@ -42,6 +42,13 @@ impl HoldOut {
         HoldOut { width, rows: pairs.flat_map(|(left, right)| [left, right].concat()).collect() }
     }
 
+    /// The same inputs less a mean.
+    pub(crate) fn minus(&self, mean: &[f64]) -> HoldOut {
+        let less =
+            |row: &[f32]| -> Vec<f32> { row.iter().zip(mean).map(|(&x, m)| (f64::from(x) - m) as f32).collect() };
+        HoldOut { width: self.width, rows: self.rows.chunks_exact(self.width.max(1)).flat_map(less).collect() }
+    }
+
     /// `[tokens, width]` in f64.
     pub(crate) fn wide(&self) -> Vec<f64> {
         self.rows.iter().map(|&value| f64::from(value)).collect()

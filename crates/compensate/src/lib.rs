@@ -1,5 +1,6 @@
 //! Low-rank compensation of a compression residual: EoRA.
 
+mod affine;
 mod certificate;
 mod compensation;
 mod compensation_method;
@@ -7,6 +8,7 @@ mod dense_profile;
 mod diagonal;
 mod exact;
 mod factor_precision;
+mod factor_storage;
 mod fast;
 mod hold_out;
 mod input_metric;
@@ -26,6 +28,7 @@ pub use dense_profile::{DenseEnergies, DenseError, DenseProfile};
 pub use diagonal::Diagonal;
 pub use exact::Exact;
 pub use factor_precision::FactorPrecision;
+pub use factor_storage::FactorStorage;
 pub use fast::{Fast, directions_bytes};
 pub use hold_out::HoldOut;
 pub use lorc::Lorc;

@@ -129,8 +129,8 @@ pub fn compensate_mixed(
             .subject("eora.mismatch")
             .hint("Calibrate with more tokens, or solve for deployed inputs"));
     }
-    let residual = Residual::of(target, weight, inputs.deployed, pool);
-    let mut solved = solve(residual, weight, inputs.hold_out.map(|(x, _)| x), options, pool)?;
+    let mut residual = Residual::of(target, weight, inputs.deployed, pool);
+    let mut solved = solve(&mut residual, weight, inputs.hold_out.map(|(x, _)| x), options, pool)?;
     solved.profile.dense = Some(outputs.profile(weight, compressed, inputs, solved.factors.as_ref(), pool)?);
     Ok(solved)
 }

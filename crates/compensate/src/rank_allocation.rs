@@ -4,7 +4,7 @@ use std::collections::BinaryHeap;
 use kintsugi_runtime::{Error, ErrorCode, Result};
 use serde::{Deserialize, Serialize};
 
-use crate::FactorPrecision;
+use crate::FactorStorage;
 
 /// How much all compensations of a model may take together.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -37,14 +37,14 @@ pub struct RankCandidate {
     pub weight: f64,
     /// Outputs and inputs.
     pub shape: (usize, usize),
-    /// What the factors are stored in.
-    pub precision: FactorPrecision,
+    /// What its update is stored in.
+    pub storage: FactorStorage,
 }
 
 impl RankCandidate {
-    /// Bits of its factors.
+    /// Bits of its update.
     fn bits(&self, rank: usize) -> u64 {
-        self.precision.stored_bits(self.shape.0, self.shape.1, rank)
+        self.storage.stored_bits(self.shape.0, self.shape.1, rank)
     }
 
     /// Its largest rank.
@@ -148,12 +148,13 @@ impl Eq for Step {}
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::FactorPrecision;
 
     /// One whose ranks take `size` times 16 bits.
     fn candidate(gains: &[f64], weight: f64, size: usize) -> RankCandidate {
         let mut energies = vec![gains.iter().sum::<f64>() + 1.0];
         gains.iter().for_each(|gain| energies.push(energies[energies.len() - 1] - gain));
-        RankCandidate { energies, weight, shape: (size, 0), precision: FactorPrecision::default() }
+        RankCandidate { energies, weight, shape: (size, 0), storage: FactorStorage::default() }
     }
 
     fn limits(multiple: usize, min: usize, max: usize) -> RankLimits {
@@ -207,7 +208,8 @@ mod tests {
     #[test]
     fn scales_that_ranks_share_are_paid_once() {
         let gains = vec![1.0; 100];
-        let coded = |_| RankCandidate { precision: FactorPrecision::Codes(4), ..candidate(&gains, 1.0, 64) };
+        let storage = FactorStorage { precision: FactorPrecision::Codes(4), affine: false };
+        let coded = |_| RankCandidate { storage, ..candidate(&gains, 1.0, 64) };
         let candidates: Vec<RankCandidate> = (0..4).map(coded).collect();
         for bytes in [100, 1000, 4000, 9000] {
             let ranks = allocate_ranks(&candidates, RankBudget::Bytes(bytes), limits(8, 0, 100)).unwrap();
@@ -215,6 +217,20 @@ mod tests {
             assert!(bits <= bytes * 8, "{bytes}: {ranks:?}");
             assert!(bytes < 4000 || ranks.contains(&64), "{bytes}: {ranks:?}");
             assert!(bytes < 1000 || ranks.iter().any(|&rank| rank >= 8), "{bytes}: {ranks:?}");
+        }
+    }
+
+    #[test]
+    fn a_bias_is_paid_with_the_first_rank() {
+        let affine = FactorStorage { affine: true, ..FactorStorage::default() };
+        let candidates = [
+            RankCandidate { storage: affine, ..candidate(&[9.0, 1.0, 1.0], 1.0, 1) },
+            RankCandidate { storage: affine, ..candidate(&[1.0, 1.0], 1.0, 1) },
+        ];
+        // A rank takes 2 bytes, a bias 4.
+        for (bytes, expected) in [(5, [0, 0]), (6, [1, 0]), (10, [3, 0]), (15, [3, 0]), (16, [3, 1]), (18, [3, 2])] {
+            let ranks = allocate_ranks(&candidates, RankBudget::Bytes(bytes), limits(1, 0, 9)).unwrap();
+            assert_eq!(ranks, expected, "{bytes}");
         }
     }
 

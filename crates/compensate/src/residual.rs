@@ -82,6 +82,12 @@ impl<'a> Residual<'a> {
         true
     }
 
+    /// Counts what W answers to the mean of inputs whose statistics are centred, `T ‖W μ‖²`: errors are relative to the
+    /// outputs of the inputs as they are.
+    pub(crate) fn count_mean(&mut self, energy: f64) {
+        self.original += energy;
+    }
+
     /// Number of outputs.
     pub fn rows(&self) -> usize {
         self.rows

@@ -199,7 +199,8 @@ fn without_a_share_or_a_drift_the_factors_are_those_of_deployed_inputs() {
         let pairs = Pairs::new(case);
         let (instance, pool) = (&pairs.solvable.instance, ThreadPool::global());
         for method in METHODS {
-            let options = CompensationOptions { method, rank: case.rank, precision: FactorPrecision::Codes(8) };
+            let precision = FactorPrecision::Codes(8);
+            let options = CompensationOptions { method, rank: case.rank, precision, ..CompensationOptions::default() };
             let plain =
                 compensate(&instance.weight, &instance.quantized, &pairs.solvable.calibration, None, &options, pool);
             let plain = plain.unwrap();

@@ -83,7 +83,7 @@ impl<B: Backend> Model<B> {
     /// Makes a LoRA adapter available to requests under `name`.
     ///
     /// # Errors
-    /// `ERR_ADAPTER_INVALID` when it updates a Linear that the model lacks, or with another shape.
+    /// `ERR_ADAPTER_INVALID` when it updates a Linear that the model lacks, or with another shape, or has biases.
     pub fn add_adapter(&mut self, name: &str, adapter: &Adapter) -> Result<()> {
         let mut used = 0;
         let mut updates = Vec::with_capacity(self.blocks.len());
@@ -96,6 +96,12 @@ impl<B: Backend> Model<B> {
                     continue;
                 };
                 check_factors(&name, (linear.rows, linear.columns), &entry.factors)?;
+                if entry.factors.bias().is_some() {
+                    let message = "the adapter has a bias beside B, which adapters of requests cannot have";
+                    return Err(Error::new(ErrorCode::AdapterInvalid, message)
+                        .subject(name)
+                        .hint("Load it as compensation of the model"));
+                }
                 of_block.push(Some(self.backend.prepare_low_rank(&entry.factors, entry.scaling)?));
                 used += 1;
             }

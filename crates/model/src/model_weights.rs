@@ -156,7 +156,8 @@ pub fn read_tokenizer(checkpoint: &Checkpoint, spec: &DecoderSpec) -> Result<Tok
     Ok(tokenizer)
 }
 
-/// Puts the factors of `adapter` that belong to block `block` beside its weights, with the scaling folded into B.
+/// Puts the factors of `adapter` that belong to block `block` beside its weights, with the scaling folded into B, and
+/// their biases into those of the Linears.
 ///
 /// # Errors
 /// `ERR_ADAPTER_INVALID` when a factor does not have the shape of its Linear.
@@ -171,7 +172,7 @@ pub fn attach_compensation(
         let Some(entry) = adapter.linears.get(&name) else { continue };
         check_factors(&name, (linear.rows, linear.columns), &entry.factors)?;
         let factors = &entry.factors;
-        weight.low_rank = Some(if entry.scaling == 1.0 { factors.clone() } else { factors.scaled(entry.scaling) });
+        weight.compensate(if entry.scaling == 1.0 { factors.clone() } else { factors.scaled(entry.scaling) });
     }
     Ok(())
 }

@@ -14,6 +14,7 @@ pub struct BindingEora {
     /// `deployed`, `dense` or `mixed`.
     pub inputs: String,
     pub mismatch: Option<f64>,
+    pub affine: bool,
     pub mean_rank: Option<f64>,
     pub budget_bytes: Option<f64>,
     pub min_rank: u32,
@@ -39,6 +40,7 @@ impl BindingEora {
         let (rank, solver) = (self.rank as usize, self.solver.clone());
         let inputs = EoraInputs::from_name(&self.inputs, self.mismatch)
             .ok_or_else(|| invalid_option("eora.inputs", &self.inputs, EoraInputs::NAMES))?;
-        Ok(EoraRecipe { rank, solver, factor_bits: bits(self.factor_bits), inputs, allocation })
+        let (factor_bits, affine) = (bits(self.factor_bits), self.affine);
+        Ok(EoraRecipe { rank, solver, factor_bits, inputs, affine, allocation })
     }
 }

@@ -365,11 +365,8 @@ impl<'a, B: Backend> BlockCompressor<'a, B> {
         // What runs in the next blocks is what will be deployed, as far as that is known.
         let deployed = solved.factors.as_ref().filter(|_| self.deployed_rank > 0);
         let deployed = deployed.map(|factors| factors.prefix(self.deployed_rank));
-        let low_rank = match (&compressed.low_rank, deployed) {
-            (Some(there), Some(new)) => Some(there.beside(&new)),
-            (there, new) => new.or_else(|| there.clone()),
-        };
-        let weight = LinearWeight { low_rank, ..compressed };
+        let mut weight = compressed;
+        deployed.into_iter().for_each(|update| weight.compensate(update));
         Ok(CompressedLinear { weight, report, factors: solved.factors, profile: solved.profile })
     }
 

@@ -151,7 +151,9 @@ impl SavedStatistics {
             let (name, width) = (point_name(&self.spec, block, point), width_at(&self.spec, point));
             let mut first = 0;
             let sums = sums.entry(point).or_insert_with(|| Calibration::zeros(width));
-            sums.add(tokens, self.weight, |part, out| match part {
+            // Of experts that is an average, as their tokens may be of one source.
+            let counted = tokens as f64 * self.token_weight;
+            sums.add((tokens, counted), self.weight, |part, out| match part {
                 SumPart::SecondMoment(_) => {
                     let start = first;
                     first += out.len();

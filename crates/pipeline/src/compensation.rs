@@ -159,6 +159,12 @@ impl Pair {
                 .hint("Give the checkpoint that was compressed, and what became of it"));
         }
         let there = compressed.compensation()?;
+        if there.iter().flat_map(|adapter| adapter.linears.values()).any(|entry| entry.factors.bias().is_some()) {
+            let message = "the compensation in eora/ has biases, and what another would repair are weights alone";
+            return Err(Error::new(ErrorCode::AdapterInvalid, message)
+                .subject(recipe.compressed.display())
+                .hint("Move the folder eora/ away, and make one compensation of a larger rank"));
+        }
         Ok(Pair { original, compressed, spec, compressed_spec, there })
     }
 
@@ -215,8 +221,7 @@ fn plan(recipe: &CompensateRecipe, compression: &Recipe, pair: &Pair, tokens: us
     recipe.eora.check_budget(spec)?;
     let bits: u64 = linears.iter().map(|linear| linear.stored_bits).sum();
     let bits = recipe.eora.budget_bits(spec).map_or(bits, |budget| budget.min(bits));
-    // The folder holds values of 16 bits, whatever the codes.
-    let file_bytes: u64 = linears.iter().map(|l| (l.rank * (l.rows + l.columns) * 2) as u64).sum();
+    let file_bytes: u64 = linears.iter().map(|l| recipe.eora.file_bytes(l.rows, l.columns, l.rank)).sum();
     Ok(CompensationPlan {
         recipe: recipe.clone(),
         architecture: spec.family.architecture.to_owned(),

@@ -63,6 +63,14 @@ impl CalibrationData {
         };
         let open = |source| SavedStatistics::open(source, recipe.stream_name(), checkpoint, spec);
         let saved: Vec<SavedStatistics> = calibration.statistics().map(open).collect::<Result<_>>()?;
+        // What a token counts is known of all experts together, and the mean of one asks for its own tokens.
+        let affine = recipe.eora.as_ref().is_some_and(|eora| eora.affine) && spec.experts.is_some();
+        if let Some(mixture) = saved.iter().find(|saved| affine && saved.token_weight() != 1.0) {
+            let message = "the statistics are of a mixture, and do not say what the tokens of an expert count in it";
+            return Err(Error::new(ErrorCode::OptionInvalid, message)
+                .subject("eora.affine")
+                .hint(format!("Give the texts in place of {}, or leave eora.affine out", mixture.path().display())));
+        }
         let tokens = recipe.passes().map(|texts| CalibrationTokens::read(texts, checkpoint, spec)).transpose()?;
         // Both kinds are in the order of the sources.
         let mut of_saved = saved.iter().map(|saved| Ok((saved.all_tokens()?, saved.token_weight())));

@@ -1,5 +1,5 @@
 use kintsugi_compensate::{
-    CompensationOptions, FactorPrecision, RankBudget, RankLimits, allocate_ranks, compensation_method,
+    CompensationOptions, FactorPrecision, FactorStorage, RankBudget, RankLimits, allocate_ranks, compensation_method,
 };
 use kintsugi_model::{DecoderSpec, LinearSpec};
 use kintsugi_runtime::{Error, ErrorCode, Result};
@@ -20,6 +20,9 @@ pub struct EoraRecipe {
     /// Which inputs it is solved for.
     #[serde(flatten)]
     pub inputs: EoraInputs,
+    /// Whether a bias repairs what the factors leave of the mean of the inputs. Not in a report that has none.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub affine: bool,
     /// Ranks that differ, within a budget; `null` for one rank.
     pub allocation: Option<AllocationRecipe>,
 }
@@ -71,6 +74,7 @@ impl EoraRecipe {
             solver: kintsugi_compensate::METHODS[0].name().to_owned(),
             factor_bits: 16,
             inputs: EoraInputs::Deployed,
+            affine: false,
             allocation: None,
         }
     }
@@ -87,6 +91,12 @@ impl EoraRecipe {
         }
         self.options()?;
         self.inputs.validate()?;
+        if self.affine && self.inputs.is_mixed() {
+            let message = "a bias is solved for the mean of one kind of inputs, and mixed inputs are two";
+            return Err(Error::new(ErrorCode::OptionInvalid, message)
+                .subject("eora.affine")
+                .hint("Leave it out, or solve for deployed or dense inputs"));
+        }
         let Some(allocation) = &self.allocation else { return Ok(()) };
         if let RankBudget::MeanRank(mean) = allocation.budget
             && !(mean.is_finite() && mean >= 1.0 && mean <= self.rank as f64)
@@ -108,6 +118,7 @@ impl EoraRecipe {
             method: compensation_method(&self.solver)?,
             rank: self.rank,
             precision: FactorPrecision::of_bits(self.factor_bits)?,
+            affine: self.affine,
         })
     }
 
@@ -115,14 +126,21 @@ impl EoraRecipe {
         RankLimits { multiple: allocation.multiple, min: allocation.min_rank, max: self.rank }
     }
 
-    /// Bits of the factors of a Linear.
+    /// Bits of the factors of a Linear, and of their bias.
     pub(crate) fn factor_bits(&self, rows: usize, columns: usize, rank: usize) -> u64 {
-        self.precision().stored_bits(rows, columns, rank)
+        self.storage().stored_bits(rows, columns, rank)
+    }
+
+    /// Bytes that they take in a file: values of 16 bits, whatever the codes, biases and centres in f32.
+    pub(crate) fn file_bytes(&self, rows: usize, columns: usize, rank: usize) -> u64 {
+        let affine = if self.affine && rank > 0 { 4 * (rows + rank) } else { 0 };
+        (rank * (rows + columns) * 2 + affine) as u64
     }
 
     /// What the factors are stored in; bf16 for a width that [`EoraRecipe::validate`] refuses.
-    pub(crate) fn precision(&self) -> FactorPrecision {
-        FactorPrecision::of_bits(self.factor_bits).unwrap_or_default()
+    pub(crate) fn storage(&self) -> FactorStorage {
+        let precision = FactorPrecision::of_bits(self.factor_bits).unwrap_or_default();
+        FactorStorage { precision, affine: self.affine }
     }
 
     /// The bits that all factors of a model may take; `None` without a budget.

@@ -376,8 +376,11 @@ impl Shapes<'_> {
         let directions = directions_bytes(m, k, rank);
         // Inputs that took no part: two halves in f32, one of them in f64.
         let held_out = 8 * self.held_out() as u64 * columns;
+        // Statistics that are centred, and the same inputs less their mean.
+        let affine = self.recipe.eora.as_ref().is_some_and(|eora| eora.affine);
         let mixed = if self.is_mixed() { mixed_bytes(m, k) + 2 * held_out } else { 0 };
-        Residual::bytes(m, k) + directions.max(factors + held_out) + mixed
+        let centred = if affine { Calibration::bytes(k) + held_out / 2 } else { 0 };
+        Residual::bytes(m, k) + centred + mixed + directions.max(factors + held_out)
     }
 
     fn solver(&self, linear: &LinearSpec) -> u64 {

@@ -8,7 +8,7 @@ use serde::Serialize;
 use crate::bit_allocation::check_budget;
 use crate::compression::refuse_compressed;
 use crate::output_format::{OutputFormat, output_format};
-use crate::{DiskPlan, MemoryPlan, Recipe};
+use crate::{DiskPlan, EoraRecipe, MemoryPlan, Recipe};
 
 /// What will be done to each Linear, before anything runs.
 #[derive(Clone, Debug, Serialize)]
@@ -92,8 +92,8 @@ impl Plan {
         }
         let quantized_weights = spec.linear_parameters();
         let bytes = source_bytes - replaced + stored_bits.div_ceil(8);
-        let factor_values = |linear: &PlannedLinear| (linear.rank * (linear.rows + linear.columns)) as u64;
-        let factor_bytes = linears.iter().map(factor_values).sum::<u64>() * 2;
+        let of_linear = |eora: &EoraRecipe| linears.iter().map(|l| eora.file_bytes(l.rows, l.columns, l.rank)).sum();
+        let factor_bytes = recipe.eora.as_ref().map_or(0, of_linear);
         let stored = stored_type(checkpoint, spec);
         let format = output_format(recipe, spec, stored)?;
         check_budget(recipe, spec, format.layout(), stored)?;

@@ -68,7 +68,7 @@ impl RankDivision {
             energies: linear.profile.map_or_else(|| vec![0.0], |profile| profile.calibration.clone()),
             weight: linear.profile.map_or(0.0, weight),
             shape: (linear.rows, linear.columns),
-            precision: recipe.precision(),
+            storage: recipe.storage(),
         };
         let candidates: Vec<RankCandidate> = linears.iter().map(candidate).collect();
         let budget = RankBudget::Bytes(budget_bits / 8);

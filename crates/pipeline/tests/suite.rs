@@ -1,6 +1,7 @@
 //! All integration tests of the crate in one program, which is linked once.
 
 mod adaptive;
+mod affine;
 mod awq;
 mod bad_input;
 mod calibration;

@@ -1,9 +1,9 @@
-use crate::{ElementType, GroupAxis, QuantizedMatrix};
+use crate::{ElementType, FactorBias, GroupAxis, QuantizedMatrix};
 
 /// A low-rank update `ΔW ≈ B · A` with `B [out, rank]` and `A [rank, in]`, both row-major.
 ///
 /// Ranks are nested when the solver orders them: the first `r` columns of B and rows of A are the best update of
-/// rank `r` of the same problem.
+/// rank `r` of the same problem. An affine update has a [`FactorBias`] beside them, `ΔW x ≈ B (A x) + bias`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LowRank {
     out_features: usize,
@@ -13,6 +13,7 @@ pub struct LowRank {
     a: Vec<f32>,
     factor_type: ElementType,
     codes: Option<FactorCodes>,
+    bias: Option<FactorBias>,
 }
 
 /// The codes of a [`LowRank`] whose factors are quantized. Groups lie along the columns of each: along the ranks in B,
@@ -43,7 +44,7 @@ impl LowRank {
         for value in b.iter_mut().chain(a.iter_mut()) {
             *value = factor_type.round(*value);
         }
-        LowRank { out_features, in_features, rank, b, a, factor_type, codes: None }
+        LowRank { out_features, in_features, rank, b, a, factor_type, codes: None, bias: None }
     }
 
     /// Factors that are made of codes. Their type is that of the scales where it holds every value, else f32.
@@ -61,7 +62,36 @@ impl LowRank {
         let exact = b_values.iter().chain(&a_values).all(|&value| declared.round(value) == value);
         let factor_type = if exact { declared } else { ElementType::F32 };
         let (out_features, in_features, rank) = (b.rows(), a.columns(), a.rows());
-        LowRank { out_features, in_features, rank, b: b_values, a: a_values, factor_type, codes: Some(codes) }
+        let (b, a, codes) = (b_values, a_values, Some(codes));
+        LowRank { out_features, in_features, rank, b, a, factor_type, codes, bias: None }
+    }
+
+    /// The same with a constant part.
+    ///
+    /// # Panics
+    /// When a length does not fit.
+    #[must_use]
+    pub fn with_bias(self, bias: FactorBias) -> Self {
+        assert_eq!(bias.values.len(), self.out_features, "the bias is [out]");
+        assert!(bias.centre.as_ref().is_none_or(|centre| centre.len() == self.rank), "the centre is [rank]");
+        LowRank { bias: Some(bias), ..self }
+    }
+
+    /// The constant part of an affine update.
+    pub fn bias(&self) -> Option<&FactorBias> {
+        self.bias.as_ref()
+    }
+
+    /// The factors alone, and the constant part alone.
+    #[must_use]
+    pub fn split_bias(mut self) -> (Self, Option<Vec<f32>>) {
+        let bias = self.bias.take();
+        (self, bias.map(|bias| bias.values))
+    }
+
+    /// Whether [`LowRank::prefix`] may be asked for any rank: not of a bias whose centre is unknown.
+    pub fn is_divisible(&self) -> bool {
+        self.bias.as_ref().is_none_or(|bias| bias.centre.is_some())
     }
 
     /// The codes behind the values, where the factors are quantized.
@@ -99,26 +129,31 @@ impl LowRank {
         self.factor_type
     }
 
-    /// The first `rank` directions only.
+    /// The first `rank` directions only, with the bias that they ask for; of rank 0 nothing.
+    ///
+    /// # Panics
+    /// When some but not all are asked for and the update is not [divisible](LowRank::is_divisible).
     #[must_use]
     pub fn prefix(&self, rank: usize) -> LowRank {
         let rank = rank.min(self.rank);
+        let bias = self.bias.as_ref().filter(|_| rank > 0).map(|bias| bias.prefix(&self.b, self.rank, rank));
         let b = self.b.chunks_exact(self.rank.max(1)).flat_map(|row| &row[..rank]).copied().collect();
         let a = self.a[..rank * self.in_features].to_vec();
         let codes = self.codes.as_ref().map(|codes| codes.prefix(rank));
-        LowRank { rank, b, a, codes, ..self.clone_shape() }
+        LowRank { rank, b, a, codes, bias, ..self.clone_shape() }
     }
 
     /// `scaling · ΔW`: B is scaled, in codes its scales alone. Scales that their type does not hold then are f32.
     #[must_use]
     pub fn scaled(&self, scaling: f32) -> LowRank {
-        match &self.codes {
+        let factors = match &self.codes {
             Some(FactorCodes { b, a }) => LowRank::of_codes(FactorCodes { b: b.scaled(scaling), a: a.clone() }),
             None => {
                 let b = self.b.iter().map(|value| value * scaling).collect();
                 LowRank::new(self.out_features, self.in_features, self.rank, b, self.a.clone(), self.factor_type)
             }
-        }
+        };
+        LowRank { bias: self.bias.as_ref().map(|bias| bias.scaled(scaling)), ..factors }
     }
 
     /// The sum of two updates of one matrix: the ranks of `other` behind those of `self`. Plain floats, in a type that
@@ -137,15 +172,18 @@ impl LowRank {
         let b = (0..self.out_features).flat_map(row).collect();
         let a = [self.a.as_slice(), other.a.as_slice()].concat();
         let factor_type = if self.factor_type == other.factor_type { self.factor_type } else { ElementType::F32 };
-        LowRank::new(self.out_features, self.in_features, self.rank + other.rank, b, a, factor_type)
+        let factors = LowRank::new(self.out_features, self.in_features, self.rank + other.rank, b, a, factor_type);
+        let bias = FactorBias::beside([self, other].map(|update| (update.bias.as_ref(), update.rank)));
+        LowRank { bias, ..factors }
     }
 
-    /// Bits that the factors take in memory: those of their codes where they are quantized.
+    /// Bits that the factors take in memory, those of their codes where they are quantized, and their bias.
     pub fn stored_bits(&self) -> u64 {
-        if let Some(FactorCodes { b, a }) = &self.codes {
-            return b.stored_bits() + a.stored_bits();
+        let bias = self.bias.as_ref().map_or(0, |_| FactorBias::stored_bits(self.out_features));
+        bias + match &self.codes {
+            Some(FactorCodes { b, a }) => b.stored_bits() + a.stored_bits(),
+            None => ((self.b.len() + self.a.len()) * self.factor_type.bits()) as u64,
         }
-        ((self.b.len() + self.a.len()) * self.factor_type.bits()) as u64
     }
 
     fn clone_shape(&self) -> LowRank {
@@ -157,6 +195,7 @@ impl LowRank {
             a: Vec::new(),
             factor_type: self.factor_type,
             codes: None,
+            bias: None,
         }
     }
 }

@@ -49,7 +49,7 @@ pub(crate) fn norm(values: &[f64]) -> f64 {
 }
 
 pub(crate) fn options(rank: usize, factor_type: ElementType) -> CompensationOptions {
-    CompensationOptions { method: &Exact, rank, precision: FactorPrecision::Float(factor_type) }
+    CompensationOptions { method: &Exact, rank, precision: FactorPrecision::Float(factor_type), affine: false }
 }
 
 pub(crate) fn eora(
