@@ -261,7 +261,7 @@ impl AdapterFolder {
                 let outputs = modules.iter().map(|module| (module.name.as_str(), module.out_features));
                 Some(FactorBiases::open(folder, biases, outputs)?)
             }
-            (true, Weights::Torch(_)) => return Err(factor_biases::refused(folder)),
+            (true, Weights::Torch(_)) => return Err(factor_biases::unreadable(folder)),
         };
         Ok(AdapterFolder { path: folder.to_path_buf(), config, weights, modules, keys, whole, scales, biases })
     }
@@ -475,7 +475,7 @@ fn twice(what: &str, first: &str, name: &str) -> Error {
 fn not_a_factor(name: &str) -> Error {
     let what = if name.contains("lora_magnitude_vector") {
         "the tensor is a DoRA magnitude, which is not supported"
-    } else if name.ends_with("lora_B.bias") {
+    } else if bias_module(name).is_some() {
         "the tensor is a bias beside B, of which the config says nothing ('lora_bias')"
     } else if name.starts_with(PREFIX) && !name.contains("lora_") {
         "the tensor is a fully trained module (modules_to_save) or bias, which is not supported"

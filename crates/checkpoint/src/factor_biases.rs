@@ -73,5 +73,11 @@ pub(crate) fn bias_module(key: &str) -> Option<&str> {
 /// Where only updates without a bias can be used.
 pub(crate) fn refused(path: &Path) -> Error {
     invalid("'lora_bias' is set: an adapter with biases beside B is no update of weights alone", path.display())
-        .hint("Give an affine compensation as compensation; merge other adapters into their base model with PEFT")
+        .hint("An affine compensation can only be loaded (option compensation); merge other adapters into their base with PEFT")
+}
+
+/// Where biases lie in a torch archive.
+pub(crate) fn unreadable(path: &Path) -> Error {
+    invalid("'lora_bias' is set, and biases beside B are read from safetensors alone", path.display())
+        .hint("Save the adapter as adapter_model.safetensors (PEFT: safe_serialization=True)")
 }

@@ -7,7 +7,7 @@ use crate::compensation::widen;
 use crate::rank_profile::{Products, row_dots};
 use crate::residual::{lost, relative};
 use crate::residual_error::wide_row;
-use crate::{HoldOutError, MixedInputs};
+use crate::{HoldOut, HoldOutError, MixedInputs};
 
 /// What each prefix of the stored factors leaves between the outputs of the dense model and of the deployed one: energies
 /// `‖W X − (Ŵ + B_r A_r) X̂‖²` for the ranks 0, 1, …
@@ -212,7 +212,7 @@ impl Projections {
     }
 
     /// From tokens: `pairs` holds `(x − x̂, x̂)` and `deployed` holds x̂.
-    fn on_tokens(&self, pairs: &crate::HoldOut, deployed: &crate::HoldOut, pool: &ThreadPool) -> Products {
+    fn on_tokens(&self, pairs: &HoldOut, deployed: &HoldOut, pool: &ThreadPool) -> Products {
         let (rank, columns, tokens) = (self.rank, self.columns, pairs.tokens());
         let (both, own) = (pairs.wide(), deployed.wide());
         let both = MatrixView::new(&both, tokens, 2 * columns).transposed();

@@ -2,21 +2,41 @@ use kintsugi_linalg::{MatrixView, MatrixViewMut, Scalar, add_product};
 use kintsugi_runtime::ThreadPool;
 
 /// Inputs of a Linear that took no part in its statistics: `[tokens, width]`, row-major.
+///
+/// Errors are squares: an input that counts w times is kept as √w times itself.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct HoldOut {
     width: usize,
     rows: Vec<f32>,
+    /// √w of each token.
+    factors: Vec<f32>,
 }
 
 impl HoldOut {
     /// Rows of a matrix that one task multiplies.
     const BAND: usize = 64;
 
+    /// Inputs that count once each.
+    ///
     /// # Panics
     /// When the number of values is not a multiple of `width`.
     pub fn new(width: usize, rows: Vec<f32>) -> Self {
         assert!(width > 0 && rows.len().is_multiple_of(width), "rows are [tokens, width]");
-        HoldOut { width, rows }
+        let factors = vec![1.0; rows.len() / width];
+        HoldOut { width, rows, factors }
+    }
+
+    /// Inputs that count as often as `weights` says, one for each.
+    ///
+    /// # Panics
+    /// When the numbers of values and weights do not fit.
+    pub fn weighted(width: usize, mut rows: Vec<f32>, weights: &[f64]) -> Self {
+        assert!(width > 0 && rows.len() == weights.len() * width, "rows are [tokens, width], with a weight each");
+        let factors: Vec<f32> = weights.iter().map(|weight| weight.sqrt() as f32).collect();
+        for (row, factor) in rows.chunks_exact_mut(width).zip(&factors) {
+            row.iter_mut().for_each(|value| *value *= factor);
+        }
+        HoldOut { width, rows, factors }
     }
 
     /// Length of an input.
@@ -31,22 +51,33 @@ impl HoldOut {
 
     /// Both halves, by tokens.
     pub(crate) fn halves(&self) -> [HoldOut; 2] {
-        let (first, second) = self.rows.split_at(self.tokens() / 2 * self.width);
-        [first, second].map(|rows| HoldOut { width: self.width, rows: rows.to_vec() })
+        let half = self.tokens() / 2;
+        let (rows, factors) = (self.rows.split_at(half * self.width), self.factors.split_at(half));
+        let of = |rows: &[f32], factors: &[f32]| HoldOut {
+            width: self.width,
+            rows: rows.to_vec(),
+            factors: factors.to_vec(),
+        };
+        [of(rows.0, factors.0), of(rows.1, factors.1)]
     }
 
     /// The same tokens with the values of both, one after the other: `[tokens, width + other.width]`.
     pub(crate) fn beside(&self, other: &HoldOut) -> HoldOut {
         let width = self.width + other.width;
         let pairs = self.rows.chunks_exact(self.width.max(1)).zip(other.rows.chunks_exact(other.width.max(1)));
-        HoldOut { width, rows: pairs.flat_map(|(left, right)| [left, right].concat()).collect() }
+        let rows = pairs.flat_map(|(left, right)| [left, right].concat()).collect();
+        HoldOut { width, rows, factors: self.factors.clone() }
     }
 
     /// The same inputs less a mean.
     pub(crate) fn minus(&self, mean: &[f64]) -> HoldOut {
-        let less =
-            |row: &[f32]| -> Vec<f32> { row.iter().zip(mean).map(|(&x, m)| (f64::from(x) - m) as f32).collect() };
-        HoldOut { width: self.width, rows: self.rows.chunks_exact(self.width.max(1)).flat_map(less).collect() }
+        let mut less = self.clone();
+        for (row, &factor) in less.rows.chunks_exact_mut(self.width.max(1)).zip(&self.factors) {
+            let change =
+                |(value, mean): (&mut f32, &f64)| *value = (f64::from(*value) - f64::from(factor) * mean) as f32;
+            row.iter_mut().zip(mean).for_each(change);
+        }
+        less
     }
 
     /// `[tokens, width]` in f64.

@@ -55,7 +55,7 @@ impl MixedInputs<'_> {
     }
 
     /// `X (S + λ diag S)⁻¹` of a row-major `[rows, width]` matrix. Channels are first scaled to the same energy, so that
-    /// scales that were folded into them change nothing; dead ones have energy 1 for that.
+    /// scales that were folded into them change nothing; dead ones keep their zeros, and have λ alone.
     fn regress(&self, mut x: Vec<f64>, pool: &ThreadPool) -> Result<Vec<f64>> {
         let (width, second_moment) = (self.deployed.width(), self.deployed.second_moment());
         let inverse = |energy: f64| if energy > 0.0 { 1.0 / energy.sqrt() } else { 1.0 };
@@ -103,7 +103,8 @@ pub fn check_share(share: f64) -> Result<()> {
 /// and where no token has drifted, the factors are those of [`compensate`](crate::compensate), bit for bit.
 ///
 /// # Errors
-/// As [`compensate`](crate::compensate), and `ERR_OPTION_INVALID` for an α outside of 0 to 1.
+/// As [`compensate`](crate::compensate), and `ERR_OPTION_INVALID` for an α outside of 0 to 1, or a bias, which is solved
+/// for the mean of one kind of inputs.
 pub fn compensate_mixed(
     weight: &DenseMatrix,
     compressed: &dyn RowSource,
@@ -112,6 +113,12 @@ pub fn compensate_mixed(
     pool: &ThreadPool,
 ) -> Result<Compensation> {
     inputs.check()?;
+    if options.affine {
+        let message = "a bias is solved for the mean of one kind of inputs, and mixed inputs are two";
+        return Err(Error::new(ErrorCode::OptionInvalid, message)
+            .subject("eora.affine")
+            .hint("Leave it out, or solve for deployed or dense inputs"));
+    }
     let mut target = lost(weight, compressed, inputs.deployed, pool)?;
     let outputs = if inputs.drift.is_zero() {
         DenseOutputs::without_drift(weight, &target, inputs, pool)
@@ -135,8 +142,9 @@ pub fn compensate_mixed(
     Ok(solved)
 }
 
-/// Bytes that solving for mixed inputs takes beside what [`Residual::bytes`] counts: `W D` in f64 and the factor of S.
+/// Bytes that solving for mixed inputs takes beside what [`Residual::bytes`] counts: `W D`, or Δ and W for the errors in
+/// the end, in f64, and the factor of S.
 pub fn mixed_bytes(rows: usize, columns: usize) -> u64 {
     let values = rows as u64 * columns as u64;
-    8 * values + kintsugi_linalg::UpperTriangle::<f64>::bytes(columns)
+    16 * values + kintsugi_linalg::UpperTriangle::<f64>::bytes(columns)
 }

@@ -56,7 +56,8 @@ impl RankCandidate {
 /// Divides a budget over Linears, each step of rank where it removes the most error per bit.
 ///
 /// The gain of a rank is the energy of its direction, and gains of one Linear do not grow, so taking the largest one
-/// next is optimal for the sum. Where rounding makes a later step worth more than the one before, both go together.
+/// next is optimal for the sum. Where rounding, or a bias that comes with the first rank, makes a later step worth more
+/// than the one before, both go together.
 ///
 /// # Errors
 /// `ERR_OPTION_INVALID` for limits that exclude each other.

@@ -169,6 +169,40 @@ fn profiles_say_what_every_prefix_leaves_on_both_kinds_of_inputs() {
 }
 
 #[test]
+fn inputs_that_count_more_are_held_out_as_often() {
+    let pool = ThreadPool::global();
+    for case in cases().step_by(5) {
+        let problem = Solvable::new(case);
+        let held = held_out(&problem, case.columns);
+        let tokens = held.len() / case.columns;
+        let weights: Vec<f64> = (0..tokens).map(|token| [4.0, 1.0, 0.25][token % 3]).collect();
+        let weighted = HoldOut::weighted(case.columns, held.clone(), &weights);
+        let options = affine(case.rank, ElementType::F32);
+        let (weight, quantized) = (&problem.instance.weight, &problem.instance.quantized);
+        let solved = compensate(weight, quantized, &problem.calibration, Some(&weighted), &options, pool).unwrap();
+        let Some(update) = &solved.factors else { continue };
+        let profile = solved.profile.hold_out.as_ref().unwrap();
+        for (half, range) in [(0, 0..tokens / 2), (1, tokens / 2..tokens)] {
+            let energy = |rank: usize| -> f64 {
+                let of = |token: usize| {
+                    let x = &held[token * case.columns..(token + 1) * case.columns];
+                    let left = match rank {
+                        0 => outputs(&problem.delta, case.columns, x),
+                        _ => left_over(&problem.delta, &update.prefix(rank), x),
+                    };
+                    weights[token] * norm(&left).powi(2)
+                };
+                range.clone().map(of).sum()
+            };
+            for rank in [0, 1, update.rank()] {
+                let (said, measured) = (profile.energies[half][rank], energy(rank));
+                assert!((said / measured - 1.0).abs() < 1e-4, "{case:?} {half} {rank}: {said:e} {measured:e}");
+            }
+        }
+    }
+}
+
+#[test]
 fn every_method_gains_from_a_bias_where_its_directions_are_the_same() {
     // Of `lorc` the directions know nothing of inputs, so that a bias can only add.
     for case in cases().step_by(3) {

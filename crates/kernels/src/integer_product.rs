@@ -40,7 +40,7 @@ pub(crate) struct IntegerJob<'a> {
 pub(crate) struct IntegerProducts {
     /// From so many rows on, codes that a shift and a mask unpack go to a strip; fewer take passes of up to `most_rows`
     /// over a panel.
-    pub(crate) least_strip_rows: usize,
+    pub(crate) least_strip_rows_of_a_word: usize,
     /// Most rows that fit into registers.
     pub(crate) most_rows: usize,
     /// Products of `rows` rows, up to `most_rows`, unpacked in registers.
@@ -56,7 +56,8 @@ pub(crate) struct IntegerProducts {
 impl IntegerProducts {
     /// From so many rows on, codes are unpacked into a strip. What takes several words to unpack is not unpacked twice.
     pub(crate) fn least_strip_rows(&self, encoding: PanelEncoding) -> usize {
-        if encoding.step_words() > 1 { self.least_strip_rows.min(self.most_rows + 1) } else { self.least_strip_rows }
+        let least = self.least_strip_rows_of_a_word;
+        if encoding.step_words() > 1 { least.min(self.most_rows + 1) } else { least }
     }
 }
 
@@ -235,8 +236,8 @@ const fn chains<L: IntegerLevel, E: IntegerEncoding<L>>(sums: usize) -> usize {
 /// Most sets of sums.
 const MOST_CHAINS: usize = 4;
 
-/// Steps that are written out one after another, with constant addresses: up to four, of eight groups of four columns
-/// together, which is a run of codes of 4 bits at AVX2.
+/// Steps that are written out one after another, with constant addresses: up to four, of up to eight groups of four
+/// columns together, which is a run of codes of 4 bits at AVX2.
 const fn unrolled_steps<L: IntegerLevel, E: IntegerEncoding<L>>() -> usize {
     const { assert!(E::RUN >= 8 && E::QUADS <= 8) };
     if E::QUADS > 2 { 8 / E::QUADS } else { 4 }

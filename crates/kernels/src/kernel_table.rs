@@ -73,7 +73,7 @@ macro_rules! kernel_table {
             },
             pack_f32,
             integers: $crate::integer_product::IntegerProducts {
-                least_strip_rows: $least_strip,
+                least_strip_rows_of_a_word: $least_strip,
                 most_rows: $most,
                 accumulate: accumulate_integers,
                 tile_rows: $tile,
@@ -300,8 +300,8 @@ macro_rules! product_shapes {
     };
 }
 
-/// An expression in which `$type` is the type of an encoding. Nothing else lists them, but for the two macros that it
-/// goes on with.
+/// An expression in which `$type` is the type of an encoding: every kind of product finds it here, or in the two macros
+/// that this one goes on with.
 macro_rules! of_encoding {
     ($encoding:expr, $type:ident => $value:expr) => {{
         use $crate::packed_matrix::PanelEncoding;
@@ -348,7 +348,11 @@ macro_rules! of_width {
                 type $type = $crate::codec::Bits<$bits>;
                 $value
             })+
-            other => unreachable!("{other:?} has no codes of its own"),
+            // All of them by name, so that the compiler asks about a new one.
+            other @ ($crate::packed_matrix::PanelEncoding::Table4
+            | $crate::packed_matrix::PanelEncoding::F32
+            | $crate::packed_matrix::PanelEncoding::F16
+            | $crate::packed_matrix::PanelEncoding::Bf16) => unreachable!("{other:?} has no codes of its own"),
         }
     };
 }

@@ -333,10 +333,10 @@ impl PanelEncoding {
 
     /// 32-bit words of a step of a row.
     pub(crate) fn step_words(self) -> usize {
-        match self {
-            PanelEncoding::F32 => 4,
-            PanelEncoding::F16 | PanelEncoding::Bf16 => 2,
-            _ => self.code_bits().map_or(1, |bits| CodeFields::of_halves(bits).words()),
+        match (self, self.code_bits()) {
+            (_, Some(bits)) => CodeFields::of_halves(bits).words(),
+            (PanelEncoding::F16 | PanelEncoding::Bf16, None) => 2,
+            (_, None) => 4,
         }
     }
 

@@ -210,8 +210,9 @@ impl Space {
         Ok((0..rank).map(of_vector).sum())
     }
 
-    /// An estimate of the largest eigenvalue of the operator outside of the space. The last block was the largest part
-    /// of what was outside before it; what it makes of itself and of what is outside now stands for the rest.
+    /// An estimate of the largest eigenvalue of the operator outside of the space, which is block tridiagonal as what is
+    /// inside: it has the largest eigenvalue of a block, and couplings on both sides of it. Those of the last block stand
+    /// for the rest, for blocks hold less the later they come.
     fn outside(&self, remainder: &[f64]) -> Result<f64> {
         let size = self.size;
         let last: Vec<f64> = self.projected.last().map_or_else(Vec::new, |all| all[all.len() - size * size..].to_vec());
@@ -224,7 +225,7 @@ impl Space {
         };
         let gram: Vec<f64> = (0..size * size).map(|at| dot(at / size, at % size)).collect();
         let coupling = SymmetricEigen::new(&gram, size)?;
-        Ok(own.values[0].max(0.0) + (coupling.values[0].max(0.0) + self.dropped).sqrt())
+        Ok(own.values[0].max(0.0) + 2.0 * (coupling.values[0].max(0.0) + self.dropped).sqrt())
     }
 
     /// The first Ritz vectors, `[rank, side]`.
@@ -365,6 +366,7 @@ mod tests {
                     })
                     .collect(),
             ),
+            ("gap before many", (0..n).map(|i| if i < 32 { 1.05 } else { 1.0 - (i - 32) as f64 / n as f64 }).collect()),
             ("low rank", (0..n).map(|i| if i < 11 { 1.0 + i as f64 } else { 0.0 }).rev().collect()),
         ]
     }

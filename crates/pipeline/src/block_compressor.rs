@@ -390,6 +390,10 @@ impl<'a, B: Backend> BlockCompressor<'a, B> {
                 let inputs = MixedInputs { deployed: statistics, drift, share: mismatch, hold_out };
                 compensate_mixed(dense, compressed, &inputs, &options, pool)?
             }
+            (EoraInputs::Mixed { .. }, None) => {
+                let message = "the inputs of the original model were not taken";
+                return Err(Error::new(ErrorCode::Internal, message).subject("eora.inputs"));
+            }
             _ => compensate(dense, compressed, statistics, inputs.held_out, &options, pool)?,
         };
         Ok(Solved {

@@ -32,6 +32,9 @@ struct Description {
     /// What a token counts in the sums, on average.
     #[serde(default = "one", skip_serializing_if = "is_one")]
     token_weight: f64,
+    /// Whether some tokens count more than others, so that those of one expert may count otherwise.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    mixture: bool,
 }
 
 fn one() -> f64 {
@@ -81,6 +84,7 @@ pub struct SavedStatistics {
     weight: f64,
     /// What a token counts in them already, on average.
     token_weight: f64,
+    is_mixture: bool,
 }
 
 impl SavedStatistics {
@@ -119,7 +123,8 @@ impl SavedStatistics {
             return Err(mismatch(format!("a token of the statistics counts {token_weight} times")));
         }
         let (path, weight) = (path.to_path_buf(), source.weight);
-        let saved = SavedStatistics { file, path, spec: spec.clone(), weight, token_weight };
+        let is_mixture = description.mixture;
+        let saved = SavedStatistics { file, path, spec: spec.clone(), weight, token_weight, is_mixture };
         for block in 0..spec.layers {
             spec.tap_stages().concat().into_iter().try_for_each(|point| saved.tokens(block, point).map(|_| ()))?;
         }
@@ -129,6 +134,11 @@ impl SavedStatistics {
     /// What a token counts in the sums as they are saved, on average.
     pub(crate) fn token_weight(&self) -> f64 {
         self.token_weight
+    }
+
+    /// Whether some of their tokens count more than others.
+    pub(crate) fn is_mixture(&self) -> bool {
+        self.is_mixture
     }
 
     /// Where they are.
@@ -228,10 +238,10 @@ impl StatisticsWriter {
         recipe: &Recipe,
         checkpoint: &Checkpoint,
         spec: &DecoderSpec,
-        token_weight: f64,
+        counts: (f64, bool),
         finished_blocks: usize,
     ) -> Result<Self> {
-        let (description, tensors) = (describe(recipe, checkpoint, spec, token_weight)?, tensors(spec));
+        let (description, tensors) = (describe(recipe, checkpoint, spec, counts)?, tensors(spec));
         let (path_now, string) = (partial(path), (STATISTICS_KEY, description.as_str()));
         let file = if finished_blocks == 0 {
             // What another job has left there may know experts that this one never reaches.
@@ -252,7 +262,7 @@ impl StatisticsWriter {
     /// # Errors
     /// What reading the checkpoint reports.
     pub(crate) fn bytes(recipe: &Recipe, checkpoint: &Checkpoint, spec: &DecoderSpec) -> Result<u64> {
-        TensorFileWriter::length(&tensors(spec), (STATISTICS_KEY, &describe(recipe, checkpoint, spec, 1.0)?))
+        TensorFileWriter::length(&tensors(spec), (STATISTICS_KEY, &describe(recipe, checkpoint, spec, (1.0, false))?))
     }
 
     /// Writes the statistics at one point of a block.
@@ -309,7 +319,12 @@ fn partial(path: &Path) -> PathBuf {
     path.with_file_name(name)
 }
 
-fn describe(recipe: &Recipe, checkpoint: &Checkpoint, spec: &DecoderSpec, token_weight: f64) -> Result<String> {
+fn describe(
+    recipe: &Recipe,
+    checkpoint: &Checkpoint,
+    spec: &DecoderSpec,
+    (token_weight, mixture): (f64, bool),
+) -> Result<String> {
     let internal = |error: serde_json::Error| Error::new(ErrorCode::Internal, error.to_string());
     let description = Description {
         version: VERSION,
@@ -317,6 +332,7 @@ fn describe(recipe: &Recipe, checkpoint: &Checkpoint, spec: &DecoderSpec, token_
         stream: recipe.stream_name().into(),
         recipe: serde_json::to_value(recipe).map_err(internal)?,
         token_weight,
+        mixture,
     };
     serde_json::to_string(&description).map_err(internal)
 }

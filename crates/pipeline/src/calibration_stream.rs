@@ -201,7 +201,7 @@ impl<B: Backend> CalibrationStream<B> {
     ) -> Result<CapturedInputs> {
         let pool = ThreadPool::global();
         let mut builders: BTreeMap<TapPoint, CalibrationBuilder> = BTreeMap::new();
-        let mut rows: BTreeMap<TapPoint, (usize, Vec<f32>)> = BTreeMap::new();
+        let mut held_out: BTreeMap<TapPoint, HeldRows> = BTreeMap::new();
         let spec = self.spec.clone();
         let width_at = |point| width_at(&spec, point).filter(|_| points.contains(&point));
         for (range, weight) in places(&self.seen, 0) {
@@ -227,8 +227,6 @@ impl<B: Backend> CalibrationStream<B> {
             })?;
         }
         for (range, weight) in places(&self.held_out, TokenSpan::sum(&self.seen)) {
-            // Errors are squares: a token with this factor counts that often.
-            let factor = weight.sqrt() as f32;
             self.run(backend, block, range, false, cancel, &mut |seen| {
                 let (point, tensor, routed) = match seen {
                     Seen::Pass(tokens) => return dense.as_deref_mut().map_or(Ok(()), |dense| dense.run(tokens)),
@@ -238,17 +236,19 @@ impl<B: Backend> CalibrationStream<B> {
                     let values = backend.download(tensor)?;
                     refuse_overflow(&values, width)?;
                     if let Some(dense) = &mut dense {
-                        dense.hold_out(point, &values, routed, factor)?;
+                        dense.hold_out(point, &values, routed, weight)?;
                     }
-                    let rows = &mut rows.entry(point).or_insert((width, Vec::new())).1;
-                    rows.extend(values.iter().map(|value| value * factor));
+                    held_out.entry(point).or_default().push(&values, width, weight);
                 }
                 Ok(())
             })?;
         }
         Ok(CapturedInputs {
             statistics: builders.into_iter().map(|(point, builder)| (point, builder.finish(pool))).collect(),
-            held_out: rows.into_iter().map(|(point, (width, rows))| (point, HoldOut::new(width, rows))).collect(),
+            held_out: held_out
+                .into_iter()
+                .filter_map(|(point, rows)| Some((point, rows.finish(width_at(point)?))))
+                .collect(),
         })
     }
 
@@ -371,6 +371,25 @@ pub(crate) fn refuse_overflow(values: &[f32], width: usize) -> Result<()> {
     Err(Error::new(ErrorCode::ValueNotFinite, message)
         .subject("calibration input")
         .hint("The model overflows on this text; check its weights, or run it in f32 precision"))
+}
+
+/// Inputs that are held out, as they come.
+#[derive(Default)]
+pub(crate) struct HeldRows {
+    rows: Vec<f32>,
+    weights: Vec<f64>,
+}
+
+impl HeldRows {
+    /// Adds vectors of length `width` that count `weight` times each.
+    pub(crate) fn push(&mut self, rows: &[f32], width: usize, weight: f64) {
+        self.rows.extend_from_slice(rows);
+        self.weights.resize(self.weights.len() + rows.len() / width.max(1), weight);
+    }
+
+    pub(crate) fn finish(self, width: usize) -> HoldOut {
+        HoldOut::weighted(width, self.rows, &self.weights)
+    }
 }
 
 /// Where spans lie that begin at token `first`, and what their tokens count.

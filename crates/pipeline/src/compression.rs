@@ -2,7 +2,7 @@ use std::collections::HashSet;
 use std::path::Path;
 use std::time::Instant;
 
-use kintsugi_checkpoint::gguf::{GgufPlan, into_gguf_folder};
+use kintsugi_checkpoint::gguf::into_gguf_folder;
 use kintsugi_checkpoint::{Checkpoint, CheckpointWriter, Ledger, LinearFormat, QuantizationConfig, Scheme, UnitRecord};
 use kintsugi_model::{Backend, BlockWeights, DecoderSpec};
 use kintsugi_runtime::{CancelToken, Error, ErrorCode, Progress, Result, peak_memory_bytes, replace_file};
@@ -44,6 +44,8 @@ pub(crate) struct CalibrationData {
     pub(crate) shares: Vec<CalibrationShare>,
     /// What a token counts in the sums, on average.
     pub(crate) token_weight: f64,
+    /// Whether some tokens count more than others.
+    pub(crate) is_mixture: bool,
 }
 
 impl CalibrationData {
@@ -59,13 +61,14 @@ impl CalibrationData {
 
     pub(crate) fn read(recipe: &Recipe, checkpoint: &Checkpoint, spec: &DecoderSpec) -> Result<Self> {
         let Some(calibration) = &recipe.calibration else {
-            return Ok(CalibrationData { tokens: None, saved: Vec::new(), shares: Vec::new(), token_weight: 1.0 });
+            let (saved, shares) = (Vec::new(), Vec::new());
+            return Ok(CalibrationData { tokens: None, saved, shares, token_weight: 1.0, is_mixture: false });
         };
         let open = |source| SavedStatistics::open(source, recipe.stream_name(), checkpoint, spec);
         let saved: Vec<SavedStatistics> = calibration.statistics().map(open).collect::<Result<_>>()?;
         // What a token counts is known of all experts together, and the mean of one asks for its own tokens.
         let affine = recipe.eora.as_ref().is_some_and(|eora| eora.affine) && spec.experts.is_some();
-        if let Some(mixture) = saved.iter().find(|saved| affine && saved.token_weight() != 1.0) {
+        if let Some(mixture) = saved.iter().find(|saved| affine && saved.is_mixture()) {
             let message = "the statistics are of a mixture, and do not say what the tokens of an expert count in it";
             return Err(Error::new(ErrorCode::OptionInvalid, message)
                 .subject("eora.affine")
@@ -85,7 +88,10 @@ impl CalibrationData {
         let total: f64 = counts.iter().map(|&(tokens, _)| tokens as f64).sum();
         let weighted: f64 = counts.iter().zip(weights).map(|(&(tokens, each), w)| w * each * tokens as f64).sum();
         let token_weight = if total > 0.0 { weighted / total } else { 1.0 };
-        Ok(CalibrationData { tokens, saved, shares, token_weight })
+        let mut each = counts.iter().zip(&calibration.sources).map(|(&(_, each), source)| source.weight * each);
+        let first = each.next();
+        let is_mixture = each.any(|weight| Some(weight) != first) || saved.iter().any(SavedStatistics::is_mixture);
+        Ok(CalibrationData { tokens, saved, shares, token_weight, is_mixture })
     }
 }
 
@@ -217,12 +223,12 @@ impl Compression<'_> {
         let recipe = allocated.as_ref().unwrap_or(recipe);
         let on_disk = plan.memory.activations_on_disk.then_some(folder.as_path());
         let (tokens, shares) = (calibration.seen(), calibration.shares.clone());
-        let token_weight = calibration.token_weight;
+        let counts = (calibration.token_weight, calibration.is_mixture);
         let done = finished_blocks == spec.layers;
         let saver = match &recipe.save_statistics {
             // The last run may have ended before the file had its name.
             Some(path) if !done || StatisticsWriter::is_unfinished(path) || !path.is_file() => {
-                Some(StatisticsWriter::create(path, self.recipe, self.checkpoint, spec, token_weight, finished_blocks)?)
+                Some(StatisticsWriter::create(path, self.recipe, self.checkpoint, spec, counts, finished_blocks)?)
             }
             _ => None,
         };
@@ -272,8 +278,9 @@ impl Compression<'_> {
         remove_block_files(self.writer.folder())?;
         let config = self.quantization_config(format.layout());
         let mut bytes = self.writer.seal(&config)?;
-        if let OutputFormat::Gguf(kind) = format {
-            into_gguf_folder(&folder, &GgufPlan::new(kind), cancel, progress)?;
+        let mut notices = Vec::new();
+        if let Some(plan) = format.gguf_plan(recipe) {
+            notices = into_gguf_folder(&folder, &plan, cancel, progress)?.notices;
             bytes = self.writer.bytes()?;
         }
         let bytes = bytes - self.ledger.bytes();
@@ -284,6 +291,7 @@ impl Compression<'_> {
             recipe: self.recipe.clone(),
             summary: Summary {
                 format: plan.format.clone(),
+                notices,
                 bits_per_weight: stored_bits as f64 / plan.quantized_weights as f64,
                 bytes,
                 source_bytes: plan.source_bytes,
@@ -301,7 +309,9 @@ impl Compression<'_> {
         let text = serde_json::to_string_pretty(&report)
             .map_err(|error| Error::new(ErrorCode::Internal, format!("the report cannot be written: {error}")))?;
         replace_file(&self.writer.folder().join("report.json"), text.as_bytes())?;
-        cancel.check()?;
+        if let OutputFormat::Folder(_) = format {
+            cancel.check()?;
+        }
         Ok(report)
     }
 
@@ -336,7 +346,7 @@ impl Compression<'_> {
 /// files of `on_disk`, or in memory.
 ///
 /// # Errors
-/// What reading the embedding or the activations reports.
+/// What reading the embedding or the activations reports; `ERR_RESUME_MISMATCH` where the last block has left none.
 pub(crate) fn calibration_input<B: Backend>(
     recipe: &Recipe,
     models: (&Checkpoint, &Checkpoint),
@@ -347,6 +357,15 @@ pub(crate) fn calibration_input<B: Backend>(
     folder: &Path,
 ) -> Result<CalibrationInput<B>> {
     let inputs = recipe.eora.as_ref().map_or(EoraInputs::Deployed, |eora| eora.inputs);
+    let goes_on = calibration.tokens.is_some() && finished_blocks > 0 && finished_blocks < spec.layers;
+    let left =
+        |unit: &LedgerUnit| unit.activations.is_some() && (unit.dense_activations.is_some() || !inputs.is_mixed());
+    if goes_on && !unit.is_some_and(left) {
+        let message = "the last finished block has left no input for the next one";
+        return Err(Error::new(ErrorCode::ResumeMismatch, message)
+            .subject(folder.display())
+            .hint("Discard what the interrupted job left with fresh (--fresh)"));
+    }
     let (deployed, original) = models;
     let first = if inputs == EoraInputs::Dense { original } else { deployed };
     let saved = unit.and_then(|unit| unit.activations.as_deref());

@@ -6,7 +6,7 @@ use kintsugi_compensate::HoldOut;
 use kintsugi_model::{Backend, Block, DecoderSpec, TapPoint};
 use kintsugi_runtime::{CancelToken, Error, ErrorCode, Result, ThreadPool};
 
-use crate::calibration_stream::{Seen, refuse_overflow, width_at};
+use crate::calibration_stream::{HeldRows, Seen, refuse_overflow, width_at};
 use crate::{CalibrationStream, CapturedInputs};
 
 /// How far the inputs of Linears have drifted from those of the dense model, by the points that they read at.
@@ -34,7 +34,7 @@ pub(crate) struct DenseCompanion<'a, B: Backend> {
     /// What is read in this pass.
     inputs: BTreeMap<TapPoint, DenseInputs>,
     builders: BTreeMap<TapPoint, (f64, DriftBuilder)>,
-    held_out: BTreeMap<TapPoint, Vec<f32>>,
+    held_out: BTreeMap<TapPoint, HeldRows>,
 }
 
 /// The inputs at a point in one pass.
@@ -110,18 +110,18 @@ impl<B: Backend> DenseCompanion<'_, B> {
         builder.push(&drift, deployed, pool)
     }
 
-    /// The same for tokens that are held out, whose values are multiplied by `factor`.
+    /// The same for tokens that are held out.
     pub(crate) fn hold_out(
         &mut self,
         point: TapPoint,
         deployed: &[f32],
         routed: Option<&[usize]>,
-        factor: f32,
+        weight: f64,
     ) -> Result<()> {
         let width = self.width(point)?;
         let drift = self.drift(point, deployed, routed, width);
         refuse_overflow(&drift, width)?;
-        self.held_out.entry(point).or_default().extend(drift.iter().map(|value| value * factor));
+        self.held_out.entry(point).or_default().push(&drift, width, weight);
         Ok(())
     }
 
@@ -152,9 +152,7 @@ impl<B: Backend> DenseCompanion<'_, B> {
         let held_out = self.held_out.into_iter();
         CapturedDrift {
             statistics: self.builders.into_iter().map(|(point, (_, builder))| (point, builder.finish(pool))).collect(),
-            held_out: held_out
-                .filter_map(|(point, rows)| Some((point, HoldOut::new(width_at(spec, point)?, rows))))
-                .collect(),
+            held_out: held_out.filter_map(|(point, rows)| Some((point, rows.finish(width_at(spec, point)?)))).collect(),
         }
     }
 }

@@ -1,4 +1,4 @@
-use kintsugi_checkpoint::gguf::{GGUF_TYPES, GgufType};
+use kintsugi_checkpoint::gguf::{GGUF_TYPES, GgufPlan, GgufType};
 use kintsugi_checkpoint::{CodeGrid, FORMATS, Gptq, Kintsugi, LinearFormat, MatrixForm, PackQuantized, linear_format};
 use kintsugi_compress::AxisRule;
 use kintsugi_model::DecoderSpec;
@@ -56,6 +56,13 @@ impl OutputFormat {
             OutputFormat::Folder(format) => format,
             OutputFormat::Gguf(_) => &PackQuantized,
         }
+    }
+
+    /// What is written at the end of the job in place of the folder; `None` where that stays.
+    pub(crate) fn gguf_plan(self, recipe: &Recipe) -> Option<GgufPlan> {
+        let OutputFormat::Gguf(kind) = self else { return None };
+        let name = recipe.out.file_name().map(|name| name.to_string_lossy().into_owned());
+        Some(GgufPlan { name, ..GgufPlan::new(kind) })
     }
 
     fn takes_exceptions(self) -> bool {

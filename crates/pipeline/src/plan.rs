@@ -1,4 +1,5 @@
 use kintsugi_checkpoint::Checkpoint;
+use kintsugi_checkpoint::gguf::check_gguf;
 use kintsugi_compress::{AxisRule, QuantizeOptions};
 use kintsugi_model::DecoderSpec;
 use kintsugi_runtime::{Error, ErrorCode, Result};
@@ -97,6 +98,9 @@ impl Plan {
         let stored = stored_type(checkpoint, spec);
         let format = output_format(recipe, spec, stored)?;
         check_budget(recipe, spec, format.layout(), stored)?;
+        if let Some(plan) = format.gguf_plan(recipe) {
+            check_gguf(checkpoint, &plan)?;
+        }
         Ok(Plan {
             recipe: recipe.clone(),
             format: format.name(),

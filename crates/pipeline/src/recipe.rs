@@ -173,6 +173,11 @@ impl Recipe {
                 "saved statistics are of the inputs of one model, and mixed inputs are pairs of two".to_owned();
             return refuse("eora.inputs", message, "Give the text that the statistics were taken from");
         }
+        let is_dense = self.eora.as_ref().is_some_and(|eora| eora.inputs == EoraInputs::Dense);
+        if is_dense && self.calibration.as_ref().is_some_and(|calibration| calibration.subset) {
+            let message = "the original model reads the same whatever is compressed before".to_owned();
+            return refuse("calibration.subset", message, "Leave subset out, or solve for deployed inputs");
+        }
         match (&self.save_statistics, &self.calibration) {
             (None, _) => Ok(()),
             (Some(_), None) => {

@@ -24,6 +24,8 @@ pub struct Report {
 pub struct Summary {
     /// Format of the quantized Linears.
     pub format: String,
+    /// What a GGUF file does not say of the source, as sentences for the user.
+    pub notices: Vec<String>,
     /// Bits of codes, scales, zero points and factors over the number of quantized weights.
     pub bits_per_weight: f64,
     /// Bytes of the folder, this report aside.

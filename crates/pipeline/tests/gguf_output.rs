@@ -59,6 +59,9 @@ fn the_file_holds_the_codes_that_the_method_chose() {
         assert_eq!(after.bits(), if linear.name.ends_with("down_proj") { 8 } else { 4 }, "block {block}");
         assert!(before.codes() == after.codes() && before.scales() == after.scales(), "{name}");
     }
+    assert!(report.summary.notices.is_empty(), "{:?}", report.summary.notices);
+    let metadata = GgufFile::open(&file.join("model.gguf")).unwrap();
+    assert_eq!(metadata.metadata().text("general.name").unwrap(), Some("file"), "not that of the time of writing");
     let kinds: Vec<&str> = GgufFile::open(&file.join("model.gguf"))
         .unwrap()
         .tensors()
@@ -136,4 +139,22 @@ fn what_no_type_holds_is_refused_with_the_grids_that_are_held() {
         assert_eq!((error.code, error.subject.as_str()), (ErrorCode::OptionUnknown, "format"), "{name}");
         assert!(error.hint.contains(hint), "{name}: {}", error.hint);
     }
+}
+
+#[test]
+fn a_model_that_a_file_cannot_say_is_refused_before_anything_runs() {
+    let scratch = tempfile::tempdir().unwrap();
+    let source = scratch.path().join("source");
+    fs::create_dir(&source).unwrap();
+    for entry in fs::read_dir(assets("llama-7m")).unwrap() {
+        let entry = entry.unwrap();
+        fs::copy(entry.path(), source.join(entry.file_name())).unwrap();
+    }
+    // GGUF has no name for such a tokenizer.
+    let words = r#"{ "model": { "type": "WordLevel", "vocab": { "a": 0 }, "unk_token": "a" } }"#;
+    fs::write(source.join("tokenizer.json"), words).unwrap();
+    let asked = Recipe { source, ..gguf_recipe(&scratch.path().join("out"), 0) };
+    let error = plan(&asked).unwrap_err();
+    assert!(error.subject.ends_with("tokenizer.json") && error.message.contains("WordLevel"), "{error}");
+    plan(&Recipe { format: "auto".to_owned(), ..asked }).unwrap();
 }

@@ -375,6 +375,10 @@ fn both_models_are_in_the_plan_and_a_share_that_is_none_is_refused() {
         let error = plan_compensation(&recipe).unwrap_err();
         assert_eq!((error.code, error.subject.as_str()), (ErrorCode::OptionInvalid, "eora.mismatch"));
     }
+    let mut recipe = compensation(root.path(), "out", root.path(), EoraInputs::Dense);
+    recipe.calibration.subset = true;
+    let error = plan_compensation(&recipe).unwrap_err();
+    assert_eq!((error.code, error.subject.as_str()), (ErrorCode::OptionInvalid, "calibration.subset"));
     let mut recipe = compensation(root.path(), "out", root.path(), ALL);
     recipe.eora.affine = true;
     let error = plan_compensation(&recipe).unwrap_err();

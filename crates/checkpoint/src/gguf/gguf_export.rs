@@ -22,8 +22,10 @@ use crate::safetensors_file::wrong_shape;
 const COPY_BYTES: u64 = 4 << 20;
 
 /// In which types a checkpoint is written as GGUF. Vectors, routers and learned positions are always F32.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct GgufPlan {
+    /// What the model is called where its configuration does not say; `None` for the name of the source's folder.
+    pub name: Option<String>,
     /// The type of the Linears in the blocks. Where rows are no whole blocks of it, `Q8_0` takes its place, or F16.
     pub linears: &'static GgufType,
     /// The type of the embedding and of the head.
@@ -57,7 +59,7 @@ impl GgufPlan {
             "Q4_0" | "Q4_1" | "Q4_K" => GgufType::written("Q6_K").unwrap_or(main),
             _ => main,
         };
-        GgufPlan { linears: main, embeddings: finer, keep_codes: true, narrow: false }
+        GgufPlan { name: None, linears: main, embeddings: finer, keep_codes: true, narrow: false }
     }
 
     /// Whether codes that `exact` holds stay in it where `planned` is planned.
@@ -124,6 +126,20 @@ pub fn write_gguf(
     }
     summary.bytes = writer.finish()?;
     Ok(summary)
+}
+
+/// Refuses what a GGUF file of `source` cannot say, and gives what it leaves out, as sentences for the user; nothing is
+/// written.
+///
+/// # Errors
+/// Those of [`write_gguf`] that come before its first byte.
+pub fn check_gguf(source: &Checkpoint, plan: &GgufPlan) -> Result<Vec<String>> {
+    let mut summary = GgufSummary::default();
+    match source.gguf() {
+        Some(tensors) => plan_gguf(tensors.file(), plan, &mut summary)?,
+        None => plan_folder(source, plan, &mut summary, &CancelToken::new())?,
+    };
+    Ok(summary.notices)
 }
 
 /// The type of most matrices in the blocks.
@@ -206,7 +222,8 @@ fn plan_folder(
     let mut metadata = metadata_of(config, architecture)?;
     // The destination may have a name for the time of writing, and the same model must give the same bytes.
     let folder = source.path().canonicalize().unwrap_or_else(|_| source.path().to_path_buf());
-    set_identity(&mut metadata, config, &folder.file_name().unwrap_or_default().to_string_lossy());
+    let name = plan.name.as_deref().map(Into::into).unwrap_or(folder.file_name().unwrap_or_default().to_string_lossy());
+    set_identity(&mut metadata, config, &name);
     let divisors = set_rotary_scaling(config, architecture, &mut metadata)?;
     let size = |suffix: &str| metadata.unsigned(&format!("{}.{suffix}", architecture.name));
     let heads = size("attention.head_count")?.unwrap_or(0) as usize;

@@ -37,6 +37,8 @@ pub fn into_gguf_folder(
         let message = format!("the codes of the matrix do not fit {}", plan.linears.name);
         return Err(Error::new(ErrorCode::Internal, message).subject(name));
     }
+    // From here on there is nothing to go back to.
+    cancel.check()?;
     let mut replaced: BTreeSet<_> = source.tensors().map(|tensor| tensor.file.clone()).collect();
     drop(source);
     replaced.extend(["config.json", ShardIndex::FILE_NAME].map(|name| folder.join(name)));

@@ -29,7 +29,7 @@ pub use block_encoder::exact_type;
 pub use block_format::{
     BlockCodes, BlockContent, BlockGrid, BlockParts, GGUF_TYPES, GgufType, PackBlock, RoundBlock, UnpackBlock,
 };
-pub use gguf_export::{GgufPlan, GgufSummary, write_gguf};
+pub use gguf_export::{GgufPlan, GgufSummary, check_gguf, write_gguf};
 pub use gguf_file::{GgufFile, GgufHeader, GgufTensor};
 pub use gguf_folder::{GGUF_FILE, into_gguf_folder};
 pub use gguf_metadata::{GgufArray, GgufMetadata, GgufValue};
