@@ -234,6 +234,8 @@ export interface CompressReport {
 export interface CompressSummary {
   /** Layout of the quantized Linears. */
   format: LinearFormat | CompressedGguf
+  /** What a GGUF file does not say of the source; empty for other formats. */
+  notices: string[]
   /** Bits of codes, scales, zero points and factors over the number of quantized weights. */
   bitsPerWeight: number
   /** Bytes of the folder. */
@@ -271,7 +273,7 @@ export interface CompressedLinear {
   storedBits: number
   /**
    * ‖(W−Ŵ)X‖ / ‖WX‖ over the calibration inputs: without compensation, with it, and the least that any factors of
-   * this rank reach. `null` where no calibration token reached it.
+   * this rank reach. `null` where no calibration token reached it. With `mixed` inputs it is the error of their target.
    */
   error: null | { quantized: number; compensated: number; bound: number }
   /** The same on inputs that took no part in the calibration; `null` without compensation or such inputs. */

@@ -200,6 +200,7 @@ function describeReport(report: CompressReport): string {
   const pairs = formatPairs(
     [
       ['written', `${recipe.out} (${summary.format})`],
+      ['notice', summary.notices.join('; ') || undefined],
       ['size', `${formatBytes(summary.sourceBytes)} → ${formatBytes(summary.bytes)}`],
       ['bits per weight', summary.bitsPerWeight.toFixed(2)],
       ['widths', recipe.bitBudget === null ? undefined : describeCounts(linears, ({ bits }) => `${bits} bits`)],
