@@ -59,7 +59,7 @@ fn the_file_holds_the_codes_that_the_method_chose() {
         assert_eq!(after.bits(), if linear.name.ends_with("down_proj") { 8 } else { 4 }, "block {block}");
         assert!(before.codes() == after.codes() && before.scales() == after.scales(), "{name}");
     }
-    assert!(report.summary.notices.is_empty(), "{:?}", report.summary.notices);
+    assert!(matches!(report.summary.notices.as_slice(), [notice] if notice.contains("eora/")), "llama.cpp lacks it");
     let metadata = GgufFile::open(&file.join("model.gguf")).unwrap();
     assert_eq!(metadata.metadata().text("general.name").unwrap(), Some("file"), "not that of the time of writing");
     let kinds: Vec<&str> = GgufFile::open(&file.join("model.gguf"))
