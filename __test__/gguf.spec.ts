@@ -34,7 +34,7 @@ test('a compression ends in a GGUF file on the grid of its type', async (t) => {
   const { summary } = await compress(TINY, { ...options, out })
   t.is(summary.format, 'gguf:Q4_0')
   t.is(summary.bitsPerWeight, 4.5)
-  t.deepEqual(summary.notices, [])
+  t.regex(summary.notices.join('\n'), /^llama\.cpp may cut some texts otherwise: [^\n]+$/)
   t.deepEqual(readdirSync(out).sort(), ['model.gguf', 'report.json'])
   const { info } = await Checkpoint.open(out)
   t.like(info.quantization, { format: 'gguf', bits: 4, groupSize: 32, symmetric: true })
