@@ -107,6 +107,35 @@ test('an affine compensation is never worse where it was solved, and belongs int
   t.like(cut, { code: 'ERR_ADAPTER_INVALID' })
 })
 
+test('Linears of one input may share an A, which takes its bytes once', async (t) => {
+  const folder = temporaryFolder(t)
+  const [compressed, out] = [join(folder, 'w2'), join(folder, 'eora')]
+  await compress(TINY, { out: compressed, method: 'rtn', bits: 2, groupSize: 32 })
+  const eora = { rank: 8, grouped: true }
+  const plan = await compensate(TINY, compressed, { out, calibration, eora, dryRun: true })
+  const apart = await compensate(TINY, compressed, { out, calibration, eora: { rank: 8 }, dryRun: true })
+  const report = await compensate(TINY, compressed, { out, calibration, eora })
+  t.true(report.recipe.eora.grouped)
+  t.is(report.summary.bytes, plan.bytes)
+  t.true(report.summary.bytes < apart.bytes)
+  for (const { name, sharedWith, error, certificate } of report.linears) {
+    const others = /[qkv]_proj$/.test(name) ? 2 : /(gate|up)_proj$/.test(name) ? 1 : 0
+    t.is(sharedWith?.length ?? 0, others, name)
+    t.true(error!.compensated < error!.quantized && certificate!.holds, name)
+    for (const other of sharedWith ?? []) {
+      t.deepEqual(report.linears.find((linear) => linear.name === other)!.error, error)
+    }
+  }
+  const none = await perplexity(compressed, {})
+  const part = await perplexity(compressed, { compensation: out, eoraRank: 2 })
+  const all = await perplexity(compressed, { compensation: out })
+  t.true(all < part && part < none, `${all} ${part} ${none}`)
+  // As an adapter of a request each Linear has its own.
+  using model = await loadModel(compressed, { adapters: { eora: out } })
+  const beside = await model.perplexity(text, { length: 128, adapter: 'eora' })
+  t.true(Math.abs(beside.perplexity / all - 1) < 5e-4, `${beside.perplexity} ${all}`)
+})
+
 test('a budget is divided, factors may be codes', async (t) => {
   const folder = temporaryFolder(t)
   const compressed = join(folder, 'w2')

@@ -4,9 +4,11 @@
 //
 //   node --import=tsx bench/compensation-quality.ts --checkpoint DIR[,DIR…] --text FILE --calibration FILE[,FILE…]
 //     [--method gptq] [--bits 2,3,4] [--ranks 4,8,16,32,64] [--sequences 32] [--length 256] [--characters N] [--own]
-//     [--affine]
+//     [--affine] [--grouped]
 //
 // `--affine` prints other rows: each rank of `fast` with and without a bias, all on inputs that took no part, too.
+// `--grouped` prints other rows, too: each rank of `fast` with an A for every Linear, and with one for all of an input, of
+// the largest rank that takes no more bytes; then both with the ranks of those bytes divided.
 // `--own` calibrates on the rest of the evaluated file, too, a text of the same kind, and with `fast` alone on the very
 // text that is evaluated: how much overlap flatters.
 // Ranks at or above half of the smallest side of a Linear are left out. `error` is the mean over the Linears of
@@ -41,6 +43,7 @@ const { values: given } = parseArgs({
     characters: { type: 'string', default: '1e9' },
     own: { type: 'boolean', default: false },
     affine: { type: 'boolean', default: false },
+    grouped: { type: 'boolean', default: false },
   },
 })
 const { checkpoint: checkpoints, text: textFile } = given
@@ -128,6 +131,30 @@ async function table(checkpoint: string): Promise<void> {
         }
         continue
       }
+      if (given.grouped) {
+        const bytesOf = async (eora: EoraOptions): Promise<number> =>
+          (await compensate(checkpoint, base, { out: fresh(), calibration, eora, dryRun: true })).bytes
+        for (const rank of possible) {
+          const budgetBytes = await bytesOf({ rank })
+          let most = rank
+          while ((await bytesOf({ rank: most + 1, grouped: true })) <= budgetBytes) most++
+          const divided = { budgetBytes, rank: Math.min(4 * rank, side), rankMultiple: 4 }
+          for (const [name, eora] of [
+            ['fast', { rank }],
+            ['fast, grouped', { rank: most, grouped: true }],
+            ['fast, divided', divided],
+            ['fast, grouped, divided', { ...divided, grouped: true }],
+          ] as [string, EoraOptions][]) {
+            const [folder, { summary }] = await solve(eora)
+            const found = (await perplexity(base, folder)).toFixed(3)
+            const chosen = summary.compensation?.allocation?.chosen
+            const note = chosen === undefined ? name : `${name} (${chosen})`
+            const shown = summary.compensation!.meanRank.toFixed(chosen === undefined ? 0 : 1)
+            row(bits, label, note, shown, (baseBits + summary.bitsPerWeight).toFixed(2), found, '', '')
+          }
+        }
+        continue
+      }
       let reached = 0
       for (const solver of used) {
         for (const rank of possible) {
@@ -171,7 +198,7 @@ async function table(checkpoint: string): Promise<void> {
     }
   }
 
-  if (given.affine) return
+  if (given.affine || given.grouped) return
   const behind = (a: EoraSolver, b: EoraSolver): number =>
     errors.get(a)!.filter((error, i) => error > errors.get(b)![i]! * (1 + 1e-3) + 1e-9).length
   const count = errors.get('fast')!.length

@@ -272,6 +272,11 @@ export interface CompressedLinear {
   calibrationTokens: number | null
   storedBits: number
   /**
+   * With `grouped`: the Linears that it shares A of its compensation with. Ranks, errors and certificate are then those of
+   * all together, and the bits of A are counted with the first of them.
+   */
+  sharedWith?: string[]
+  /**
    * ‖(W−Ŵ)X‖ / ‖WX‖ over the calibration inputs: without compensation, with it, and the least that any factors of
    * this rank reach. `null` where no calibration token reached it. With `mixed` inputs it is the error of their target.
    */

@@ -35,6 +35,12 @@ export interface EoraOptions {
    * (`lora_bias`), vLLM does not.
    */
   affine?: boolean
+  /**
+   * Whether query, key and value, and gate and up, share an A each, default false: one compensation is solved for all
+   * Linears that read one input, with ranks to choose from for the bytes of the As that are saved, and run time
+   * multiplies once with A. `rank` and budgets then count such a group as one.
+   */
+  grouped?: boolean
   /** Ranks that differ: as many bytes as this rank in every Linear takes, divided where they remove most error. */
   meanRank?: number
   /** In place of `meanRank`: bytes of all factors together. */
@@ -66,6 +72,8 @@ export interface EoraRecipe {
   mismatch?: number
   /** Only there when it is asked for. */
   affine?: true
+  /** Only there when it is asked for. */
+  grouped?: true
   /** `null` for one rank. */
   allocation: null | {
     budget: { meanRank: number } | { bytes: number }
@@ -146,6 +154,7 @@ export const eoraSchema = object({
   inputs: withDefault(oneOf(['deployed', 'dense', 'mixed']), 'deployed'),
   mismatch: optional(number({ min: 0, max: 1 })),
   affine: withDefault(boolean, false),
+  grouped: withDefault(boolean, false),
   meanRank: optional(number({ min: 1, max: 2 ** 16 })),
   budgetBytes: optional(integer({ min: 1 })),
   minRank: optional(integer({ min: 0, max: 2 ** 16 })),

@@ -135,6 +135,9 @@ test('compensate, and what it has written in eval and generate', async (t) => {
   const affine = await kintsugi(...compensating, '--rank', '8', '--affine', '--dry-run', '--json')
   t.is(affine.code, 0, affine.stderr)
   t.like(JSON.parse(affine.stdout).recipe.eora, { rank: 8, affine: true })
+  const grouped = await kintsugi(...compensating, '--rank', '8', '--grouped', '--dry-run', '--json')
+  t.is(grouped.code, 0, grouped.stderr)
+  t.like(JSON.parse(grouped.stdout).recipe.eora, { rank: 8, grouped: true })
 
   const done = await kintsugi(...compensating, '--rank', '16', '--factor-bits', '8', '--json')
   t.is(done.code, 0, done.stderr)

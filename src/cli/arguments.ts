@@ -56,6 +56,7 @@ export function withEoraOptions(command: Command, prefix = ''): Command {
     .option(`--${prefix}inputs <name>`, 'solve for deployed, dense or mixed inputs (default: deployed)')
     .option(`--${prefix}mismatch <n>`, 'mixed inputs: how much of their difference to correct (default: 0.5)', numberArgument)
     .option(`--${prefix}affine`, 'with a bias for the mean of the inputs')
+    .option(`--${prefix}grouped`, 'one A for query, key and value, and for gate and up')
     .option(`--${prefix}mean-rank <n>`, 'divide the bytes of this rank where they do most good', numberArgument)
     .option(`--${prefix}budget <size>`, 'the same with so many bytes, such as 200M', bytesArgument)
     .option(`--${prefix}min-rank <n>`, 'with a budget: least rank of a Linear (default: 0)', numberArgument)
@@ -65,10 +66,10 @@ export function withEoraOptions(command: Command, prefix = ''): Command {
 
 /** The compensation that options of {@link withEoraOptions} ask for; `undefined` without any. */
 export function eoraArguments(given: EoraArguments): EoraOptions | undefined {
-  const { budget, rank, solver, factorBits, inputs, mismatch, affine } = given
+  const { budget, rank, solver, factorBits, inputs, mismatch, affine, grouped } = given
   const { meanRank, minRank, rankMultiple, rankWeights } = given
   const division = { meanRank, budgetBytes: budget, minRank, rankMultiple, rankWeights }
-  const options = withoutUndefined({ rank, solver, factorBits, inputs, mismatch, affine, ...division })
+  const options = withoutUndefined({ rank, solver, factorBits, inputs, mismatch, affine, grouped, ...division })
   return Object.keys(options).length > 0 ? options : undefined
 }
 
@@ -80,6 +81,7 @@ export interface EoraArguments {
   inputs?: EoraOptions['inputs'] | undefined
   mismatch?: number | undefined
   affine?: boolean | undefined
+  grouped?: boolean | undefined
   meanRank?: number | undefined
   budget?: number | undefined
   minRank?: number | undefined

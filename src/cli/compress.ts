@@ -118,6 +118,7 @@ export function registerCompress(program: Command): void {
             inputs: given.eoraInputs,
             mismatch: given.eoraMismatch,
             affine: given.eoraAffine,
+            grouped: given.eoraGrouped,
             meanRank: given.eoraMeanRank,
             budget: given.eoraBudget,
             minRank: given.eoraMinRank,

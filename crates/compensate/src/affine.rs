@@ -1,6 +1,6 @@
 use kintsugi_calibration::Calibration;
 use kintsugi_runtime::{Error, ErrorCode, Result, ThreadPool};
-use kintsugi_weights::{DenseMatrix, FactorBias, LowRank, RowSource};
+use kintsugi_weights::{FactorBias, LowRank, RowSource};
 
 use crate::compensation::{solve, stored_factors, widen};
 use crate::residual_error::wide_row;
@@ -15,7 +15,7 @@ use crate::{Compensation, CompensationOptions, HoldOut, HoldOutProfile, OutputDi
 ///
 /// Errors stay those of the inputs as they are: `‖Δ X‖² = ‖Δ (X − μ 1ᵀ)‖² + T ‖Δ μ‖²`, and the same of W.
 pub(crate) fn compensate_affine(
-    weight: &DenseMatrix,
+    weight: &dyn RowSource,
     compressed: &dyn RowSource,
     calibration: &Calibration,
     hold_out: Option<&HoldOut>,

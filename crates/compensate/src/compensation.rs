@@ -3,7 +3,7 @@ use kintsugi_linalg::{
     MatrixView, product, product_by_columns, solve_symmetric, times_symmetric_by_columns, transposed,
 };
 use kintsugi_runtime::{Result, ThreadPool};
-use kintsugi_weights::{DenseMatrix, ElementType, FactorCodes, LowRank, QuantizedMatrix, RowSource};
+use kintsugi_weights::{ElementType, FactorCodes, LowRank, QuantizedMatrix, RowSource};
 
 use crate::affine::compensate_affine;
 use crate::factor_precision::{code_rows, round_floats, without_columns};
@@ -70,7 +70,7 @@ pub struct Compensation {
 /// What [`Residual::new`] refuses, `ERR_VALUE_NOT_FINITE` for factors that the stored type cannot hold,
 /// `ERR_SOLVER_FAILED`.
 pub fn compensate(
-    weight: &DenseMatrix,
+    weight: &dyn RowSource,
     compressed: &dyn RowSource,
     calibration: &Calibration,
     hold_out: Option<&HoldOut>,
@@ -90,7 +90,7 @@ pub fn compensate(
 /// As [`compensate`].
 pub(crate) fn solve(
     residual: &mut Residual<'_>,
-    weight: &DenseMatrix,
+    weight: &dyn RowSource,
     hold_out: Option<&HoldOut>,
     options: &CompensationOptions,
     pool: &ThreadPool,

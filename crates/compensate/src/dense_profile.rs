@@ -1,6 +1,6 @@
 use kintsugi_linalg::{MatrixView, product_by_columns, quadratic_trace_of, times_symmetric_by_columns, transposed};
 use kintsugi_runtime::{Result, ThreadPool};
-use kintsugi_weights::{DenseMatrix, LowRank, RowSource};
+use kintsugi_weights::{LowRank, RowSource};
 use serde::{Deserialize, Serialize};
 
 use crate::compensation::widen;
@@ -77,7 +77,7 @@ pub(crate) struct DenseOutputs {
 impl DenseOutputs {
     /// Of inputs that are the same in both models.
     pub(crate) fn without_drift(
-        weight: &DenseMatrix,
+        weight: &dyn RowSource,
         delta: &[f64],
         inputs: &MixedInputs<'_>,
         pool: &ThreadPool,
@@ -93,7 +93,7 @@ impl DenseOutputs {
     /// With `drifted` = W D: `‖W X‖² = ‖W X̂‖² + 2⟨W D, W⟩ + tr(W E Wᵀ)`, and
     /// `‖W X − Ŵ X̂‖² = ‖Δ X̂‖² + 2⟨W D, Δ⟩ + tr(W E Wᵀ)`.
     pub(crate) fn new(
-        weight: &DenseMatrix,
+        weight: &dyn RowSource,
         delta: &[f64],
         drifted: &[f64],
         inputs: &MixedInputs<'_>,
@@ -122,7 +122,7 @@ impl DenseOutputs {
     /// What [`lost`] refuses.
     pub(crate) fn profile(
         &self,
-        weight: &DenseMatrix,
+        weight: &dyn RowSource,
         compressed: &dyn RowSource,
         inputs: &MixedInputs<'_>,
         factors: Option<&LowRank>,
@@ -177,7 +177,7 @@ struct Projections {
 }
 
 impl Projections {
-    fn new(factors: &LowRank, weight: &DenseMatrix, delta: &[f64], pool: &ThreadPool) -> Self {
+    fn new(factors: &LowRank, weight: &dyn RowSource, delta: &[f64], pool: &ThreadPool) -> Self {
         let (rows, columns, rank) = (weight.rows(), weight.columns(), factors.rank());
         let directions = transposed(&widen(factors.b()), rows, rank);
         let directions = MatrixView::new(&directions, rank, rows);

@@ -1,7 +1,7 @@
 use kintsugi_calibration::{Calibration, Drift};
 use kintsugi_linalg::{MatrixView, MatrixViewMut, UpperCholesky, add_product};
 use kintsugi_runtime::{Error, ErrorCode, Result, ThreadPool};
-use kintsugi_weights::{DenseMatrix, RowSource};
+use kintsugi_weights::RowSource;
 
 use crate::compensation::solve;
 use crate::dense_profile::DenseOutputs;
@@ -41,7 +41,7 @@ impl MixedInputs<'_> {
     }
 
     /// `W D`, `[rows, width]` row-major.
-    fn drifted(&self, weight: &DenseMatrix, pool: &ThreadPool) -> Vec<f64> {
+    fn drifted(&self, weight: &dyn RowSource, pool: &ThreadPool) -> Vec<f64> {
         let width = self.drift.width();
         let cross = MatrixView::new(self.drift.cross(), width, width);
         let mut out = vec![0.0; weight.rows() * width];
@@ -106,7 +106,7 @@ pub fn check_share(share: f64) -> Result<()> {
 /// As [`compensate`](crate::compensate), and `ERR_OPTION_INVALID` for an α outside of 0 to 1, or a bias, which is solved
 /// for the mean of one kind of inputs.
 pub fn compensate_mixed(
-    weight: &DenseMatrix,
+    weight: &dyn RowSource,
     compressed: &dyn RowSource,
     inputs: &MixedInputs<'_>,
     options: &CompensationOptions,

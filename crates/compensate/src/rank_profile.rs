@@ -1,6 +1,6 @@
 use kintsugi_linalg::{MatrixView, product_by_columns, times_symmetric_by_columns, transposed};
 use kintsugi_runtime::ThreadPool;
-use kintsugi_weights::{DenseMatrix, LowRank};
+use kintsugi_weights::{LowRank, RowSource};
 use serde::{Deserialize, Serialize};
 
 use crate::compensation::widen;
@@ -113,7 +113,7 @@ impl HoldOutProfile {
     pub(crate) fn new(
         residual: &Residual<'_>,
         factors: Option<&LowRank>,
-        weight: &DenseMatrix,
+        weight: &dyn RowSource,
         hold_out: &HoldOut,
         pool: &ThreadPool,
     ) -> Self {

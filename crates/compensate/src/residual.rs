@@ -1,7 +1,7 @@
 use kintsugi_calibration::Calibration;
 use kintsugi_linalg::{UpperTriangle, quadratic_trace_of};
 use kintsugi_runtime::{Error, ErrorCode, Result, ThreadPool};
-use kintsugi_weights::{DenseMatrix, RowSource};
+use kintsugi_weights::RowSource;
 
 use crate::output_energies::{Energy, OutputEnergies};
 use crate::residual_error::wide_row;
@@ -34,7 +34,7 @@ impl<'a> Residual<'a> {
     /// `ERR_SHAPE_MISMATCH` when weight, compressed weight and calibration do not belong together,
     /// `ERR_VALUE_NOT_FINITE` for NaN or infinite weights.
     pub fn new(
-        weight: &DenseMatrix,
+        weight: &dyn RowSource,
         compressed: &dyn RowSource,
         calibration: &'a Calibration,
         pool: &ThreadPool,
@@ -44,7 +44,7 @@ impl<'a> Residual<'a> {
     }
 
     /// Of a Δ that is known: what is to be repaired, whatever it is.
-    pub(crate) fn of(delta: Vec<f64>, weight: &DenseMatrix, calibration: &'a Calibration, pool: &ThreadPool) -> Self {
+    pub(crate) fn of(delta: Vec<f64>, weight: &dyn RowSource, calibration: &'a Calibration, pool: &ThreadPool) -> Self {
         let (rows, columns) = (weight.rows(), weight.columns());
         let energies = OutputEnergies::new(calibration);
         let fill = |i: usize, row: &mut [f64]| row.copy_from_slice(&delta[i * columns..(i + 1) * columns]);
@@ -129,19 +129,13 @@ impl<'a> Residual<'a> {
 /// # Errors
 /// As [`Residual::new`].
 pub(crate) fn lost(
-    weight: &DenseMatrix,
+    weight: &dyn RowSource,
     compressed: &dyn RowSource,
     calibration: &Calibration,
     pool: &ThreadPool,
 ) -> Result<Vec<f64>> {
     let (rows, columns) = (weight.rows(), weight.columns());
     check_shapes(weight, compressed, calibration)?;
-    if let Some((row, column)) = weight.first_not_finite() {
-        let message = format!("the weight in row {row}, column {column} is NaN or infinite");
-        return Err(Error::new(ErrorCode::ValueNotFinite, message)
-            .subject("weight")
-            .hint("The checkpoint is damaged; load it from its source again"));
-    }
     let mut delta = vec![0.0; rows * columns];
     let band = 64 * columns.max(1);
     pool.for_each_chunk(&mut delta, band, |index, values| {
@@ -149,15 +143,20 @@ pub(crate) fn lost(
             difference(weight, compressed, index * 64 + i, row);
         }
     });
-    if delta.iter().any(|value| !value.is_finite()) {
-        return Err(Error::new(ErrorCode::ValueNotFinite, "the compressed weight has NaN or infinite values")
-            .subject("compressed weight")
-            .hint("The compressed checkpoint is damaged; load it from its source again"));
-    }
-    Ok(delta)
+    let Some(at) = delta.iter().position(|value| !value.is_finite()) else { return Ok(delta) };
+    let (row, column) = (at / columns, at % columns);
+    let mut original = vec![0.0; columns];
+    weight.row_to_f32(row, &mut original);
+    let (of, subject, which) = match original[column].is_finite() {
+        true => ("the compressed weight", "compressed weight", "The compressed checkpoint"),
+        false => ("the weight", "weight", "The checkpoint"),
+    };
+    Err(Error::new(ErrorCode::ValueNotFinite, format!("{of} in row {row}, column {column} is NaN or infinite"))
+        .subject(subject)
+        .hint(format!("{which} is damaged; load it from its source again")))
 }
 
-fn check_shapes(weight: &DenseMatrix, compressed: &dyn RowSource, calibration: &Calibration) -> Result<()> {
+fn check_shapes(weight: &dyn RowSource, compressed: &dyn RowSource, calibration: &Calibration) -> Result<()> {
     let shape = (weight.rows(), weight.columns());
     if shape == (compressed.rows(), compressed.columns()) && shape.1 == calibration.width() {
         return Ok(());
@@ -174,7 +173,7 @@ fn check_shapes(weight: &DenseMatrix, compressed: &dyn RowSource, calibration: &
 }
 
 /// Row `i` of `W − Ŵ`.
-pub(crate) fn difference(weight: &DenseMatrix, compressed: &dyn RowSource, i: usize, row: &mut [f64]) {
+pub(crate) fn difference(weight: &dyn RowSource, compressed: &dyn RowSource, i: usize, row: &mut [f64]) {
     let (mut original, mut rounded) = (vec![0.0; row.len()], vec![0.0; row.len()]);
     weight.row_to_f32(i, &mut original);
     compressed.row_to_f32(i, &mut rounded);

@@ -1,7 +1,7 @@
 use kintsugi_calibration::Calibration;
 use kintsugi_linalg::quadratic_trace_of;
 use kintsugi_runtime::ThreadPool;
-use kintsugi_weights::{DenseMatrix, RowSource};
+use kintsugi_weights::RowSource;
 use serde::{Deserialize, Serialize};
 
 use crate::residual::{difference, relative};
@@ -36,7 +36,7 @@ pub fn output_energy(matrix: &[f32], rows: usize, calibration: &Calibration, poo
 /// # Panics
 /// When the shapes differ.
 pub fn residual_error(
-    weight: &DenseMatrix,
+    weight: &dyn RowSource,
     compressed: &dyn RowSource,
     calibration: &Calibration,
     pool: &ThreadPool,
@@ -47,12 +47,12 @@ pub fn residual_error(
 }
 
 /// `‖W X‖²`.
-fn weight_energy(weight: &DenseMatrix, calibration: &Calibration, pool: &ThreadPool) -> f64 {
+fn weight_energy(weight: &dyn RowSource, calibration: &Calibration, pool: &ThreadPool) -> f64 {
     quadratic_trace_of(weight.rows(), |i, row| wide_row(weight, i, row), calibration.second_moment(), pool)
 }
 
 /// Writes row `i` of a weight.
-pub(crate) fn wide_row(weight: &DenseMatrix, i: usize, row: &mut [f64]) {
+pub(crate) fn wide_row(weight: &dyn RowSource, i: usize, row: &mut [f64]) {
     let mut values = vec![0.0; row.len()];
     weight.row_to_f32(i, &mut values);
     widen(&values, row);

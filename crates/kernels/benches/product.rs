@@ -6,13 +6,13 @@
 //! bandwidth and clock of shared machines drift. `kintsugi bench` shows a user the same in short.
 //!
 //! `cargo bench -p kintsugi-kernels --bench product -- [SECTION]...` with `KINTSUGI_THREADS` for the number of
-//! threads and `KINTSUGI_CPU` for a single level. Sections are `stream`, `widths`, `residual`, `cached` and numbers of
-//! rows; all of them by default.
+//! threads and `KINTSUGI_CPU` for a single level. Sections are `stream`, `widths`, `residual`, `shared`, `cached` and
+//! numbers of rows; all of them by default.
 #![allow(clippy::print_stdout, reason = "a bench is there to print")]
 
 use std::time::Instant;
 
-use kintsugi_kernels::{ArithmeticCeiling, Kernels, MatrixRotation, Precision, ReadingCeiling, Spread};
+use kintsugi_kernels::{ArithmeticCeiling, Kernels, MatrixRotation, PackedMatrix, Precision, ReadingCeiling, Spread};
 use kintsugi_runtime::{CpuLevel, ThreadPool};
 use kintsugi_testkit::kernel_cases::Factors;
 use kintsugi_testkit::matrices;
@@ -48,6 +48,9 @@ fn main() {
     }
     if wanted("residual") {
         [1, 8, 512].into_iter().for_each(|rows| residual(rows, pool));
+    }
+    if wanted("shared") {
+        [1, 8, 128].into_iter().for_each(|rows| shared(rows, pool));
     }
     if wanted("cached") {
         cached();
@@ -203,6 +206,66 @@ fn residual(rows: usize, pool: &ThreadPool) {
         let seconds = median(&candidate.seconds);
         let (time, share) = (seconds * 1e3, 100.0 * (seconds / base - 1.0));
         println!("  {:<24} {time:8.3} ms {share:+6.1} %", candidate.name);
+    }
+}
+
+/// Query, key and value of one input with a low-rank part each: in three calls, in one, and in one with one A.
+fn shared(rows: usize, pool: &ThreadPool) {
+    const OUTPUTS: [usize; 3] = [SIZE, SIZE / 4, SIZE / 4];
+    const RANK: usize = 64;
+    let kernels = Kernels::new(CpuLevel::best()).expect("the best level is available");
+    let count = if rows > 64 { 2 } else { MATRICES / 2 };
+    let first = Factors::Dense(ElementType::Bf16).matrices(2, SIZE, SIZE, RANK);
+    let group = |rank: usize| -> Vec<PackedMatrix> {
+        let pack = |(seed, outputs): (u64, usize)| {
+            let group_size = GroupSize::Columns(128);
+            let matrix = matrices::quantized(seed, outputs, SIZE, 4, group_size, true, ElementType::F16, false);
+            let low_rank = (rank > 0).then(|| first.of_outputs(0..outputs));
+            let weight = LinearWeight { low_rank, ..LinearWeight::plain(WeightMatrix::Quantized(matrix)) };
+            kernels.pack(&weight, Precision::Fast, pool).expect("the matrix is well-formed")
+        };
+        (1..).zip(OUTPUTS).map(pack).collect()
+    };
+    let groups = |rank: usize, share: bool| -> Vec<Vec<PackedMatrix>> {
+        let mut groups = vec![group(rank); count];
+        for group in groups.iter_mut().filter(|_| share) {
+            let (first, others) = group.split_at_mut(1);
+            others.iter_mut().for_each(|other| other.share_projection(&first[0]));
+        }
+        groups
+    };
+    let x = matrices::activations(1, rows, SIZE);
+    let mut outputs = OUTPUTS.map(|outputs| vec![0.0; rows * outputs]);
+    let mut run = |groups: &[Vec<PackedMatrix>], together: bool| {
+        let start = Instant::now();
+        for group in groups {
+            let mut slices = outputs.each_mut().map(Vec::as_mut_slice);
+            if together {
+                kernels.products(&group.iter().collect::<Vec<_>>(), &x, &mut slices, pool);
+            } else {
+                group.iter().zip(&mut slices).for_each(|(matrix, y)| kernels.product(matrix, &x, y, pool));
+            }
+        }
+        start.elapsed().as_secs_f64() / groups.len() as f64
+    };
+    let candidates = [
+        ("plain, three calls", groups(0, false), false),
+        ("plain, one call", groups(0, false), true),
+        ("rank 64, three calls", groups(RANK, false), false),
+        ("rank 64, one call", groups(RANK, false), true),
+        ("rank 64, one call, one A", groups(RANK, true), true),
+    ];
+    let mut seconds = vec![Vec::new(); candidates.len()];
+    for _ in 0..2 * ROUNDS {
+        for ((_, groups, together), seconds) in candidates.iter().zip(&mut seconds) {
+            seconds.push(run(groups, *together));
+        }
+    }
+    println!("\nint4 group 128, {OUTPUTS:?}×{SIZE} of one input in fast, {rows} rows");
+    for ((name, ..), own) in candidates.iter().zip(&seconds) {
+        let ratios: Vec<f64> = own.iter().zip(&seconds[0]).map(|(own, first)| own / first).collect();
+        let (time, share) = (median(own) * 1e3, 100.0 * (median(&ratios) - 1.0));
+        println!("  {name:<26} {time:8.3} ms {share:+6.1} %");
     }
 }
 

@@ -137,8 +137,23 @@ impl Kernels {
     /// # Panics
     /// When the lengths of `x` and `y` are not multiples of `in` and `out` by the same count.
     pub fn product(&self, weight: &PackedMatrix, x: &[f32], y: &mut [f32], pool: &ThreadPool) {
-        check_product(weight.rows, weight.columns, x, y);
-        multiply(self, weight, x, y, pool);
+        self.products(&[weight], x, &mut [y], pool);
+    }
+
+    /// The [products](Self::product) of one input with several matrices, each into an output of its own: the same bits, in
+    /// one call of the pool, and one more where there are compensations. x is packed once for matrices that read it alike,
+    /// and multiplied once with an A that they [share](PackedMatrix::share_projection).
+    ///
+    /// # Panics
+    /// As [`product`](Self::product) for each of them, and when their number is not that of the outputs or they differ in
+    /// `in`.
+    pub fn products(&self, weights: &[&PackedMatrix], x: &[f32], outputs: &mut [&mut [f32]], pool: &ThreadPool) {
+        assert_eq!(weights.len(), outputs.len(), "each matrix has an output");
+        for (weight, y) in weights.iter().zip(outputs.iter()) {
+            assert_eq!(weight.columns, weights[0].columns, "matrices of one input are as wide");
+            check_product(weight.rows, weight.columns, x, y);
+        }
+        multiply(self, weights, x, outputs, pool);
     }
 
     /// Packs a low-rank update that is added per request.

@@ -1,3 +1,5 @@
+use std::sync::Arc;
+
 use half::{bf16, f16};
 use kintsugi_runtime::{Error, ErrorCode, Result, ThreadPool};
 use kintsugi_weights::{
@@ -98,7 +100,7 @@ fn pack_panels(
             write(b, section, panel, bytes);
         }
     });
-    let compensation = a.zip(b_section).map(|(a, b)| Compensation { a: Box::new(a), b });
+    let compensation = a.zip(b_section).map(|(a, b)| Compensation { a: Arc::new(a), borrowed: false, b });
     Ok(PackedMatrix { rows, columns, precision, main, compensation, bias, panel_bytes, panels })
 }
 

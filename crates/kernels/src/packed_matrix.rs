@@ -1,4 +1,5 @@
 use std::ops::Range;
+use std::sync::Arc;
 
 use kintsugi_weights::{CodeTable, ElementType};
 
@@ -27,16 +28,24 @@ pub struct PackedMatrix {
 }
 
 /// The low-rank part `B (A x)` of a packed matrix.
-#[derive(Clone)]
 pub(crate) struct Compensation {
     /// A, `[rank, in]`.
-    pub(crate) a: Box<PackedMatrix>,
+    pub(crate) a: Arc<PackedMatrix>,
+    /// Whether A belongs to another matrix.
+    pub(crate) borrowed: bool,
     /// Where the rows of B are in each panel.
     pub(crate) b: Section,
 }
 
+/// A copy has an A of its own.
+impl Clone for Compensation {
+    fn clone(&self) -> Self {
+        Compensation { a: Arc::new(PackedMatrix::clone(&self.a)), borrowed: false, b: self.b.clone() }
+    }
+}
+
 /// A part of every panel: a matrix in one encoding.
-#[derive(Clone)]
+#[derive(Clone, PartialEq)]
 pub(crate) struct Section {
     pub(crate) encoding: PanelEncoding,
     pub(crate) layout: ColumnLayout,
@@ -62,7 +71,7 @@ pub(crate) struct IntegerCodes {
 /// Which columns of x a matrix reads in which order, and in which blocks.
 ///
 /// A block is a run of columns with one scale per row, padded with columns of value zero to whole steps.
-#[derive(Clone, Default)]
+#[derive(Clone, Default, PartialEq)]
 pub(crate) struct ColumnLayout {
     /// The column of x at each place; `None` when that is the place itself.
     pub(crate) order: Option<Vec<u32>>,
@@ -74,7 +83,7 @@ pub(crate) struct ColumnLayout {
 }
 
 /// A run of columns that share a scale.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq)]
 pub(crate) struct ColumnBlock {
     /// The first place in the order of columns.
     pub(crate) start: usize,
@@ -146,12 +155,34 @@ impl PackedMatrix {
         self.precision
     }
 
-    /// Bytes that this matrix takes in memory, compensation and bias included.
+    /// Keeps A of the compensation once with that of another matrix, where both are the same:
+    /// [`Kernels::products`](crate::Kernels::products) then multiplies with it once.
+    pub fn share_projection(&mut self, other: &PackedMatrix) {
+        if let (Some(own), Some(others)) = (&mut self.compensation, &other.compensation)
+            && own.a.is_same(&others.a)
+        {
+            own.a = Arc::clone(&others.a);
+            own.borrowed = true;
+        }
+    }
+
+    /// Whether both are the same plain matrix.
+    fn is_same(&self, other: &PackedMatrix) -> bool {
+        let shape = |matrix: &PackedMatrix| (matrix.rows, matrix.columns, matrix.precision);
+        let plain = |matrix: &PackedMatrix| matrix.compensation.is_none() && matrix.bias.is_none();
+        shape(self) == shape(other)
+            && plain(self)
+            && plain(other)
+            && self.main == other.main
+            && self.panels.as_slice() == other.panels.as_slice()
+    }
+
+    /// Bytes that this matrix takes in memory, compensation and bias included; without an A that belongs to another.
     pub fn memory_bytes(&self) -> usize {
-        let compensation = self
-            .compensation
-            .as_ref()
-            .map_or(0, |part| part.a.memory_bytes() + part.b.layout.memory_bytes() + size_of::<PackedMatrix>());
+        let compensation = self.compensation.as_ref().map_or(0, |part| {
+            let a = if part.borrowed { 0 } else { part.a.memory_bytes() + size_of::<PackedMatrix>() };
+            a + part.b.layout.memory_bytes()
+        });
         let bias = self.bias.as_ref().map_or(0, |bias| size_of_val(bias.as_slice()));
         self.panels.len() + self.main.layout.memory_bytes() + compensation + bias
     }
@@ -176,6 +207,15 @@ impl std::fmt::Debug for PackedMatrix {
 }
 
 impl Section {
+    /// Whether rows of x are packed alike for both.
+    pub(crate) fn reads_like(&self, other: &Section) -> bool {
+        let needs_block_sums = |section: &Section| section.grid.is_some_and(GridParameters::needs_block_sums);
+        self.encoding == other.encoding
+            && self.integers == other.integers
+            && needs_block_sums(self) == needs_block_sums(other)
+            && self.layout == other.layout
+    }
+
     /// Bytes of this section in each panel.
     pub(crate) fn bytes(&self) -> usize {
         let steps: usize = self.layout.steps.iter().map(|&steps| steps as usize).sum();

@@ -1,4 +1,5 @@
 use std::ops::Range;
+use std::sync::Arc;
 
 use kintsugi_runtime::ThreadPool;
 
@@ -47,12 +48,25 @@ pub(crate) enum Output {
 #[repr(align(64))]
 struct Tile([[f32; LANES]; MAX_TILE]);
 
-/// Multiplies every row of `x`, `[count, columns]`, into `y`, `[count, rows]`.
-pub(crate) fn multiply(kernels: &Kernels, weight: &PackedMatrix, x: &[f32], y: &mut [f32], pool: &ThreadPool) {
-    let x = x.chunks(ROWS_AT_ONCE * weight.columns);
-    for (x, y) in x.zip(y.chunks_mut(ROWS_AT_ONCE * weight.rows)) {
-        let operands = Operands::new(kernels, weight, x, None, pool);
-        multiply_all(kernels, &[operands], &SharedRows::new(y, weight.rows), Output::Set, pool);
+/// Multiplies every row of `x`, `[count, columns]`, with each of the matrices into its output, `[count, rows]`.
+pub(crate) fn multiply(
+    kernels: &Kernels,
+    weights: &[&PackedMatrix],
+    x: &[f32],
+    outputs: &mut [&mut [f32]],
+    pool: &ThreadPool,
+) {
+    let Some(columns) = weights.first().map(|weight| weight.columns) else { return };
+    for (chunk, x) in x.chunks(ROWS_AT_ONCE * columns).enumerate() {
+        let operands = Operands::of_one_input(kernels, weights, x, pool);
+        let rows = chunk * ROWS_AT_ONCE..chunk * ROWS_AT_ONCE + x.len() / columns;
+        let outputs: Vec<SharedRows<'_>> = weights
+            .iter()
+            .zip(outputs.iter_mut())
+            .map(|(weight, y)| SharedRows::new(&mut y[rows.start * weight.rows..rows.end * weight.rows], weight.rows))
+            .collect();
+        let products: Vec<_> = operands.iter().zip(&outputs).collect();
+        multiply_all(kernels, &products, Output::Set, pool);
     }
 }
 
@@ -78,7 +92,7 @@ pub(crate) fn accumulate_updates(
         let Some((a, b)) = &update.factors else { continue };
         for rows in rows.chunks(ROWS_AT_ONCE) {
             let x: Vec<f32> = rows.iter().flat_map(|row| &x[row * a.columns..(row + 1) * a.columns]).copied().collect();
-            projections.push(Operands::new(kernels, a, &x, None, pool));
+            projections.push(Operands::new(kernels, a, &x, None, &[], pool));
             products.push((b, update.scaling, rows));
         }
     }
@@ -88,23 +102,24 @@ pub(crate) fn accumulate_updates(
         .zip(projected)
         .map(|((b, scaling, rows), mut projected)| {
             projected.iter_mut().for_each(|value| *value *= scaling);
-            Operands::new(kernels, b, &projected, Some(rows.to_vec()), pool)
+            Operands::new(kernels, b, &projected, Some(rows.to_vec()), &[], pool)
         })
         .collect();
-    multiply_all(kernels, &operands, y, Output::Add, pool);
+    let products: Vec<_> = operands.iter().map(|operands| (operands, y)).collect();
+    multiply_all(kernels, &products, Output::Add, pool);
 }
 
-/// The tasks of some products, in one call of the pool.
-fn multiply_all(kernels: &Kernels, operands: &[Operands<'_>], y: &SharedRows<'_>, output: Output, pool: &ThreadPool) {
-    let tasks: Vec<(&Operands<'_>, usize, usize)> = operands
+/// The tasks of some products, each with the rows that it goes to, in one call of the pool.
+fn multiply_all(kernels: &Kernels, products: &[(&Operands<'_>, &SharedRows<'_>)], output: Output, pool: &ThreadPool) {
+    let tasks: Vec<_> = products
         .iter()
-        .flat_map(|operands| {
+        .flat_map(|&(operands, y)| {
             let tasks = operands.tasks(operands.units(kernels), TASK_BYTES);
-            (0..tasks).map(move |task| (operands, task, tasks))
+            (0..tasks).map(move |task| (operands, y, task, tasks))
         })
         .collect();
     pool.for_each(tasks.len(), |index| {
-        let (operands, task, tasks) = tasks[index];
+        let (operands, y, task, tasks) = tasks[index];
         operands.run(kernels, task, tasks, y, output);
     });
 }
@@ -158,7 +173,7 @@ struct Operands<'a> {
     /// The row of y of each row of x; `None` where that is the row itself.
     places: Option<Vec<usize>>,
     arithmetic: Arithmetic,
-    input: Input,
+    input: Arc<Input>,
     /// A x, where there is a compensation.
     projected: Option<Input>,
 }
@@ -204,33 +219,71 @@ impl Input {
 }
 
 impl<'a> Operands<'a> {
+    /// A matrix without its compensation; x is that of `others` if there are any.
     fn new(
         kernels: &Kernels,
         weight: &'a PackedMatrix,
         x: &[f32],
         places: Option<Vec<usize>>,
+        others: &[Operands<'_>],
         pool: &ThreadPool,
     ) -> Self {
         let count = x.len() / weight.columns;
-        let arithmetic = kernels.arithmetic(weight);
-        let input = Input::new(kernels, &weight.main, arithmetic, x, weight.columns, weight.panel_count(), pool);
-        let projected = weight.compensation.as_ref().map(|part| {
-            let a = Operands::new(kernels, &part.a, x, None, pool);
-            let projected = multiply_by_runs(kernels, &[a], pool).pop().unwrap_or_default();
-            // Whoever multiplies a few rows at a time does so with both parts.
-            let section = &part.b;
-            if arithmetic == Arithmetic::Int8 || matches!(input, Input::Tiles(_)) {
-                let panels = weight.panel_count();
-                return Input::new(kernels, section, Arithmetic::F32, &projected, part.a.rows, panels, pool);
-            }
-            Input::Rows(PackedInput::new(kernels.table(), section, Arithmetic::F32, &projected, part.a.rows, pool))
+        let (arithmetic, panels) = (kernels.arithmetic(weight), weight.panel_count());
+        let is_tiled = |panels: usize| panels >= LEAST_TILED_PANELS;
+        let alike = others.iter().find(|other| {
+            other.arithmetic == arithmetic
+                && is_tiled(other.weight.panel_count()) == is_tiled(panels)
+                && other.weight.main.reads_like(&weight.main)
         });
-        Operands { weight, count, places, arithmetic, input, projected }
+        let input = match alike {
+            Some(other) => Arc::clone(&other.input),
+            None => Arc::new(Input::new(kernels, &weight.main, arithmetic, x, weight.columns, panels, pool)),
+        };
+        Operands { weight, count, places, arithmetic, input, projected: None }
+    }
+
+    /// Some matrices and the rows that all of them are multiplied with. Those that read x alike get it packed once, and
+    /// the products with every A share a call of the pool, each A once.
+    fn of_one_input(kernels: &Kernels, weights: &[&'a PackedMatrix], x: &[f32], pool: &ThreadPool) -> Vec<Self> {
+        let mut all = Vec::with_capacity(weights.len());
+        let (mut factors, mut projections) = (Vec::<&Arc<PackedMatrix>>::new(), Vec::new());
+        let mut places = Vec::with_capacity(weights.len());
+        for &weight in weights {
+            all.push(Operands::new(kernels, weight, x, None, &all, pool));
+            places.push(weight.compensation.as_ref().map(|part| {
+                factors.iter().position(|known| Arc::ptr_eq(known, &part.a)).unwrap_or_else(|| {
+                    factors.push(&part.a);
+                    projections.push(Operands::new(kernels, &part.a, x, None, &projections, pool));
+                    factors.len() - 1
+                })
+            }));
+        }
+        if projections.is_empty() {
+            return all;
+        }
+        let projected = multiply_by_runs(kernels, &projections, pool);
+        for (operands, place) in all.iter_mut().zip(places) {
+            operands.projected = place.and_then(|place| operands.pack_projected(kernels, &projected[place], pool));
+        }
+        all
+    }
+
+    /// `A x`, `[count, rank]`, as B reads it.
+    fn pack_projected(&self, kernels: &Kernels, projected: &[f32], pool: &ThreadPool) -> Option<Input> {
+        let part = self.weight.compensation.as_ref()?;
+        let (section, rank) = (&part.b, part.a.rows);
+        // Whoever multiplies a few rows at a time does so with both parts.
+        if self.panel_by_panel() {
+            let panels = self.weight.panel_count();
+            return Some(Input::new(kernels, section, Arithmetic::F32, projected, rank, panels, pool));
+        }
+        Some(Input::Rows(PackedInput::new(kernels.table(), section, Arithmetic::F32, projected, rank, pool)))
     }
 
     /// Whether panels are multiplied one by one, with all rows.
     fn panel_by_panel(&self) -> bool {
-        self.arithmetic == Arithmetic::Int8 || matches!(self.input, Input::Tiles(_))
+        self.arithmetic == Arithmetic::Int8 || matches!(*self.input, Input::Tiles(_))
     }
 
     /// Panels that are multiplied at once.
@@ -305,7 +358,7 @@ impl<'a> Operands<'a> {
         assert!(panel < self.weight.panel_count() && sums.len() == self.count);
         let (products, rows) = (&kernels.table().integers, self.count);
         let panel = self.weight.panels.as_slice()[panel * self.weight.panel_bytes + main.offset..].as_ptr();
-        let input = match &self.input {
+        let input = match &*self.input {
             Input::Rows(input) => input,
             Input::Tiles(input) => {
                 let job = IntegerStripJob {
@@ -490,8 +543,8 @@ impl<'a> Operands<'a> {
             for panel in 0..panels {
                 let outputs = (first + panel) * LANES..self.weight.rows.min((first + panel + 1) * LANES);
                 // SAFETY: within these operands the outputs of a panel are written by the one task that has the panel,
-                // one slice at a time. Other operands that write y at the same time have other rows: those of
-                // `accumulate_updates` by its requirement, which `accumulate_low_ranks` checks; there are no others.
+                // one slice at a time. Other operands that write at the same time have another y, those of `multiply`, or
+                // other rows, those of `accumulate_updates` by its requirement, which `accumulate_low_ranks` checks.
                 let y = unsafe { y.slice(place, outputs.clone()) };
                 let sums = &sums[row * panels + panel];
                 match (&self.weight.bias, output) {

@@ -57,6 +57,9 @@ pub trait Backend: Send + Sync + 'static {
 
     /// Packs a Linear for this backend.
     fn prepare(&self, weight: &LinearWeight) -> Result<Self::Linear>;
+    /// Keeps A of the compensation once where two Linears of one input have the same: [`Backend::linears`] then may
+    /// multiply with it once. No result depends on it.
+    fn share_projection(&self, _linear: &mut Self::Linear, _other: &Self::Linear) {}
     /// Packs an update `y += scaling · B (A x)`.
     fn prepare_low_rank(&self, factors: &LowRank, scaling: f32) -> Result<Self::LowRank>;
     /// Takes the weight of a norm.
@@ -82,6 +85,10 @@ pub trait Backend: Send + Sync + 'static {
 
     /// `y = W x + B (A x) + bias`.
     fn linear(&self, linear: &Self::Linear, x: &Self::Tensor, y: &mut Self::Tensor) -> Result<()>;
+    /// [`Backend::linear`] of one input with several Linears, each into an output of its own.
+    fn linears(&self, linears: &[&Self::Linear], x: &Self::Tensor, outputs: &mut [&mut Self::Tensor]) -> Result<()> {
+        linears.iter().zip(outputs).try_for_each(|(linear, y)| self.linear(linear, x, y))
+    }
     /// `y[rows] += scaling · B (A x[rows])` for ranges of rows that do not overlap, each with factors of its own.
     fn add_low_ranks(
         &self,

@@ -53,7 +53,14 @@ impl<B: Backend> Block<B> {
     /// # Errors
     /// What the backend reports when a weight cannot be packed.
     pub fn prepare(backend: &B, spec: &DecoderSpec, index: usize, weights: &BlockWeights) -> Result<Self> {
-        let linears = weights.linears.iter().map(|weight| backend.prepare(weight));
+        let mut linears: Vec<B::Linear> =
+            weights.linears.iter().map(|weight| backend.prepare(weight)).collect::<Result<_>>()?;
+        let tap = |place: usize| spec.linears[place].slot.tap();
+        for place in 1..linears.len() {
+            let (before, rest) = linears.split_at_mut(place);
+            let others = (0..place).filter(|&other| tap(other) == tap(place));
+            others.for_each(|other| backend.share_projection(&mut rest[0], &before[other]));
+        }
         let two = |norms: &Option<[NormWeight; 2]>| match norms {
             Some([first, second]) => Ok(Some([backend.prepare_norm(first)?, backend.prepare_norm(second)?])),
             None => Ok(None),
@@ -68,7 +75,7 @@ impl<B: Backend> Block<B> {
             _ => None,
         };
         Ok(Block {
-            linears: linears.collect::<Result<_>>()?,
+            linears,
             slots: spec.linears.iter().map(|linear| linear.slot).collect(),
             attention_norm: backend.prepare_norm(&weights.attention_norm)?,
             mlp_norm: backend.prepare_norm(&weights.mlp_norm)?,
@@ -244,9 +251,8 @@ impl<B: Backend> Block<B> {
     /// Queries, keys and values of the normed input.
     fn project(&self, backend: &B, adapted: &[AdaptedRows], w: &mut Workspace<B>) -> Result<()> {
         let Some(qkv) = &mut w.qkv else {
-            self.linear(backend, LinearSlot::Query, adapted, &w.normed, &mut w.q)?;
-            self.linear(backend, LinearSlot::Key, adapted, &w.normed, &mut w.k)?;
-            return self.linear(backend, LinearSlot::Value, adapted, &w.normed, &mut w.v);
+            let slots = [LinearSlot::Query, LinearSlot::Key, LinearSlot::Value];
+            return self.linears(backend, slots, adapted, &w.normed, [&mut w.q, &mut w.k, &mut w.v]);
         };
         self.linear(backend, LinearSlot::QueryKeyValue, adapted, &w.normed, qkv)?;
         let AttentionShape { heads, kv_heads, head_dim, .. } = self.shape;
@@ -281,11 +287,12 @@ impl<B: Backend> Block<B> {
             backend.take_columns(gate_up, ColumnRuns { start: self.mlp_width, ..gate }, &mut mlp.up)?;
             return backend.activate_multiply(self.activation, &mlp.gate, &mlp.up, &mut mlp.activation);
         }
-        self.linear(backend, LinearSlot::Up, adapted, x, &mut mlp.up)?;
         if !self.slots.contains(&LinearSlot::Gate) {
+            self.linear(backend, LinearSlot::Up, adapted, x, &mut mlp.up)?;
             return backend.activate(self.activation, &mlp.up, &mut mlp.activation);
         }
-        self.linear(backend, LinearSlot::Gate, adapted, x, &mut mlp.gate)?;
+        let slots = [LinearSlot::Gate, LinearSlot::Up];
+        self.linears(backend, slots, adapted, x, [&mut mlp.gate, &mut mlp.up])?;
         backend.activate_multiply(self.activation, &mlp.gate, &mlp.up, &mut mlp.activation)
     }
 
@@ -318,8 +325,8 @@ impl<B: Backend> Block<B> {
             let (input, mlp) = (&mut buffers.input, &mut buffers.mlp);
             backend.take_rows(&w.normed, &route.rows, input)?;
             taps(TapPoint::ExpertInput(expert), input, Some(&route.rows))?;
-            self.linear(backend, LinearSlot::ExpertGate(expert), &adapted, input, &mut mlp.gate)?;
-            self.linear(backend, LinearSlot::ExpertUp(expert), &adapted, input, &mut mlp.up)?;
+            let slots = [LinearSlot::ExpertGate(expert), LinearSlot::ExpertUp(expert)];
+            self.linears(backend, slots, &adapted, input, [&mut mlp.gate, &mut mlp.up])?;
             backend.activate_multiply(self.activation, &mlp.gate, &mlp.up, &mut mlp.activation)?;
             taps(TapPoint::ExpertActivation(expert), &mlp.activation, Some(&route.rows))?;
             let down = LinearSlot::ExpertDown(expert);
@@ -337,17 +344,37 @@ impl<B: Backend> Block<B> {
         x: &B::Tensor,
         y: &mut B::Tensor,
     ) -> Result<()> {
-        let Some(index) = self.slots.iter().position(|&known| known == slot) else {
-            return Err(Error::new(ErrorCode::Internal, format!("the block has no {slot:?}")));
-        };
-        backend.linear(&self.linears[index], x, y)?;
-        let updates: Vec<_> = adapted
-            .iter()
-            .filter_map(|AdaptedRows { rows, adapter }| {
-                self.adapters[*adapter][index].as_ref().map(|update| (rows.clone(), update))
-            })
-            .collect();
-        backend.add_low_ranks(&updates, x, y)
+        self.linears(backend, [slot], adapted, x, [y])
+    }
+
+    /// The products of one input with several Linears, and what their adapters add.
+    fn linears<const N: usize>(
+        &self,
+        backend: &B,
+        slots: [LinearSlot; N],
+        adapted: &[AdaptedRows],
+        x: &B::Tensor,
+        mut outputs: [&mut B::Tensor; N],
+    ) -> Result<()> {
+        let mut places = [0; N];
+        for (place, slot) in places.iter_mut().zip(slots) {
+            *place = self
+                .slots
+                .iter()
+                .position(|&known| known == slot)
+                .ok_or_else(|| Error::new(ErrorCode::Internal, format!("the block has no {slot:?}")))?;
+        }
+        backend.linears(&places.map(|place| &self.linears[place]), x, &mut outputs)?;
+        for (place, y) in places.into_iter().zip(outputs) {
+            let updates: Vec<_> = adapted
+                .iter()
+                .filter_map(|AdaptedRows { rows, adapter }| {
+                    self.adapters[*adapter][place].as_ref().map(|update| (rows.clone(), update))
+                })
+                .collect();
+            backend.add_low_ranks(&updates, x, y)?;
+        }
+        Ok(())
     }
 }
 

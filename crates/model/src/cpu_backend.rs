@@ -82,6 +82,10 @@ impl Backend for CpuBackend {
         self.kernels.pack(weight, self.precision, self.pool)
     }
 
+    fn share_projection(&self, linear: &mut PackedMatrix, other: &PackedMatrix) {
+        linear.share_projection(other);
+    }
+
     fn prepare_low_rank(&self, factors: &LowRank, scaling: f32) -> Result<PackedLowRank> {
         self.kernels.pack_low_rank(factors, scaling, self.pool)
     }
@@ -127,6 +131,12 @@ impl Backend for CpuBackend {
 
     fn linear(&self, linear: &PackedMatrix, x: &CpuTensor, y: &mut CpuTensor) -> Result<()> {
         self.kernels.product(linear, &x.values, &mut y.values, self.pool);
+        Ok(())
+    }
+
+    fn linears(&self, linears: &[&PackedMatrix], x: &CpuTensor, outputs: &mut [&mut CpuTensor]) -> Result<()> {
+        let mut outputs: Vec<&mut [f32]> = outputs.iter_mut().map(|y| y.values.as_mut_slice()).collect();
+        self.kernels.products(linears, &x.values, &mut outputs, self.pool);
         Ok(())
     }
 

@@ -15,6 +15,7 @@ pub struct BindingEora {
     pub inputs: String,
     pub mismatch: Option<f64>,
     pub affine: bool,
+    pub grouped: bool,
     pub mean_rank: Option<f64>,
     pub budget_bytes: Option<f64>,
     pub min_rank: u32,
@@ -40,7 +41,7 @@ impl BindingEora {
         let (rank, solver) = (self.rank as usize, self.solver.clone());
         let inputs = EoraInputs::from_name(&self.inputs, self.mismatch)
             .ok_or_else(|| invalid_option("eora.inputs", &self.inputs, EoraInputs::NAMES))?;
-        let (factor_bits, affine) = (bits(self.factor_bits), self.affine);
-        Ok(EoraRecipe { rank, solver, factor_bits, inputs, affine, allocation })
+        let (factor_bits, affine, grouped) = (bits(self.factor_bits), self.affine, self.grouped);
+        Ok(EoraRecipe { rank, solver, factor_bits, inputs, affine, grouped, allocation })
     }
 }

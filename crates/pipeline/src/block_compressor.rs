@@ -8,8 +8,11 @@ use kintsugi_compensate::{
 use kintsugi_compress::{BlockMethod, LinearMethod, linear_method};
 use kintsugi_model::{Backend, Block, BlockWeights, DecoderSpec, TapPoint};
 use kintsugi_runtime::{CancelToken, Error, ErrorCode, Result, ThreadPool};
-use kintsugi_weights::{DenseMatrix, ElementType, GroupAxis, GroupSize, LinearWeight, LowRank, WeightMatrix};
+use kintsugi_weights::{
+    ElementType, GroupAxis, GroupSize, LinearWeight, LowRank, RowSource, StackedRows, WeightMatrix,
+};
 
+use crate::eora_unit::EoraUnit;
 use crate::memory_plan::{split, statistics_bytes};
 use crate::scale_folding::{FoldedBlock, ScaleFolding};
 use crate::{
@@ -29,6 +32,8 @@ pub struct BlockCompressor<'a, B: Backend> {
     saved: Option<StatisticsWriter>,
     /// Bytes that the statistics of one pass may take.
     statistics_room: u64,
+    /// What one compensation each is solved for.
+    units: Vec<EoraUnit>,
     /// Directions of the factors that run in the blocks behind.
     deployed_rank: usize,
     phases: PhaseSeconds,
@@ -56,7 +61,7 @@ pub struct CompressedBlock {
     pub rewritten: Vec<(String, Vec<f32>)>,
     /// The factors that were solved for each Linear, of the largest rank.
     pub factors: Vec<Option<LowRank>>,
-    /// What each rank of them leaves.
+    /// What each rank of them leaves; of Linears that share an A together, with the first of them.
     pub profiles: Vec<Option<RankProfile>>,
 }
 
@@ -113,6 +118,7 @@ impl<'a, B: Backend> BlockCompressor<'a, B> {
         let block_method = recipe.block_method();
         let (statistics_room, phases) = (memory.statistics_room, PhaseSeconds::default());
         let deployed_rank = recipe.eora.as_ref().map_or(0, |eora| eora.uniform_rank(spec));
+        let units = EoraUnit::of_block(spec, recipe.eora.as_ref().is_some_and(|eora| eora.grouped));
         Ok(BlockCompressor {
             recipe,
             spec,
@@ -122,6 +128,7 @@ impl<'a, B: Backend> BlockCompressor<'a, B> {
             input,
             saved: None,
             statistics_room,
+            units,
             deployed_rank,
             phases,
         })
@@ -219,26 +226,28 @@ impl<'a, B: Backend> BlockCompressor<'a, B> {
                     saved.sync()?;
                 }
                 self.phases.calibrate += started.elapsed().as_secs_f64();
-                let places = places(&points);
-                for (i, &place) in places.iter().enumerate() {
+                let units: Vec<EoraUnit> = {
+                    let places = places(&points);
+                    self.units.iter().filter(|unit| places.contains(&unit.places[0])).cloned().collect()
+                };
+                for (i, unit) in units.iter().enumerate() {
                     cancel.check()?;
-                    let linear = &spec.linears[place];
-                    let (name, point) = (spec.linear_name(index, linear), linear.slot.tap());
+                    let tap = |unit: &EoraUnit| spec.linears[unit.places[0]].slot.tap();
+                    let point = tap(unit);
                     let inputs = KnownInputs {
                         statistics: statistics.get(&point),
                         held_out: held_out.get(&point),
                         drift: drift.statistics.get(&point),
                         held_out_drift: drift.held_out.get(&point),
                     };
-                    let given = compressed.map(|block| &block.linears[place]);
-                    let mut found = self
-                        .compress_linear(&name, &weights.linears[place], types[place], given, inputs)
-                        .map_err(|error| with_subject(error, &name))?;
-                    found.report.alpha = alphas[place];
-                    weights.linears[place] = found.weight;
-                    linears[place] = Some(found.report);
-                    (factors[place], profiles[place]) = (found.factors, found.profile);
-                    if !places[i + 1..].iter().any(|&later| spec.linears[later].slot.tap() == point) {
+                    let found = self.compress_unit(index, unit, &weights, &types, compressed, inputs)?;
+                    for (&place, mut found) in unit.places.iter().zip(found) {
+                        found.report.alpha = alphas[place];
+                        weights.linears[place] = found.weight;
+                        linears[place] = Some(found.report);
+                        (factors[place], profiles[place]) = (found.factors, found.profile);
+                    }
+                    if !units[i + 1..].iter().any(|later| tap(later) == point) {
                         statistics.remove(&point);
                         held_out.remove(&point);
                         drift.statistics.remove(&point);
@@ -300,84 +309,111 @@ impl<'a, B: Backend> BlockCompressor<'a, B> {
         Ok(folded)
     }
 
-    /// Compresses a Linear, or takes the `given` form of it, and compensates what was lost.
+    /// Compresses the Linears of a unit, or takes the `given` form of them, and compensates what was lost of all together.
+    fn compress_unit(
+        &mut self,
+        index: usize,
+        unit: &EoraUnit,
+        original: &BlockWeights,
+        types: &[ElementType],
+        given: Option<&BlockWeights>,
+        inputs: KnownInputs<'_>,
+    ) -> Result<Vec<CompressedLinear>> {
+        let places = &unit.places;
+        let names: Vec<String> =
+            places.iter().map(|&place| self.spec.linear_name(index, &self.spec.linears[place])).collect();
+        let mut compressed = Vec::with_capacity(places.len());
+        for (name, &place) in names.iter().zip(places) {
+            let given = given.map(|block| &block.linears[place]);
+            let linear = &original.linears[place];
+            let found = self.compress_linear(name, linear, types[place], given, inputs.statistics);
+            compressed.push(found.map_err(|error| with_subject(error, name))?);
+        }
+
+        let started = Instant::now();
+        let dense: Vec<&dyn RowSource> = places.iter().map(|&place| &original.linears[place].matrix as _).collect();
+        let solved = self.solve(&dense, &compressed, inputs, ThreadPool::global());
+        let mut solved = solved.map_err(|error| with_subject(error, &names.join(", ")))?;
+        self.phases.compensate += started.elapsed().as_secs_f64();
+
+        let mut first_row = 0;
+        let mut all = Vec::with_capacity(places.len());
+        for (name, weight) in names.iter().zip(compressed) {
+            let rows = first_row..first_row + weight.matrix.rows();
+            first_row = rows.end;
+            let factors = match names.len() {
+                1 => solved.factors.take(),
+                _ => solved.factors.as_ref().map(|factors| factors.of_outputs(rows)),
+            };
+            let is_first = all.is_empty();
+            // An A that several share is kept once.
+            let counted =
+                |factors: &LowRank| factors.stored_bits() - if is_first { 0 } else { factors.projection_bits() };
+            let (bits, group_size, group_axis, stored_bits) = stored(&weight);
+            let report = LinearReport {
+                name: name.clone(),
+                rows: weight.matrix.rows(),
+                columns: unit.columns,
+                bits,
+                group_size,
+                group_axis,
+                alpha: None,
+                rank: factors.as_ref().map_or(0, LowRank::rank),
+                calibration_tokens: inputs.statistics.map(Calibration::tokens),
+                stored_bits: stored_bits + factors.as_ref().map_or(0, counted),
+                shared_with: names.iter().filter(|other| *other != name).cloned().collect(),
+                error: solved.error,
+                hold_out: solved.hold_out,
+                dense_error: solved.dense_error,
+                certificate: solved.certificate,
+            };
+            // What runs in the next blocks is what will be deployed, as far as that is known.
+            let deployed = factors.as_ref().filter(|_| self.deployed_rank > 0);
+            let deployed = deployed.map(|factors| factors.prefix(self.deployed_rank));
+            let mut weight = weight;
+            deployed.into_iter().for_each(|update| weight.compensate(update));
+            all.push(CompressedLinear { weight, report, factors, profile: solved.profile.take() });
+        }
+        Ok(all)
+    }
+
+    /// Compresses a Linear, or takes the `given` form of it.
     fn compress_linear(
         &mut self,
         name: &str,
         original: &LinearWeight,
         stored: ElementType,
         given: Option<&LinearWeight>,
-        inputs: KnownInputs<'_>,
-    ) -> Result<CompressedLinear> {
-        let pool = ThreadPool::global();
+        statistics: Option<&Calibration>,
+    ) -> Result<LinearWeight> {
         let WeightMatrix::Dense(dense) = &original.matrix else {
             return Err(Error::new(ErrorCode::QuantizationUnsupported, "the Linear is compressed already")
                 .hint("Give the original checkpoint"));
         };
-        let options = self.recipe.quantize_options(name, stored);
-        let statistics = inputs.statistics;
-        let compressed = match given {
-            Some(given) => given.clone(),
-            None => {
-                let started = Instant::now();
-                // No token of the calibration may reach an expert: nothing but its weights is known then.
-                let blind = statistics.is_none() && self.method.needs_calibration();
-                let method = if blind { linear_method("rtn")? } else { self.method };
-                let matrix = WeightMatrix::Quantized(method.compress(dense, statistics, &options, pool)?);
-                self.phases.compress += started.elapsed().as_secs_f64();
-                LinearWeight { bias: original.bias.clone(), ..LinearWeight::plain(matrix) }
-            }
-        };
-
+        if let Some(given) = given {
+            return Ok(given.clone());
+        }
         let started = Instant::now();
-        let solved = self.solve(dense, &compressed, inputs, pool)?;
-        self.phases.compensate += started.elapsed().as_secs_f64();
-
-        let (bits, group_size, group_axis, stored_bits) = match &compressed.matrix {
-            WeightMatrix::Quantized(matrix) => {
-                let group_size = match matrix.group_size() {
-                    GroupSize::Columns(size) => Some(size),
-                    GroupSize::WholeRow => None,
-                };
-                (matrix.bits(), group_size, matrix.group_axis(), matrix.stored_bits())
-            }
-            WeightMatrix::Dense(matrix) => {
-                let bits = matrix.element_type().bits();
-                (bits as u8, None, GroupAxis::Input, (matrix.rows() * matrix.columns() * bits) as u64)
-            }
-        };
-        let report = LinearReport {
-            name: name.to_owned(),
-            rows: dense.rows(),
-            columns: dense.columns(),
-            bits,
-            group_size,
-            group_axis,
-            alpha: None,
-            rank: solved.factors.as_ref().map_or(0, LowRank::rank),
-            calibration_tokens: statistics.map(Calibration::tokens),
-            stored_bits: stored_bits + solved.factors.as_ref().map_or(0, LowRank::stored_bits),
-            error: solved.error,
-            hold_out: solved.hold_out,
-            dense_error: solved.dense_error,
-            certificate: solved.certificate,
-        };
-        // What runs in the next blocks is what will be deployed, as far as that is known.
-        let deployed = solved.factors.as_ref().filter(|_| self.deployed_rank > 0);
-        let deployed = deployed.map(|factors| factors.prefix(self.deployed_rank));
-        let mut weight = compressed;
-        deployed.into_iter().for_each(|update| weight.compensate(update));
-        Ok(CompressedLinear { weight, report, factors: solved.factors, profile: solved.profile })
+        let options = self.recipe.quantize_options(name, stored);
+        // No token of the calibration may reach an expert: nothing but its weights is known then.
+        let blind = statistics.is_none() && self.method.needs_calibration();
+        let method = if blind { linear_method("rtn")? } else { self.method };
+        let matrix = WeightMatrix::Quantized(method.compress(dense, statistics, &options, ThreadPool::global())?);
+        self.phases.compress += started.elapsed().as_secs_f64();
+        Ok(LinearWeight { bias: original.bias.clone(), ..LinearWeight::plain(matrix) })
     }
 
+    /// The compensation of the Linears of a unit.
     fn solve(
         &self,
-        dense: &DenseMatrix,
-        compressed: &LinearWeight,
+        dense: &[&dyn RowSource],
+        compressed: &[LinearWeight],
         inputs: KnownInputs<'_>,
         pool: &ThreadPool,
     ) -> Result<Solved> {
         let Some(statistics) = inputs.statistics else { return Ok(Solved::default()) };
+        let dense = &StackedRows::new(dense.to_vec());
+        let compressed = &StackedRows::new(compressed.iter().map(|linear| linear as _).collect());
         let Some(recipe) = &self.recipe.eora else {
             let quantized = residual_error(dense, compressed, statistics, pool);
             let error = ResidualError { quantized, compensated: quantized, bound: quantized };
@@ -404,6 +440,23 @@ impl<'a, B: Backend> BlockCompressor<'a, B> {
             certificate: solved.certificate,
             profile: Some(solved.profile),
         })
+    }
+}
+
+/// Width of a code, weights per group, which way they lie, and bits in all.
+fn stored(linear: &LinearWeight) -> (u8, Option<usize>, GroupAxis, u64) {
+    match &linear.matrix {
+        WeightMatrix::Quantized(matrix) => {
+            let group_size = match matrix.group_size() {
+                GroupSize::Columns(size) => Some(size),
+                GroupSize::WholeRow => None,
+            };
+            (matrix.bits(), group_size, matrix.group_axis(), matrix.stored_bits())
+        }
+        WeightMatrix::Dense(matrix) => {
+            let bits = matrix.element_type().bits();
+            (bits as u8, None, GroupAxis::Input, (matrix.rows() * matrix.columns() * bits) as u64)
+        }
     }
 }
 

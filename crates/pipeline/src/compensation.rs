@@ -11,6 +11,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::compression::{CalibrationData, calibration_input, refuse_compressed, remove_block_files, timed};
+use crate::eora_recipe::FactorShare;
 use crate::job_identity::{identity, is_worth_resuming};
 use crate::ledger_unit::LedgerUnit;
 use crate::recovered_scales::{AsCompressed, as_compressed};
@@ -72,7 +73,7 @@ pub struct PlannedCompensation {
     pub columns: usize,
     /// Most that the rank can be.
     pub rank: usize,
-    /// Bits of the factors.
+    /// Bits of the factors; those of an A that several share with the first of them.
     pub stored_bits: u64,
 }
 
@@ -209,19 +210,18 @@ pub fn plan_compensation(recipe: &CompensateRecipe) -> Result<CompensationPlan> 
 
 fn plan(recipe: &CompensateRecipe, compression: &Recipe, pair: &Pair, tokens: usize) -> Result<CompensationPlan> {
     let spec = &pair.spec;
+    let shares = recipe.eora.shares(spec);
     let linears: Vec<PlannedCompensation> = (0..spec.layers)
-        .flat_map(|block| spec.linears.iter().map(move |linear| (block, linear)))
-        .map(|(block, linear)| {
+        .flat_map(|block| spec.linears.iter().zip(&shares).map(move |(linear, share)| (block, linear, share)))
+        .map(|(block, linear, &FactorShare { rank, stored_bits, .. })| {
             let (rows, columns) = (linear.rows, linear.columns);
-            let rank = recipe.eora.rank.min(rows).min(columns);
-            let stored_bits = recipe.eora.factor_bits(rows, columns, rank);
             PlannedCompensation { name: spec.linear_name(block, linear), rows, columns, rank, stored_bits }
         })
         .collect();
     recipe.eora.check_budget(spec)?;
     let bits: u64 = linears.iter().map(|linear| linear.stored_bits).sum();
     let bits = recipe.eora.budget_bits(spec).map_or(bits, |budget| budget.min(bits));
-    let file_bytes: u64 = linears.iter().map(|l| recipe.eora.file_bytes(l.rows, l.columns, l.rank)).sum();
+    let file_bytes = shares.iter().map(|share| share.file_bytes).sum::<u64>() * spec.layers as u64;
     Ok(CompensationPlan {
         recipe: recipe.clone(),
         architecture: spec.family.architecture.to_owned(),
@@ -372,8 +372,7 @@ impl Job<'_> {
         let base = self.recipe.compressed.file_name().unwrap_or_default().to_string_lossy();
         write_adapter_files(&folder, &adapter, &base)?;
         phases.write += finishing.elapsed().as_secs_f64();
-        let SolvedFactors { linears, allocation } = solved;
-        let bits: u64 = adapter.linears.values().map(|entry| entry.factors.stored_bits()).sum();
+        let SolvedFactors { linears, allocation, bits } = solved;
         let weights: usize = linears.iter().map(|linear| linear.rows * linear.columns).sum();
         let report = CompensationReport {
             recipe: self.recipe.clone(),

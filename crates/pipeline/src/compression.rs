@@ -285,7 +285,7 @@ impl Compression<'_> {
         }
         let bytes = bytes - self.ledger.bytes();
         phases.write += finishing.elapsed().as_secs_f64();
-        let SolvedFactors { linears, allocation } = solved;
+        let SolvedFactors { linears, allocation, .. } = solved;
         let stored_bits: u64 = linears.iter().map(|linear| linear.stored_bits).sum();
         let report = Report {
             recipe: self.recipe.clone(),

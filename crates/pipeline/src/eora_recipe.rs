@@ -1,17 +1,18 @@
 use kintsugi_compensate::{
     CompensationOptions, FactorPrecision, FactorStorage, RankBudget, RankLimits, allocate_ranks, compensation_method,
 };
-use kintsugi_model::{DecoderSpec, LinearSpec};
+use kintsugi_model::DecoderSpec;
 use kintsugi_runtime::{Error, ErrorCode, Result};
 use serde::Serialize;
 
 use crate::EoraInputs;
+use crate::eora_unit::EoraUnit;
 
 /// How the compensation of what compression broke is solved.
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct EoraRecipe {
-    /// Rank of the factors of every Linear; the largest where a budget is divided.
+    /// Rank of the factors of every Linear, or of every group; the largest where a budget is divided.
     pub rank: usize,
     /// Name of a [`CompensationMethod`](kintsugi_compensate::CompensationMethod).
     pub solver: String,
@@ -23,8 +24,22 @@ pub struct EoraRecipe {
     /// Whether a bias repairs what the factors leave of the mean of the inputs. Not in a report that has none.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub affine: bool,
+    /// Whether Linears that read one input share an A: one compensation is solved for all of them. Not in a report where
+    /// each has its own.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub grouped: bool,
     /// Ranks that differ, within a budget; `null` for one rank.
     pub allocation: Option<AllocationRecipe>,
+}
+
+/// What the factors of a Linear take at most.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct FactorShare {
+    pub(crate) rank: usize,
+    /// In memory; an A that several Linears share is counted with the first of them.
+    pub(crate) stored_bits: u64,
+    /// In a file, where every Linear has an A.
+    pub(crate) file_bytes: u64,
 }
 
 /// How a budget of ranks is divided over the Linears.
@@ -75,6 +90,7 @@ impl EoraRecipe {
             factor_bits: 16,
             inputs: EoraInputs::Deployed,
             affine: false,
+            grouped: false,
             allocation: None,
         }
     }
@@ -126,13 +142,34 @@ impl EoraRecipe {
         RankLimits { multiple: allocation.multiple, min: allocation.min_rank, max: self.rank }
     }
 
+    /// What one compensation each is solved for, of a block.
+    pub(crate) fn units(&self, spec: &DecoderSpec) -> Vec<EoraUnit> {
+        EoraUnit::of_block(spec, self.grouped)
+    }
+
+    /// What the factors of each Linear of a block take at most.
+    pub(crate) fn shares(&self, spec: &DecoderSpec) -> Vec<FactorShare> {
+        let mut shares = vec![FactorShare::default(); spec.linears.len()];
+        for unit in self.units(spec) {
+            let rank = unit.rank(self.rank);
+            for &place in &unit.places {
+                let linear = &spec.linears[place];
+                let stored_bits = self.factor_bits(linear.rows, unit.counted_columns(place), rank);
+                let file_bytes = self.file_bytes(linear.rows, linear.columns, rank);
+                shares[place] = FactorShare { rank, stored_bits, file_bytes };
+            }
+        }
+        shares
+    }
+
     /// Bits of the factors of a Linear, and of their bias.
     pub(crate) fn factor_bits(&self, rows: usize, columns: usize, rank: usize) -> u64 {
         self.storage().stored_bits(rows, columns, rank)
     }
 
-    /// Bytes that they take in a file: values of 16 bits, whatever the codes, biases and centres in f32.
-    pub(crate) fn file_bytes(&self, rows: usize, columns: usize, rank: usize) -> u64 {
+    /// Bytes that they take in a file, where every Linear has an A: values of 16 bits, whatever the codes, biases and
+    /// centres in f32.
+    fn file_bytes(&self, rows: usize, columns: usize, rank: usize) -> u64 {
         let affine = if self.affine && rank > 0 { 4 * (rows + rank) } else { 0 };
         (rank * (rows + columns) * 2 + affine) as u64
     }
@@ -157,10 +194,8 @@ impl EoraRecipe {
 
     /// Bits of one rank in every Linear of a model.
     fn model_bits(&self, spec: &DecoderSpec, rank: usize) -> u64 {
-        let of_linear = |linear: &LinearSpec| {
-            self.factor_bits(linear.rows, linear.columns, rank.min(linear.rows).min(linear.columns))
-        };
-        spec.linears.iter().map(of_linear).sum::<u64>() * spec.layers as u64
+        let of_unit = |unit: &EoraUnit| self.factor_bits(unit.rows, unit.columns, unit.rank(rank));
+        self.units(spec).iter().map(of_unit).sum::<u64>() * spec.layers as u64
     }
 
     /// Refuses a budget that the least ranks exceed, or that no Linear gets anything of.
@@ -181,11 +216,9 @@ impl EoraRecipe {
                 .subject("eora.minRank")
                 .hint("Use a smaller least rank or a larger budget"));
         }
-        let step = |linear: &LinearSpec| {
-            let rank = allocation.multiple.min(self.rank).min(linear.rows).min(linear.columns);
-            self.factor_bits(linear.rows, linear.columns, rank)
-        };
-        let cheapest = spec.linears.iter().map(step).min().unwrap_or(0);
+        let step =
+            |unit: &EoraUnit| self.factor_bits(unit.rows, unit.columns, unit.rank(allocation.multiple.min(self.rank)));
+        let cheapest = self.units(spec).iter().map(step).min().unwrap_or(0);
         if cheapest > budget {
             let message = format!("the budget is {} bytes, the smallest factors take {}", budget / 8, cheapest / 8);
             return Err(Error::new(ErrorCode::OptionInvalid, message)

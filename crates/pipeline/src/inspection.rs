@@ -5,7 +5,10 @@ use kintsugi_checkpoint::gguf::{BlockContent, BlockGrid, GgufType};
 use kintsugi_checkpoint::{Checkpoint, TensorInfo};
 use kintsugi_model::{DecoderSpec, read_tokenizer};
 use kintsugi_runtime::{Error, ErrorCode, Result};
+use kintsugi_weights::{Adapter, LowRank};
 use serde::Serialize;
+
+use crate::eora_unit::EoraUnit;
 
 /// What a checkpoint is and what can be done with it, from its headers.
 #[derive(Clone, Debug, Serialize)]
@@ -93,6 +96,22 @@ pub struct InspectedSpec {
     pub tied_head: bool,
 }
 
+/// Bits of the factors in memory, where Linears of one input keep an A that they share once.
+fn factor_bits(spec: &DecoderSpec, compensation: &Option<Adapter>) -> u64 {
+    let Some(adapter) = compensation else { return 0 };
+    let mut bits: u64 = adapter.linears.values().map(|entry| entry.factors.stored_bits()).sum();
+    let units = EoraUnit::of_block(spec, true);
+    for block in 0..spec.layers {
+        for unit in &units {
+            let of_place = |&place: &usize| adapter.linears.get(&spec.linear_name(block, &spec.linears[place]));
+            let factors: Vec<&LowRank> = unit.places.iter().filter_map(of_place).map(|entry| &entry.factors).collect();
+            let again = (1..factors.len()).filter(|&at| factors[..at].iter().any(|other| other.a() == factors[at].a()));
+            bits -= again.map(|at| factors[at].projection_bits()).sum::<u64>();
+        }
+    }
+    bits
+}
+
 /// Opens a checkpoint folder and says what it is.
 ///
 /// An architecture that does not run here is an answer, not an error.
@@ -111,8 +130,6 @@ pub fn inspect(path: &Path) -> Result<Inspection> {
         tensors += 1;
     }
     let compensation = checkpoint.compensation()?;
-    let factor_bits: u64 =
-        compensation.iter().flat_map(|adapter| adapter.linears.values()).map(|entry| entry.factors.stored_bits()).sum();
     let ranks: Vec<usize> =
         compensation.iter().flat_map(|adapter| adapter.linears.values()).map(|entry| entry.factors.rank()).collect();
     let linear_bytes = spec.as_ref().ok().map(|spec| linear_bytes(&checkpoint, spec));
@@ -152,10 +169,9 @@ pub fn inspect(path: &Path) -> Result<Inspection> {
         dtypes,
         linears: spec.as_ref().map(|spec| spec.layers * spec.linears.len()),
         quantization,
-        bits_per_weight: spec
-            .as_ref()
-            .zip(linear_bytes)
-            .map(|(spec, bytes)| (bytes * 8 + factor_bits) as f64 / spec.linear_parameters() as f64),
+        bits_per_weight: spec.as_ref().zip(linear_bytes).map(|(spec, bytes)| {
+            (bytes * 8 + factor_bits(spec, &compensation)) as f64 / spec.linear_parameters() as f64
+        }),
         compensation: ranks.iter().min().zip(ranks.iter().max()).map(|(&smallest_rank, &largest_rank)| {
             InspectedCompensation { linears: ranks.len(), smallest_rank, largest_rank }
         }),

@@ -19,6 +19,7 @@ mod dense_companion;
 mod disk_plan;
 mod eora_inputs;
 mod eora_recipe;
+mod eora_unit;
 mod folding;
 mod inspection;
 mod job_identity;

@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use crate::activation_buffer::ActivationBuffer;
 use crate::calibration_source::reading_bytes;
+use crate::eora_unit::EoraUnit;
 use crate::{ActivationPlace, CalibrationRecipe, CalibrationStream, Recipe};
 
 /// What the process has before a job begins: code, threads, the headers of the checkpoint, the tokenizer.
@@ -238,12 +239,12 @@ impl Shapes<'_> {
         let folds = recipe.block_method().is_some();
         let calibrated = recipe.passes().is_some();
         let blocks = spec.layers as u64;
-        let factor_values: u64 = spec
-            .linears
-            .iter()
-            .map(|linear| self.rank(linear) * (linear.rows + linear.columns))
-            .map(|values| values as u64)
-            .sum();
+        let factors = recipe.eora.as_ref().map(|eora| eora.shares(spec)).unwrap_or_default();
+        let values = factors.iter().zip(&spec.linears).map(|(share, l)| share.rank * (l.rows + l.columns));
+        let factor_values = values.sum::<usize>() as u64;
+        let units = recipe.eora.as_ref().map(|eora| eora.units(spec)).unwrap_or_default();
+        let solvers = spec.linears.iter().map(|linear| self.solver(linear));
+        let solvers = solvers.chain(units.iter().map(|unit| self.compensation(unit)));
         MemoryParts {
             base: BASE,
             text: recipe.calibration.as_ref().map_or(0, |calibration| {
@@ -261,7 +262,7 @@ impl Shapes<'_> {
             statistics: 0,
             forward: self.forward(&self.points()),
             quantized: elements + elements / self.recipe.group_size.unwrap_or(4096) as u64 * 5,
-            solver: spec.linears.iter().map(|linear| self.solver(linear)).max().unwrap_or(0).max(self.folding()),
+            solver: solvers.max().unwrap_or(0).max(self.folding()),
             activations: 0,
             // As f32 in memory, and as bf16 on the way to the file.
             factors: blocks * factor_values * 6,
@@ -331,10 +332,6 @@ impl Shapes<'_> {
         elements as u64 * bits as u64 / 8
     }
 
-    fn rank(&self, linear: &LinearSpec) -> usize {
-        self.recipe.eora.as_ref().map_or(0, |eora| eora.rank.min(linear.rows).min(linear.columns))
-    }
-
     /// One forward pass that takes statistics at `points`.
     fn forward(&self, points: &[TapPoint]) -> u64 {
         let Some(calibration) = self.recipe.passes() else { return 0 };
@@ -363,23 +360,20 @@ impl Shapes<'_> {
         self.spec.linears.iter().find(reads).map_or(0, |linear| linear.columns as u64)
     }
 
-    /// The compensation of a Linear: Δ, and beside it the largest of three moments. Energies: second moments in f32.
+    /// The compensation of a Linear, or of those that share an A: Δ, and beside it the largest of three moments. Energies: second moments in f32.
     /// Directions of a block-Krylov space: its basis and what becomes of a block; of all: the eigenproblem of the smaller
     /// side, behind a QR where Δ is tall. Factors: both in f64 and f32, three times over the inputs.
-    fn compensation(&self, linear: &LinearSpec) -> u64 {
-        let (m, k, rank) = (linear.rows, linear.columns, self.rank(linear));
-        if rank == 0 {
-            return 0;
-        }
+    fn compensation(&self, unit: &EoraUnit) -> u64 {
+        let Some(eora) = &self.recipe.eora else { return 0 };
+        let (m, k, rank) = (unit.rows, unit.columns, unit.rank(eora.rank));
         let [rows, columns, wide_rank] = [m, k, rank].map(|size| size as u64);
         let factors = wide_rank * (rows + columns) * 36;
         let directions = directions_bytes(m, k, rank);
         // Inputs that took no part: two halves in f32, one of them in f64.
         let held_out = 8 * self.held_out() as u64 * columns;
         // Statistics that are centred, and the same inputs less their mean.
-        let affine = self.recipe.eora.as_ref().is_some_and(|eora| eora.affine);
         let mixed = if self.is_mixed() { mixed_bytes(m, k) + 2 * held_out } else { 0 };
-        let centred = if affine { Calibration::bytes(k) + held_out / 2 } else { 0 };
+        let centred = if eora.affine { Calibration::bytes(k) + held_out / 2 } else { 0 };
         Residual::bytes(m, k) + centred + mixed + directions.max(factors + held_out)
     }
 
@@ -391,9 +385,8 @@ impl Shapes<'_> {
         let bands = if self.recipe.group_axis == AxisRule::Input { 0 } else { 8 * k * tiles + m * k };
         let gptq = if self.recipe.solves_gptq() { Calibration::bytes(linear.columns) + 13 * k * tiles } else { 0 };
         let errors = t * (1024 * k + 256 * 256 * 8);
-        let eora = self.compensation(linear);
         // Packed and encoded for the file, one byte per weight at most.
-        gptq.max(bands).max(errors).max(eora).max(m * k)
+        gptq.max(bands).max(errors).max(m * k)
     }
 
     /// What a sample of tokens takes that runs through the block again and again: as input and output, twice each.

@@ -8,8 +8,9 @@ use serde::Serialize;
 
 use crate::bit_allocation::check_budget;
 use crate::compression::refuse_compressed;
+use crate::eora_recipe::FactorShare;
 use crate::output_format::{OutputFormat, output_format};
-use crate::{DiskPlan, EoraRecipe, MemoryPlan, Recipe};
+use crate::{DiskPlan, MemoryPlan, Recipe};
 
 /// What will be done to each Linear, before anything runs.
 #[derive(Clone, Debug, Serialize)]
@@ -70,8 +71,9 @@ impl Plan {
         let source_bytes: u64 = checkpoint.tensors().map(|tensor| tensor.bytes).sum();
         let mut replaced = 0;
         let mut linears = Vec::new();
+        let shares = recipe.eora.as_ref().map(|eora| eora.shares(spec)).unwrap_or_default();
         for block in 0..spec.layers {
-            for linear in &spec.linears {
+            for (place, linear) in spec.linears.iter().enumerate() {
                 let name = spec.linear_name(block, linear);
                 if !checkpoint.has_linear(&name) {
                     return Err(Error::new(
@@ -82,19 +84,19 @@ impl Plan {
                     .hint("Take config.json from the folder that the weights come from"));
                 }
                 replaced += checkpoint.parts_of(&name).map(|tensor| tensor.bytes).sum::<u64>();
-                linears.push(planned_linear(recipe, name, (linear.rows, linear.columns)));
+                let share = shares.get(place).copied().unwrap_or_default();
+                linears.push(planned_linear(recipe, name, (linear.rows, linear.columns), share));
             }
         }
         let mut stored_bits: u64 = linears.iter().map(|linear| linear.stored_bits).sum();
         if let Some(eora) = &recipe.eora {
             eora.check_budget(spec)?;
-            let largest = linears.iter().map(|l| eora.factor_bits(l.rows, l.columns, l.rank)).sum::<u64>();
+            let largest = shares.iter().map(|share| share.stored_bits).sum::<u64>() * spec.layers as u64;
             stored_bits -= largest - eora.budget_bits(spec).map_or(largest, |budget| budget.min(largest));
         }
         let quantized_weights = spec.linear_parameters();
         let bytes = source_bytes - replaced + stored_bits.div_ceil(8);
-        let of_linear = |eora: &EoraRecipe| linears.iter().map(|l| eora.file_bytes(l.rows, l.columns, l.rank)).sum();
-        let factor_bytes = recipe.eora.as_ref().map_or(0, of_linear);
+        let factor_bytes = shares.iter().map(|share| share.file_bytes).sum::<u64>() * spec.layers as u64;
         let stored = stored_type(checkpoint, spec);
         let format = output_format(recipe, spec, stored)?;
         check_budget(recipe, spec, format.layout(), stored)?;
@@ -120,16 +122,14 @@ impl Plan {
     }
 }
 
-fn planned_linear(recipe: &Recipe, name: String, (rows, columns): (usize, usize)) -> PlannedLinear {
+fn planned_linear(recipe: &Recipe, name: String, (rows, columns): (usize, usize), share: FactorShare) -> PlannedLinear {
     let options = recipe.quantize_options(&name, ElementType::F16);
-    let rank = recipe.eora.as_ref().map_or(0, |eora| eora.rank.min(rows).min(columns));
-    let factor_bits = recipe.eora.as_ref().map_or(0, |eora| eora.factor_bits(rows, columns, rank));
     let (bits, grid_bits) = match recipe.bit_budget {
         // At most; whatever the widths, they take together what the budget says.
         Some(budget) => (None, (budget.min(17.0) * (rows * columns) as f64) as u64),
         None => (Some(options.bits), grid_bits(&options, (rows, columns), recipe.has_group_index())),
     };
-    PlannedLinear { name, rows, columns, bits, rank, stored_bits: grid_bits + factor_bits }
+    PlannedLinear { name, rows, columns, bits, rank: share.rank, stored_bits: grid_bits + share.stored_bits }
 }
 
 /// Bits of codes, scales, zero points and group index of a Linear; the more of both axes where either may be chosen.

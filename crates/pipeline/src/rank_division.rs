@@ -7,7 +7,7 @@ use crate::eora_recipe::{EoraRecipe, RankWeights};
 /// The ranks that the Linears of a model get of a budget.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct RankDivision {
-    /// For each Linear.
+    /// For each unit.
     pub(crate) ranks: Vec<usize>,
     /// What was found about it.
     pub(crate) report: AllocationReport,
@@ -33,8 +33,11 @@ pub struct AllocationReport {
     pub allocated: f64,
 }
 
-/// A Linear that was solved.
-pub(crate) struct SolvedLinear<'a> {
+/// A Linear that was solved, or some that share an A.
+pub(crate) struct SolvedUnit<'a> {
+    /// Number of Linears.
+    pub(crate) linears: usize,
+    /// Outputs of all of them.
     pub(crate) rows: usize,
     pub(crate) columns: usize,
     /// `None` where nothing is known about its inputs.
@@ -57,30 +60,30 @@ impl RankDivision {
     pub(crate) fn new(
         recipe: &EoraRecipe,
         (uniform_rank, budget_bits): (usize, u64),
-        linears: &[SolvedLinear<'_>],
+        units: &[SolvedUnit<'_>],
     ) -> Result<Option<Self>> {
         let Some(allocation) = &recipe.allocation else { return Ok(None) };
         let weight = |profile: &RankProfile| match allocation.weights {
             RankWeights::Outputs if profile.original > 0.0 => 1.0 / profile.original,
             _ => 1.0,
         };
-        let candidate = |linear: &SolvedLinear<'_>| RankCandidate {
-            energies: linear.profile.map_or_else(|| vec![0.0], |profile| profile.calibration.clone()),
-            weight: linear.profile.map_or(0.0, weight),
-            shape: (linear.rows, linear.columns),
+        let candidate = |unit: &SolvedUnit<'_>| RankCandidate {
+            energies: unit.profile.map_or_else(|| vec![0.0], |profile| profile.calibration.clone()),
+            weight: unit.profile.map_or(0.0, weight),
+            shape: (unit.rows, unit.columns),
             storage: recipe.storage(),
         };
-        let candidates: Vec<RankCandidate> = linears.iter().map(candidate).collect();
+        let candidates: Vec<RankCandidate> = units.iter().map(candidate).collect();
         let budget = RankBudget::Bytes(budget_bits / 8);
         let allocated = allocate_ranks(&candidates, budget, recipe.limits(allocation))?;
         let uniform_rank = uniform_rank.max(allocation.min_rank);
-        let uniform: Vec<usize> = linears.iter().map(|linear| largest(linear).min(uniform_rank)).collect();
-        let profiles = || linears.iter().filter_map(|linear| linear.profile);
+        let uniform: Vec<usize> = units.iter().map(|unit| largest(unit).min(uniform_rank)).collect();
+        let profiles = || units.iter().filter_map(|unit| unit.profile);
         let held_out = profiles().any(|profile| profile.hold_out.is_some());
         let error = |ranks: &[usize], inputs: Inputs| {
             let (mut left, mut total) = (0.0, 0.0);
-            for (linear, &rank) in linears.iter().zip(ranks) {
-                let Some(profile) = linear.profile else { continue };
+            for (unit, &rank) in units.iter().zip(ranks) {
+                let Some(profile) = unit.profile else { continue };
                 let (energies, original) = match (inputs, &profile.hold_out) {
                     (Inputs::HeldOut(part), Some(held)) => (&held.energies[part], held.original[part]),
                     // An expert that no held out token reached.
@@ -100,12 +103,14 @@ impl RankDivision {
         let better = error(&allocated, deciding) < error(&uniform, deciding);
         let (of_uniform, of_allocated) = (error(&uniform, reported), error(&allocated, reported));
         let ranks = if better { allocated } else { uniform };
-        let bits = |(linear, &rank): (&SolvedLinear<'_>, &usize)| recipe.factor_bits(linear.rows, linear.columns, rank);
+        let bits = |(unit, &rank): (&SolvedUnit<'_>, &usize)| recipe.factor_bits(unit.rows, unit.columns, rank);
+        let linears: usize = units.iter().map(|unit| unit.linears).sum();
+        let of_linears: usize = units.iter().zip(&ranks).map(|(unit, rank)| unit.linears * rank).sum();
         let report = AllocationReport {
             chosen: if better { "allocated" } else { "uniform" },
             uniform_rank,
-            mean_rank: ranks.iter().sum::<usize>() as f64 / ranks.len().max(1) as f64,
-            bytes: linears.iter().zip(&ranks).map(bits).sum::<u64>().div_ceil(8),
+            mean_rank: of_linears as f64 / linears.max(1) as f64,
+            bytes: units.iter().zip(&ranks).map(bits).sum::<u64>().div_ceil(8),
             held_out,
             uniform: of_uniform,
             allocated: of_allocated,
@@ -114,8 +119,8 @@ impl RankDivision {
     }
 }
 
-fn largest(linear: &SolvedLinear<'_>) -> usize {
-    linear.profile.map_or(0, RankProfile::largest_rank)
+fn largest(unit: &SolvedUnit<'_>) -> usize {
+    unit.profile.map_or(0, RankProfile::largest_rank)
 }
 
 #[cfg(test)]
@@ -143,9 +148,9 @@ mod tests {
     }
 
     fn divide(profiles: &[RankProfile]) -> RankDivision {
-        let linear = |profile| SolvedLinear { rows: 8, columns: 8, profile: Some(profile) };
-        let linears: Vec<SolvedLinear<'_>> = profiles.iter().map(linear).collect();
-        RankDivision::new(&recipe(), (2, 4 * 16 * 16), &linears).unwrap().unwrap()
+        let unit = |profile| SolvedUnit { linears: 1, rows: 8, columns: 8, profile: Some(profile) };
+        let units: Vec<SolvedUnit<'_>> = profiles.iter().map(unit).collect();
+        RankDivision::new(&recipe(), (2, 4 * 16 * 16), &units).unwrap().unwrap()
     }
 
     #[test]
@@ -171,9 +176,25 @@ mod tests {
     }
 
     #[test]
+    fn what_shares_an_a_gets_one_rank_and_counts_as_often_as_it_has_linears() {
+        let (steep, flat) = ([9.0, 5.0, 2.0, 1.0, 0.5], [4.0, 3.9, 3.8, 3.7, 3.6]);
+        let profiles = [profile(steep, [steep, steep]), profile(flat, [flat, flat])];
+        let units = [(3, 16, &profiles[0]), (1, 8, &profiles[1])].map(|(linears, rows, profile)| SolvedUnit {
+            linears,
+            rows,
+            columns: 8,
+            profile: Some(profile),
+        });
+        let budget = 3 * 24 * 16;
+        let found = RankDivision::new(&recipe(), (1, budget), &units).unwrap().unwrap();
+        assert_eq!((found.ranks, found.report.chosen), (vec![3, 0], "allocated"));
+        assert_eq!((found.report.mean_rank, found.report.bytes), (9.0 / 4.0, budget / 8));
+    }
+
+    #[test]
     fn linears_that_nothing_is_known_of_get_nothing() {
-        let linears = [SolvedLinear { rows: 8, columns: 8, profile: None }];
-        let found = RankDivision::new(&recipe(), (2, 8000), &linears).unwrap().unwrap();
+        let units = [SolvedUnit { linears: 1, rows: 8, columns: 8, profile: None }];
+        let found = RankDivision::new(&recipe(), (2, 8000), &units).unwrap().unwrap();
         assert_eq!((found.ranks, found.report.bytes), (vec![0], 0));
     }
 }

@@ -182,8 +182,11 @@ pub struct LinearReport {
     pub rank: usize,
     /// Calibration tokens that reached it, fewer than all for an expert; `null` when none did or without calibration.
     pub calibration_tokens: Option<u64>,
-    /// Bits of codes, scales, zero points and factors.
+    /// Bits of codes, scales, zero points and factors; those of an A that several share with the first of them.
     pub stored_bits: u64,
+    /// The Linears that it shares A of its compensation with: ranks, errors and certificate are then those of all together.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub shared_with: Vec<String>,
     /// Of its outputs on the calibration inputs; `null` where no calibration token reached it.
     pub error: Option<ResidualError>,
     /// On inputs that took no part in the calibration; `null` without compensation or such inputs.

@@ -7,9 +7,10 @@ use kintsugi_model::DecoderSpec;
 use kintsugi_runtime::{Error, ErrorCode, Result};
 use kintsugi_weights::{Adapter, AdapterEntry, LowRank};
 
+use crate::eora_unit::EoraUnit;
 use crate::ledger_unit::LedgerUnit;
-use crate::rank_division::{RankDivision, SolvedLinear};
-use crate::{AllocationReport, LinearReport, Recipe};
+use crate::rank_division::{RankDivision, SolvedUnit};
+use crate::{AllocationReport, EoraRecipe, LinearReport, Recipe};
 
 /// The factors of all blocks that a job has solved, and what becomes of them: they wait in files of their own, of the
 /// largest rank, until the ranks of a budget can be divided.
@@ -18,6 +19,8 @@ pub(crate) struct SolvedFactors {
     pub(crate) linears: Vec<LinearReport>,
     /// How the ranks were divided; `None` for one rank.
     pub(crate) allocation: Option<AllocationReport>,
+    /// Bits of all of them in memory.
+    pub(crate) bits: u64,
 }
 
 impl SolvedFactors {
@@ -60,31 +63,19 @@ impl SolvedFactors {
     /// `ERR_OPTION_INVALID`.
     pub(crate) fn divide(recipe: &Recipe, spec: &DecoderSpec, units: &[LedgerUnit]) -> Result<Self> {
         let mut linears: Vec<LinearReport> = units.iter().flat_map(|unit| unit.linears.clone()).collect();
-        let profiles: Vec<Option<&RankProfile>> =
-            units.iter().flat_map(|unit| unit.profiles.iter().map(Option::as_ref)).collect();
-        let budgeted = recipe.eora.as_ref().and_then(|eora| Some((eora, eora.budget_bits(spec)?)));
-        let Some((eora, budget)) = budgeted else { return Ok(SolvedFactors { linears, allocation: None }) };
-        if profiles.len() != linears.len() {
-            let message = format!("{} Linears have {} profiles of their ranks", linears.len(), profiles.len());
-            return Err(Error::new(ErrorCode::Internal, message).subject("ledger"));
-        }
-        let pairs = linears.iter().zip(&profiles);
-        let solved: Vec<SolvedLinear<'_>> = pairs
-            .map(|(linear, &profile)| SolvedLinear { rows: linear.rows, columns: linear.columns, profile })
-            .collect();
-        let Some(division) = RankDivision::new(eora, (eora.uniform_rank(spec), budget), &solved)? else {
-            return Ok(SolvedFactors { linears, allocation: None });
+        let Some(eora) = &recipe.eora else { return Ok(SolvedFactors { linears, allocation: None, bits: 0 }) };
+        let of_block = eora.units(spec);
+        let allocation = match eora.budget_bits(spec) {
+            Some(budget) => divide(eora, (eora.uniform_rank(spec), budget), &of_block, &mut linears, units)?,
+            None => None,
         };
-        for ((linear, profile), rank) in linears.iter_mut().zip(&profiles).zip(division.ranks) {
-            let Some(profile) = profile else { continue };
-            let bits = |rank| eora.factor_bits(linear.rows, linear.columns, rank);
-            linear.stored_bits = linear.stored_bits + bits(rank) - bits(linear.rank);
-            linear.rank = rank;
-            linear.error = Some(profile.error(rank));
-            linear.hold_out = profile.hold_out_error(rank);
-            linear.dense_error = profile.dense_error(rank);
-        }
-        Ok(SolvedFactors { linears, allocation: Some(division.report) })
+        let bits = linears.chunks(spec.linears.len().max(1)).flat_map(|block| {
+            of_block.iter().map(|unit| {
+                let rank = block.get(unit.places[0]).map_or(0, |linear| linear.rank);
+                eora.factor_bits(unit.rows, unit.columns, rank)
+            })
+        });
+        Ok(SolvedFactors { bits: bits.sum(), linears, allocation })
     }
 
     /// The factors that each Linear gets, from the files of all units.
@@ -111,4 +102,45 @@ impl SolvedFactors {
         }
         Ok(all)
     }
+}
+
+/// Divides a budget of so many bits over all blocks; the reports then tell of the ranks that Linears get.
+fn divide(
+    eora: &EoraRecipe,
+    (uniform_rank, budget): (usize, u64),
+    of_block: &[EoraUnit],
+    linears: &mut [LinearReport],
+    units: &[LedgerUnit],
+) -> Result<Option<AllocationReport>> {
+    let profiles: Vec<Option<&RankProfile>> =
+        units.iter().flat_map(|unit| unit.profiles.iter().map(Option::as_ref)).collect();
+    if profiles.len() != linears.len() {
+        let message = format!("{} Linears have {} profiles of their ranks", linears.len(), profiles.len());
+        return Err(Error::new(ErrorCode::Internal, message).subject("ledger"));
+    }
+    let width = of_block.iter().map(|unit| unit.places.len()).sum::<usize>().max(1);
+    let blocks = || (0..linears.len() / width).map(|block| block * width);
+    let all: Vec<(usize, &EoraUnit)> =
+        blocks().flat_map(|first| of_block.iter().map(move |unit| (first, unit))).collect();
+    let solved: Vec<SolvedUnit<'_>> = all
+        .iter()
+        .map(|&(first, EoraUnit { places, rows, columns })| {
+            let profile = profiles[first + places[0]];
+            SolvedUnit { linears: places.len(), rows: *rows, columns: *columns, profile }
+        })
+        .collect();
+    let Some(division) = RankDivision::new(eora, (uniform_rank, budget), &solved)? else { return Ok(None) };
+    for ((&(first, unit), solved), rank) in all.iter().zip(&solved).zip(division.ranks) {
+        let Some(profile) = solved.profile else { continue };
+        for &place in &unit.places {
+            let linear = &mut linears[first + place];
+            let bits = |rank| eora.factor_bits(linear.rows, unit.counted_columns(place), rank);
+            linear.stored_bits = linear.stored_bits + bits(rank) - bits(linear.rank);
+            linear.rank = rank;
+            linear.error = Some(profile.error(rank));
+            linear.hold_out = profile.hold_out_error(rank);
+            linear.dense_error = profile.dense_error(rank);
+        }
+    }
+    Ok(Some(division.report))
 }

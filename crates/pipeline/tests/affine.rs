@@ -5,9 +5,8 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::common::{assets, backend, load_with, recipe};
+use crate::common::{assets, backend, interrupted, load_with, recipe};
 use crate::merges;
 use kintsugi_checkpoint::{Checkpoint, TensorFile, read_adapter};
 use kintsugi_compensate::RankBudget;
@@ -223,18 +222,7 @@ fn a_compression_solves_the_same_and_the_model_runs_with_it() {
 fn an_interrupted_job_ends_in_the_same_bytes() {
     let root = tempfile::tempdir().unwrap();
     let recipe = job(&root.path().join("eora"), affine(8));
-    let (cancel, progress, over) = (CancelToken::new(), Progress::new(), AtomicBool::new(false));
-    let outcome = std::thread::scope(|scope| {
-        scope.spawn(|| {
-            while !over.load(Ordering::Relaxed) && progress.snapshot().done < 2 {
-                std::thread::yield_now();
-            }
-            cancel.cancel();
-        });
-        let outcome = compensate(&recipe, &backend(), &cancel, &progress);
-        over.store(true, Ordering::Relaxed);
-        outcome
-    });
+    let outcome = interrupted(2, |cancel, progress| compensate(&recipe, &backend(), cancel, progress));
     assert_eq!(outcome.unwrap_err().code, ErrorCode::Cancelled);
     let error = run(&CompensateRecipe { eora: EoraRecipe::uniform(8), ..recipe.clone() }).unwrap_err();
     assert_eq!(error.code, ErrorCode::ResumeMismatch);

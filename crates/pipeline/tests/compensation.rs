@@ -4,9 +4,8 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::common::{assets, backend, load_with, recipe};
+use crate::common::{assets, backend, interrupted, load_with, recipe};
 use kintsugi_checkpoint::read_adapter;
 use kintsugi_compensate::RankBudget;
 use kintsugi_model::CompensationChoice;
@@ -101,18 +100,7 @@ fn an_interrupted_job_ends_in_the_same_bytes() {
     let whole = run(&undisturbed).unwrap();
     let partial = root.path().join("eora.partial");
     for blocks in [1, 3] {
-        let (cancel, progress, over) = (CancelToken::new(), Progress::new(), AtomicBool::new(false));
-        let outcome = std::thread::scope(|scope| {
-            scope.spawn(|| {
-                while !over.load(Ordering::Relaxed) && progress.snapshot().done < blocks {
-                    std::thread::sleep(std::time::Duration::from_micros(100));
-                }
-                cancel.cancel();
-            });
-            let outcome = compensate(&recipe, &backend(), &cancel, &progress);
-            over.store(true, Ordering::Relaxed);
-            outcome
-        });
+        let outcome = interrupted(blocks, |cancel, progress| compensate(&recipe, &backend(), cancel, progress));
         assert_eq!(outcome.unwrap_err().code, ErrorCode::Cancelled);
         assert!(partial.is_dir());
     }

@@ -4,12 +4,12 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 
-use crate::common::{assets, backend, load, recipe};
+use crate::common::{assets, backend, disturbed, load, recipe};
 use kintsugi_checkpoint::Checkpoint;
 use kintsugi_checkpoint::gguf::GgufFile;
 use kintsugi_model::DecoderSpec;
 use kintsugi_pipeline::{LinearOverride, Recipe, Report, compress, plan};
-use kintsugi_runtime::{CancelToken, ErrorCode, Progress};
+use kintsugi_runtime::{CancelToken, ErrorCode, Progress, ProgressSnapshot};
 use kintsugi_weights::{ElementType, WeightMatrix};
 
 /// GPTQ of `llama-7m` on the grid of `Q4_0`, on few tokens.
@@ -93,18 +93,9 @@ fn an_interrupted_job_ends_in_the_same_file() {
     // In the middle of the blocks, and when the file is being written.
     for (phase, done) in [("compress", 3), ("write", 20)] {
         fs::remove_dir_all(&asked.out).unwrap();
-        let (cancel, progress) = (CancelToken::new(), Progress::new());
-        let outcome = std::thread::scope(|scope| {
-            let job = scope.spawn(|| compress(&asked, &backend(), &cancel, &progress));
-            while !job.is_finished() {
-                let reading = progress.snapshot();
-                if reading.phase == phase && reading.done >= done {
-                    cancel.cancel();
-                }
-                std::thread::sleep(std::time::Duration::from_micros(100));
-            }
-            job.join().unwrap()
-        });
+        let there = |reading: &ProgressSnapshot| reading.phase == phase && reading.done >= done;
+        let outcome =
+            disturbed(there, CancelToken::cancel, |cancel, progress| compress(&asked, &backend(), cancel, progress));
         assert_eq!(outcome.unwrap_err().code, ErrorCode::Cancelled, "{phase}");
         assert!(asked.out.with_file_name("out.partial").join("ledger.jsonl").is_file(), "{phase}");
         finish(&asked);

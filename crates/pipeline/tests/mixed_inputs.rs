@@ -3,9 +3,8 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::common::{assets, backend, recipe};
+use crate::common::{assets, backend, interrupted, recipe};
 use kintsugi_checkpoint::Checkpoint;
 use kintsugi_compensate::{
     CompensationOptions, FactorPrecision, MixedInputs, RankBudget, compensate as solve, compensate_mixed,
@@ -187,18 +186,7 @@ fn where_activations_lie_and_where_a_job_was_interrupted_change_no_bit() {
 
 /// Runs until `blocks` blocks are done, then cancels.
 fn interrupt_after(recipe: &CompensateRecipe, blocks: u64) -> Result<CompensationReport> {
-    let (cancel, progress, over) = (CancelToken::new(), Progress::new(), AtomicBool::new(false));
-    std::thread::scope(|scope| {
-        scope.spawn(|| {
-            while !over.load(Ordering::Relaxed) && progress.snapshot().done < blocks {
-                std::thread::sleep(std::time::Duration::from_micros(50));
-            }
-            cancel.cancel();
-        });
-        let outcome = compensate(recipe, &backend(), &cancel, &progress);
-        over.store(true, Ordering::Relaxed);
-        outcome
-    })
+    interrupted(blocks, |cancel, progress| compensate(recipe, &backend(), cancel, progress))
 }
 
 fn names_in(folder: &Path) -> Vec<String> {

@@ -3,9 +3,8 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::common::{assets, backend, recipe};
+use crate::common::{assets, backend, disturbed, recipe};
 use kintsugi_pipeline::{Recipe, Report, compress};
 use kintsugi_runtime::{CancelToken, ErrorCode, Progress, ProgressSnapshot, Result};
 
@@ -32,18 +31,7 @@ fn interrupt_after(recipe: &Recipe, blocks: u64) -> Result<Report> {
 
 /// Runs until the progress has come to a point, then cancels.
 fn interrupt_when(recipe: &Recipe, there: impl Fn(&ProgressSnapshot) -> bool + Sync) -> Result<Report> {
-    let (cancel, progress, over) = (CancelToken::new(), Progress::new(), AtomicBool::new(false));
-    std::thread::scope(|scope| {
-        scope.spawn(|| {
-            while !over.load(Ordering::Relaxed) && !there(&progress.snapshot()) {
-                std::thread::sleep(std::time::Duration::from_micros(100));
-            }
-            cancel.cancel();
-        });
-        let outcome = compress(recipe, &backend(), &cancel, &progress);
-        over.store(true, Ordering::Relaxed);
-        outcome
-    })
+    disturbed(there, CancelToken::cancel, |cancel, progress| compress(recipe, &backend(), cancel, progress))
 }
 
 fn finish(recipe: &Recipe) -> Report {
@@ -214,19 +202,12 @@ fn a_source_that_is_truncated_while_it_is_read_is_named() {
     let (_root, recipe) = scene();
     let weights = recipe.source.join("model.safetensors");
     let length = fs::metadata(&weights).unwrap().len();
-    let (cancel, progress, over) = (CancelToken::new(), Progress::new(), AtomicBool::new(false));
-    let error = std::thread::scope(|scope| {
-        scope.spawn(|| {
-            while !over.load(Ordering::Relaxed) && progress.snapshot().done < 2 {
-                std::thread::sleep(std::time::Duration::from_micros(100));
-            }
-            // The header stays whole; every block lies behind the cut.
-            fs::File::options().write(true).open(&weights).unwrap().set_len(length / 50).unwrap();
-        });
-        let outcome = compress(&recipe, &backend(), &cancel, &progress);
-        over.store(true, Ordering::Relaxed);
-        outcome.unwrap_err()
-    });
+    // The header stays whole; every block lies behind the cut.
+    let cut = |_: &CancelToken| {
+        fs::File::options().write(true).open(&weights).unwrap().set_len(length / 50).unwrap();
+    };
+    let job = |cancel: &CancelToken, progress: &Progress| compress(&recipe, &backend(), cancel, progress);
+    let error = disturbed(|reading| reading.done >= 2, cut, job).unwrap_err();
     assert_eq!(error.code, ErrorCode::CheckpointCorrupt, "{error}");
     assert!(error.message.contains("became shorter") && error.subject.contains("model.safetensors"), "{error}");
     assert!(!partial(&recipe).exists(), "work on input that has changed is worth nothing");
@@ -356,19 +337,12 @@ fn a_full_disk_is_named_and_the_job_goes_on_when_there_is_space() {
     let disk = SmallDisk::mount(200).unwrap();
     recipe.out = disk.0.path().join("out");
     let filler = disk.0.path().join("filler");
-    let (cancel, progress, over) = (CancelToken::new(), Progress::new(), AtomicBool::new(false));
-    let error = std::thread::scope(|scope| {
-        scope.spawn(|| {
-            while !over.load(Ordering::Relaxed) && progress.snapshot().done < 3 {
-                std::thread::sleep(std::time::Duration::from_micros(100));
-            }
-            // Until nothing more fits.
-            let _ = std::io::copy(&mut std::io::repeat(0), &mut fs::File::create(&filler).unwrap());
-        });
-        let outcome = compress(&recipe, &backend(), &cancel, &progress);
-        over.store(true, Ordering::Relaxed);
-        outcome.unwrap_err()
-    });
+    // Until nothing more fits.
+    let fill = |_: &CancelToken| {
+        let _ = std::io::copy(&mut std::io::repeat(0), &mut fs::File::create(&filler).unwrap());
+    };
+    let job = |cancel: &CancelToken, progress: &Progress| compress(&recipe, &backend(), cancel, progress);
+    let error = disturbed(|reading| reading.done >= 3, fill, job).unwrap_err();
     assert_eq!(error.code, ErrorCode::OutputUnwritable, "{error}");
     assert!(error.message.contains("space") && error.subject.contains("out.partial"), "{error}");
     fs::remove_file(filler).unwrap();

@@ -12,6 +12,7 @@ mod families;
 mod folding;
 mod formats;
 mod gguf_output;
+mod grouped;
 mod merge_change;
 mod merge_compensation;
 mod merge_corruptions;

@@ -1,3 +1,5 @@
+use std::ops::Range;
+
 /// The constant part of an affine update, `y = B (A x) + bias`: what its factors leave of the mean μ of the inputs that
 /// they were solved for, `bias = (Δ − B A) μ`.
 ///
@@ -32,6 +34,11 @@ impl FactorBias {
         };
         let values = b.chunks_exact(rank).zip(&self.values).map(cut).collect();
         FactorBias { values, centre: Some(centre[..kept].to_vec()) }
+    }
+
+    /// That of some of the outputs.
+    pub(crate) fn of_outputs(&self, outputs: Range<usize>) -> FactorBias {
+        FactorBias { values: self.values[outputs].to_vec(), centre: self.centre.clone() }
     }
 
     /// That of an update whose B is multiplied with `scaling`.

@@ -14,6 +14,7 @@ mod low_rank;
 mod quantized_matrix;
 mod reference_product;
 mod row_source;
+mod stacked_rows;
 mod stored_rows;
 
 pub use adapter::{Adapter, AdapterEntry};
@@ -27,4 +28,5 @@ pub use low_rank::{FactorCodes, LowRank};
 pub use quantized_matrix::{CODE_BITS, GroupAxis, GroupSize, QuantizedMatrix, QuantizedParts};
 pub use reference_product::reference_product;
 pub use row_source::RowSource;
+pub use stacked_rows::StackedRows;
 pub use stored_rows::StoredRows;

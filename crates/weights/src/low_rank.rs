@@ -1,3 +1,5 @@
+use std::ops::Range;
+
 use crate::{ElementType, FactorBias, GroupAxis, QuantizedMatrix};
 
 /// A low-rank update `ΔW ≈ B · A` with `B [out, rank]` and `A [rank, in]`, both row-major.
@@ -143,6 +145,27 @@ impl LowRank {
         LowRank { rank, b, a, codes, bias, ..self.clone_shape() }
     }
 
+    /// The update of some of the outputs: rows of B, and the same A.
+    ///
+    /// # Panics
+    /// When there are no such outputs.
+    #[must_use]
+    pub fn of_outputs(&self, outputs: Range<usize>) -> LowRank {
+        let b = self.b[outputs.start * self.rank..outputs.end * self.rank].to_vec();
+        let codes =
+            self.codes.as_ref().map(|codes| FactorCodes { b: codes.b.some_rows(outputs.clone()), a: codes.a.clone() });
+        let bias = self.bias.as_ref().map(|bias| bias.of_outputs(outputs.clone()));
+        LowRank {
+            out_features: outputs.len(),
+            b,
+            codes,
+            bias,
+            rank: self.rank,
+            a: self.a.clone(),
+            ..self.clone_shape()
+        }
+    }
+
     /// `scaling · ΔW`: B is scaled, in codes its scales alone. Scales that their type does not hold then are f32.
     #[must_use]
     pub fn scaled(&self, scaling: f32) -> LowRank {
@@ -186,6 +209,14 @@ impl LowRank {
         }
     }
 
+    /// Bits of A among them.
+    pub fn projection_bits(&self) -> u64 {
+        match &self.codes {
+            Some(FactorCodes { a, .. }) => a.stored_bits(),
+            None => (self.a.len() * self.factor_type.bits()) as u64,
+        }
+    }
+
     fn clone_shape(&self) -> LowRank {
         LowRank {
             out_features: self.out_features,
@@ -224,7 +255,7 @@ mod tests {
         assert_eq!(first.b(), [1.0, 3.0, 5.0]);
         assert_eq!(first.a(), [1.0, 2.0, 3.0, 4.0]);
         assert_eq!(factors.prefix(9), factors);
-        assert_eq!(factors.stored_bits(), (6 + 8) * 16);
+        assert_eq!((factors.stored_bits(), factors.projection_bits()), ((6 + 8) * 16, 8 * 16));
     }
 
     #[test]
@@ -236,6 +267,26 @@ mod tests {
         assert_eq!((sum.rank(), sum.factor_type(), one.beside(&one).factor_type()), (3, y, x));
         assert_eq!(sum.b(), [1.0, 5.0, 6.0, 2.0, 7.0, 8.0]);
         assert_eq!(sum.a(), [3.0, 4.0, 9.0, 10.0, 11.0, 12.0]);
+    }
+
+    #[test]
+    fn the_update_of_some_outputs_has_the_same_projection() {
+        let (b, a) = ((0..8).map(|at| at as f32).collect(), vec![1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
+        let bias = FactorBias { values: vec![10.0, 20.0, 30.0, 40.0], centre: Some(vec![7.0, 8.0]) };
+        let plain = LowRank::new(4, 3, 2, b, a, ElementType::Bf16).with_bias(bias);
+        let coded = LowRank::of_codes(FactorCodes { b: coded(4, 2, 0.1), a: coded(2, 3, 0.125) });
+        for update in [plain, coded] {
+            let part = update.of_outputs(1..3);
+            assert_eq!((part.out_features(), part.in_features(), part.rank()), (2, 3, 2));
+            assert_eq!((part.b(), part.a()), (&update.b()[2..6], update.a()));
+            assert_eq!(part.factor_type(), update.factor_type());
+            assert_eq!(part.bias().map(|bias| &bias.values[..]), update.bias().map(|bias| &bias.values[1..3]));
+            assert_eq!(part.prefix(1), update.prefix(1).of_outputs(1..3));
+            if let (Some(part), Some(whole)) = (part.codes(), update.codes()) {
+                assert_eq!((part.b.to_f32(), &part.a), (update.of_outputs(1..3).b().to_vec(), &whole.a));
+            }
+            assert_eq!(update.of_outputs(0..4), update);
+        }
     }
 
     fn coded(rows: usize, columns: usize, scale: f32) -> QuantizedMatrix {
@@ -253,6 +304,7 @@ mod tests {
         let factors = LowRank::of_codes(FactorCodes { b: coded(3, 5, 0.5), a: coded(5, 4, 0.125) });
         assert_eq!((factors.out_features(), factors.in_features(), factors.rank()), (3, 4, 5));
         assert_eq!((factors.factor_type(), factors.stored_bits()), (ElementType::Bf16, (15 + 20) * 4 + (9 + 10) * 16));
+        assert_eq!(factors.projection_bits(), 20 * 4 + 10 * 16);
         for rank in 0..=5 {
             let prefix = factors.prefix(rank);
             let codes = prefix.codes().unwrap();

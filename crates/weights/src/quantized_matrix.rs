@@ -1,3 +1,5 @@
+use std::ops::Range;
+
 use kintsugi_runtime::{Error, ErrorCode, Result};
 use serde::{Deserialize, Serialize};
 
@@ -316,29 +318,39 @@ impl QuantizedMatrix {
     /// The first `rows` rows; groups must lie along the inputs.
     #[must_use]
     pub fn leading_rows(&self, rows: usize) -> QuantizedMatrix {
-        let rows = rows.min(self.rows());
-        self.leading(rows, self.columns())
+        self.part(0..rows.min(self.rows()), self.columns())
+    }
+
+    /// Some of the rows; groups must lie along the inputs.
+    ///
+    /// # Panics
+    /// When there are no such rows.
+    #[must_use]
+    pub fn some_rows(&self, rows: Range<usize>) -> QuantizedMatrix {
+        assert!(rows.end <= self.rows(), "{} rows have no rows {rows:?}", self.rows());
+        self.part(rows, self.columns())
     }
 
     /// The first `columns` columns; groups must be runs of columns.
     #[must_use]
     pub fn leading_columns(&self, columns: usize) -> QuantizedMatrix {
         assert!(self.parts.group_index.is_none(), "groups are runs of columns");
-        self.leading(self.rows(), columns.min(self.columns()))
+        self.part(0..self.rows(), columns.min(self.columns()))
     }
 
-    fn leading(&self, rows: usize, columns: usize) -> QuantizedMatrix {
+    fn part(&self, rows: Range<usize>, columns: usize) -> QuantizedMatrix {
         let parts = &self.parts;
         assert_eq!(parts.group_axis, GroupAxis::Input, "groups lie along the inputs");
         // A whole row stays a group of the length that it had.
         let size = parts.group_size.columns(parts.columns);
         let (before, after) = (parts.groups(), columns.div_ceil(size));
-        fn take<T: Copy>(values: &[T], width: usize, rows: usize, columns: usize) -> Vec<T> {
-            values.chunks_exact(width.max(1)).take(rows).flat_map(|row| &row[..columns]).copied().collect()
+        fn take<T: Copy>(values: &[T], width: usize, rows: &Range<usize>, columns: usize) -> Vec<T> {
+            let rows = values.chunks_exact(width.max(1)).skip(rows.start).take(rows.len());
+            rows.flat_map(|row| &row[..columns]).copied().collect()
         }
         QuantizedMatrix {
             parts: QuantizedParts {
-                rows,
+                rows: rows.len(),
                 columns,
                 bits: parts.bits,
                 group_size: match parts.group_size {
@@ -346,11 +358,11 @@ impl QuantizedMatrix {
                     columns => columns,
                 },
                 group_axis: parts.group_axis,
-                codes: take(&parts.codes, parts.columns, rows, columns),
-                scales: take(&parts.scales, before, rows, after),
+                codes: take(&parts.codes, parts.columns, &rows, columns),
+                scales: take(&parts.scales, before, &rows, after),
                 scale_type: parts.scale_type,
-                zero_points: parts.zero_points.as_ref().map(|zeros| take(zeros, before, rows, after)),
-                offsets: parts.offsets.as_ref().map(|offsets| take(offsets, before, rows, after)),
+                zero_points: parts.zero_points.as_ref().map(|zeros| take(zeros, before, &rows, after)),
+                offsets: parts.offsets.as_ref().map(|offsets| take(offsets, before, &rows, after)),
                 code_table: parts.code_table,
                 group_index: parts.group_index.clone(),
             },

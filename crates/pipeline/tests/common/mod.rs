@@ -4,12 +4,14 @@
 pub(crate) mod reference;
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use kintsugi_compress::AxisRule;
 use kintsugi_kernels::Kernels;
 use kintsugi_model::{CompensationChoice, CpuBackend, LoadOptions, LoadedModel, Precision};
 use kintsugi_pipeline::{ActivationPlace, CalibrationKind, CalibrationRecipe, CalibrationSource, EoraRecipe, Recipe};
-use kintsugi_runtime::{CancelToken, CpuLevel, Progress, ThreadPool};
+use kintsugi_runtime::{CancelToken, CpuLevel, Progress, ProgressSnapshot, ThreadPool};
 
 pub(crate) fn assets(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../assets").join(name)
@@ -73,4 +75,29 @@ pub(crate) fn load_with(path: &Path, compensation: CompensationChoice) -> Loaded
 pub(crate) fn perplexity(path: &Path, text: &str, length: usize) -> f64 {
     let text = std::fs::read_to_string(assets("text").join(text)).unwrap();
     load(path).perplexity(&text, length, None, &CancelToken::new(), &Progress::new()).unwrap().perplexity
+}
+
+/// Runs a job, and disturbs it when its progress has come to a point.
+pub(crate) fn disturbed<T>(
+    there: impl Fn(&ProgressSnapshot) -> bool + Sync,
+    disturb: impl FnOnce(&CancelToken) + Send,
+    job: impl FnOnce(&CancelToken, &Progress) -> T,
+) -> T {
+    let (cancel, progress, over) = (CancelToken::new(), Progress::new(), AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !over.load(Ordering::Relaxed) && !there(&progress.snapshot()) {
+                std::thread::sleep(Duration::from_micros(50));
+            }
+            disturb(&cancel);
+        });
+        let outcome = job(&cancel, &progress);
+        over.store(true, Ordering::Relaxed);
+        outcome
+    })
+}
+
+/// Runs a job until so many units of it are done, then cancels it.
+pub(crate) fn interrupted<T>(done: u64, job: impl FnOnce(&CancelToken, &Progress) -> T) -> T {
+    disturbed(|reading| reading.done >= done, CancelToken::cancel, job)
 }
