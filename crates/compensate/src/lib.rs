@@ -1,5 +1,6 @@
 //! Low-rank compensation of a compression residual: EoRA.
 
+mod ablation_fit;
 mod affine;
 mod certificate;
 mod compensation;
@@ -21,6 +22,7 @@ mod rank_profile;
 mod residual;
 mod residual_error;
 
+pub use ablation_fit::{AblatedLinear, AblationFit};
 pub use certificate::Certificate;
 pub use compensation::{Compensation, CompensationOptions, compensate};
 pub use compensation_method::{CompensationMethod, METHODS, compensation_method};

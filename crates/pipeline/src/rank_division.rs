@@ -2,6 +2,7 @@ use kintsugi_compensate::{RankBudget, RankCandidate, RankProfile, allocate_ranks
 use kintsugi_runtime::Result;
 use serde::Serialize;
 
+use crate::AblationReport;
 use crate::eora_recipe::{EoraRecipe, RankWeights};
 
 /// The ranks that the Linears of a model get of a budget.
@@ -31,6 +32,9 @@ pub struct AllocationReport {
     pub uniform: f64,
     /// The same with the ranks that were divided.
     pub allocated: f64,
+    /// What the weights were made of, where they come from ablations. Not in a report of others.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ablation: Option<AblationReport>,
 }
 
 /// A Linear that was solved.
@@ -39,6 +43,8 @@ pub(crate) struct SolvedLinear<'a> {
     pub(crate) columns: usize,
     /// `None` where nothing is known about its inputs.
     pub(crate) profile: Option<&'a RankProfile>,
+    /// What its errors count beside the weights that are asked for.
+    pub(crate) factor: f64,
 }
 
 /// Inputs that an error is measured on.
@@ -60,13 +66,13 @@ impl RankDivision {
         linears: &[SolvedLinear<'_>],
     ) -> Result<Option<Self>> {
         let Some(allocation) = &recipe.allocation else { return Ok(None) };
-        let weight = |profile: &RankProfile| match allocation.weights {
-            RankWeights::Outputs if profile.original > 0.0 => 1.0 / profile.original,
-            _ => 1.0,
+        let weight = |linear: &SolvedLinear<'_>, profile: &RankProfile| match allocation.weights {
+            RankWeights::Outputs | RankWeights::Ablation if profile.original > 0.0 => linear.factor / profile.original,
+            _ => linear.factor,
         };
         let candidate = |linear: &SolvedLinear<'_>| RankCandidate {
             energies: linear.profile.map_or_else(|| vec![0.0], |profile| profile.calibration.clone()),
-            weight: linear.profile.map_or(0.0, weight),
+            weight: linear.profile.map_or(0.0, |profile| weight(linear, profile)),
             shape: (linear.rows, linear.columns),
             storage: recipe.storage(),
         };
@@ -88,8 +94,8 @@ impl RankDivision {
                     (Inputs::Calibration, _) => (&profile.calibration, profile.original),
                 };
                 // The weight is that of the calibration, so that both rankings speak of one aim.
-                left += weight(profile) * energies[rank.min(energies.len() - 1)];
-                total += weight(profile) * original;
+                left += weight(linear, profile) * energies[rank.min(energies.len() - 1)];
+                total += weight(linear, profile) * original;
             }
             if total > 0.0 { (left / total).sqrt() } else { left.sqrt() }
         };
@@ -109,6 +115,7 @@ impl RankDivision {
             held_out,
             uniform: of_uniform,
             allocated: of_allocated,
+            ablation: None,
         };
         Ok(Some(RankDivision { ranks, report }))
     }
@@ -143,7 +150,7 @@ mod tests {
     }
 
     fn divide(profiles: &[RankProfile]) -> RankDivision {
-        let linear = |profile| SolvedLinear { rows: 8, columns: 8, profile: Some(profile) };
+        let linear = |profile| SolvedLinear { rows: 8, columns: 8, profile: Some(profile), factor: 1.0 };
         let linears: Vec<SolvedLinear<'_>> = profiles.iter().map(linear).collect();
         RankDivision::new(&recipe(), (2, 4 * 16 * 16), &linears).unwrap().unwrap()
     }
@@ -172,7 +179,7 @@ mod tests {
 
     #[test]
     fn linears_that_nothing_is_known_of_get_nothing() {
-        let linears = [SolvedLinear { rows: 8, columns: 8, profile: None }];
+        let linears = [SolvedLinear { rows: 8, columns: 8, profile: None, factor: 1.0 }];
         let found = RankDivision::new(&recipe(), (2, 8000), &linears).unwrap().unwrap();
         assert_eq!((found.ranks, found.report.bytes), (vec![0], 0));
     }

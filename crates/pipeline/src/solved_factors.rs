@@ -24,6 +24,11 @@ impl SolvedFactors {
     /// What is in the names of files that hold the factors of a block.
     pub(crate) const PREFIX: &'static str = "factors-";
 
+    /// Where the factors of a block are left.
+    pub(crate) fn name_of(block: usize) -> String {
+        format!("{}{block:05}", Self::PREFIX)
+    }
+
     /// Leaves the factors of a block in `folder` for the end of the job; gives their name there, `None` without any.
     ///
     /// # Errors
@@ -44,7 +49,7 @@ impl SolvedFactors {
         if adapter.linears.is_empty() {
             return Ok(None);
         }
-        let name = format!("{}{block:05}", Self::PREFIX);
+        let name = Self::name_of(block);
         let path = folder.join(&name);
         // An earlier run may have been interrupted between this folder and its record.
         if path.exists() {
@@ -68,14 +73,24 @@ impl SolvedFactors {
             let message = format!("{} Linears have {} profiles of their ranks", linears.len(), profiles.len());
             return Err(Error::new(ErrorCode::Internal, message).subject("ledger"));
         }
-        let pairs = linears.iter().zip(&profiles);
+        let costs = units.iter().find_map(|unit| unit.ablation.as_ref());
+        let weights = costs.map(|costs| costs.weights(spec, &profiles)).transpose()?;
+        let factor = |at: usize| weights.as_ref().map_or(1.0, |weights| weights.factors[at]);
+        let pairs = linears.iter().zip(&profiles).enumerate();
         let solved: Vec<SolvedLinear<'_>> = pairs
-            .map(|(linear, &profile)| SolvedLinear { rows: linear.rows, columns: linear.columns, profile })
+            .map(|(at, (linear, &profile))| SolvedLinear {
+                rows: linear.rows,
+                columns: linear.columns,
+                profile,
+                factor: factor(at),
+            })
             .collect();
-        let Some(division) = RankDivision::new(eora, (eora.uniform_rank(spec), budget), &solved)? else {
+        let Some(mut division) = RankDivision::new(eora, (eora.uniform_rank(spec), budget), &solved)? else {
             return Ok(SolvedFactors { linears, allocation: None });
         };
-        for ((linear, profile), rank) in linears.iter_mut().zip(&profiles).zip(division.ranks) {
+        division.report.ablation = weights.map(|weights| weights.report);
+        let RankDivision { ranks, report } = division;
+        for ((linear, profile), rank) in linears.iter_mut().zip(&profiles).zip(ranks) {
             let Some(profile) = profile else { continue };
             let bits = |rank| eora.factor_bits(linear.rows, linear.columns, rank);
             linear.stored_bits = linear.stored_bits + bits(rank) - bits(linear.rank);
@@ -84,7 +99,7 @@ impl SolvedFactors {
             linear.hold_out = profile.hold_out_error(rank);
             linear.dense_error = profile.dense_error(rank);
         }
-        Ok(SolvedFactors { linears, allocation: Some(division.report) })
+        Ok(SolvedFactors { linears, allocation: Some(report) })
     }
 
     /// The factors that each Linear gets, from the files of all units.
