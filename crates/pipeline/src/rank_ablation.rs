@@ -3,7 +3,8 @@ use std::path::Path;
 use kintsugi_checkpoint::{Checkpoint, read_adapter};
 use kintsugi_compensate::{AblatedLinear, AblationFit, RankProfile};
 use kintsugi_model::{
-    Backend, Block, BlockWeights, DecoderSpec, Head, LinearSlot, LinearSpec, attach_compensation, mean_divergences,
+    Backend, Block, BlockWeights, DecoderSpec, Embedding, Head, LinearSlot, LinearSpec, attach_compensation,
+    mean_divergences,
 };
 use kintsugi_runtime::{CancelToken, Error, ErrorCode, Progress, Result};
 use kintsugi_weights::{Adapter, LinearWeight, LowRank};
@@ -240,8 +241,10 @@ impl<B: Backend> RankAblation<'_, B> {
         let groups = AblationGroups::new(self.spec);
         let spec = DecoderSpec::of(self.deployed)?;
         self.progress.begin("weigh", spec.layers as u64);
-        let mut stream = CalibrationStream::<B>::new(self.deployed, &spec, sample, None)?;
-        let mut models = Models { whole: stream.first_rows(usize::MAX)?, without: vec![None; groups.count()] };
+        let positions: Vec<u32> = (0..sample.tokens().len()).map(|i| (i % sample.length()) as u32).collect();
+        let whole = Embedding::read(self.deployed, &spec)?.embed(sample.tokens(), &positions)?;
+        let mut models = Models { whole, without: vec![None; groups.count()] };
+        let mut stream = CalibrationStream::<B>::empty(&spec, sample, None);
         for block in 0..spec.layers {
             self.cancel.check()?;
             self.progress.at("weigh", spec.block_name(block));

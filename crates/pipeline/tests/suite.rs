@@ -19,6 +19,7 @@ mod merges;
 mod merging;
 mod mixed_inputs;
 mod mixtures;
+mod rank_ablation;
 mod reference;
 mod resume;
 mod round_trip;
