@@ -162,7 +162,7 @@ export interface BindingEora {
   budgetBytes?: number
   minRank: number
   rankMultiple: number
-  /** `outputs` or `equal`. */
+  /** `outputs`, `equal` or `ablation`. */
   rankWeights: string
 }
 
