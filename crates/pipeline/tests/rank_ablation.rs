@@ -175,6 +175,8 @@ fn every_family_is_ablated() {
         let report = run(&recipe);
         let found = ablation(&report);
         assert!(!found.held_out, "nothing is held out");
+        let costs = found.types.iter().chain(&found.bands).map(|group| group.cost);
+        assert!(costs.clone().filter(|&cost| cost > 1e-6).count() * 2 > costs.count(), "{source:?}: {found:?}");
         check_costs(&recipe, &found, &ids, 16);
         fs::remove_dir_all(&recipe.out).unwrap();
     }
