@@ -357,7 +357,7 @@ impl Compression<'_> {
 /// The tokens that ablations run over, and whether they are held out; `None` where no division asks for them.
 pub(crate) fn ablation_sample(recipe: &Recipe, calibration: &CalibrationData) -> Option<(CalibrationTokens, bool)> {
     let ablates = recipe.eora.as_ref().is_some_and(EoraRecipe::ablates);
-    calibration.tokens.as_ref().filter(|_| ablates).map(|tokens| tokens.sample(AblationGroups::tokens()))
+    calibration.tokens.as_ref().filter(|_| ablates).map(|tokens| tokens.sample(AblationGroups::TOKENS))
 }
 
 /// Where the statistics of the next block come from: after so many finished blocks, the last of which has left the

@@ -284,7 +284,7 @@ impl Shapes<'_> {
     /// factors of so many bytes; the head likewise, and logits of the model with all factors and of another.
     fn ablation(&self, parts: &MemoryParts, factors: u64) -> u64 {
         let streams = AblationGroups::new(self.spec).count() as u64 + 4;
-        let rows = AblationGroups::tokens().min(self.tokens) as u64;
+        let rows = AblationGroups::TOKENS.min(self.tokens) as u64;
         let block = parts.weights + parts.prepared + parts.forward + factors;
         let logits = 2 * (HEAD_ROWS * self.spec.vocabulary_size) as u64 * 4;
         streams * rows * self.spec.hidden_size as u64 * 4 + block.max(2 * self.embedding() + logits)

@@ -15,8 +15,6 @@ use crate::ledger_unit::LedgerUnit;
 use crate::solved_factors::SolvedFactors;
 use crate::{CalibrationStream, CalibrationTokens};
 
-/// Most tokens that an ablation runs over.
-const TOKENS: usize = 1024;
 /// Most bands of depth.
 const BANDS: usize = 4;
 
@@ -84,6 +82,9 @@ pub(crate) struct AblationWeights {
 }
 
 impl AblationGroups {
+    /// Most tokens that run through the models.
+    pub(crate) const TOKENS: usize = 1024;
+
     pub(crate) fn new(spec: &DecoderSpec) -> Self {
         let mut types: Vec<String> = Vec::new();
         let type_of = spec.linears.iter().map(|linear| {
@@ -101,11 +102,6 @@ impl AblationGroups {
     /// How many there are.
     pub(crate) fn count(&self) -> usize {
         self.types.len() + self.bands()
-    }
-
-    /// Most tokens that run in each.
-    pub(crate) const fn tokens() -> usize {
-        TOKENS
     }
 
     fn bands(&self) -> usize {
