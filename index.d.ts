@@ -158,6 +158,7 @@ export interface BindingEora {
   inputs: string
   mismatch?: number
   affine: boolean
+  grouped: boolean
   meanRank?: number
   budgetBytes?: number
   minRank: number

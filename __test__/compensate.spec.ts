@@ -148,6 +148,7 @@ test('a budget is divided, factors may be codes', async (t) => {
   const allocation = divided.summary.compensation!.allocation!
   t.is(allocation.uniformRank, 8)
   t.is(allocation.chosen === 'allocated', new Set(divided.linears.map(({ rank }) => rank)).size > 1)
+  t.is(allocation.ablation, undefined)
   const bytes = uniform.summary.bytes
   const coded = await compensate(TINY, compressed, {
     out: join(folder, 'c'),
@@ -159,6 +160,34 @@ test('a budget is divided, factors may be codes', async (t) => {
   t.true(existsSync(join(folder, 'c', 'factor_scales.safetensors')))
   const [none, plain, fine] = [await perplexity(compressed, {}), await perplexity(compressed, { compensation: join(folder, 'a') }), await perplexity(compressed, { compensation: join(folder, 'c') })]
   t.true(fine < none && fine < plain * 1.02, `${fine} ${plain} ${none}`)
+})
+
+test('a budget is divided by what the model is without some of the factors', async (t) => {
+  const folder = temporaryFolder(t)
+  const [compressed, out] = [join(folder, 'w2'), join(folder, 'eora')]
+  const statistics = join(folder, 'statistics.safetensors')
+  const options = { out: compressed, method: 'rtn', bits: 2, groupSize: 32, calibration, saveStatistics: statistics } as const
+  await compress(TINY, options)
+  const eora = { meanRank: 8, rankMultiple: 4, rankWeights: 'ablation' } as const
+  const job = compensate(TINY, compressed, { out, calibration, eora })
+  const phases = new Set<string>()
+  for await (const { phase } of job.progress()) phases.add(phase)
+  const report = await job
+  const { ablation, uniformRank } = report.summary.compensation!.allocation!
+  t.true(phases.has('weigh'), [...phases].join(' '))
+  t.is(uniformRank, 8)
+  t.is((report.recipe.eora.allocation as { weights: string }).weights, 'ablation')
+  t.like(ablation, { fitted: true })
+  t.is(ablation!.types.length, LINEARS / ablation!.bands.length)
+  for (const { name, cost, removed, factor } of [...ablation!.types, ...ablation!.bands]) {
+    t.true(cost > 0 && removed > 0 && factor > 0, name)
+  }
+  await failsWith(
+    t,
+    () => compensate(TINY, compressed, { out: join(folder, 'x'), calibration: { file: statistics }, eora }),
+    'ERR_OPTION_INVALID',
+    'eora.rankWeights',
+  )
 })
 
 test('a cancelled job goes on to the same factors, saved statistics serve, a baseline proves nothing', async (t) => {
@@ -235,6 +264,8 @@ test('what cannot be is refused and leaves nothing', async (t) => {
     ['eora.meanRank', { meanRank: 0 }],
     ['eora.meanRank', { meanRank: 8, rank: 4 }],
     ['eora.budgetBytes', { budgetBytes: 7 }],
+    ['eora.rankWeights', { meanRank: 8, rankWeights: 'depth' as 'ablation' }],
+    ['eora.rankWeights', { rank: 8, rankWeights: 'ablation' }],
     ['eora.inputs', { rank: 8, inputs: 'sparse' as 'dense' }],
     ['eora.mismatch', { rank: 8, mismatch: 0.5 }],
     ['eora.mismatch', { rank: 8, inputs: 'dense', mismatch: 0.5 }],

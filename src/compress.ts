@@ -198,7 +198,8 @@ export interface MemoryPlan {
     | 'quantized'
     | 'solver'
     | 'activations'
-    | 'factors',
+    | 'factors'
+    | 'ablation',
     number
   >
 }

@@ -51,10 +51,14 @@ export interface EoraOptions {
   rankMultiple?: number
   /**
    * With a budget: what counts. `outputs`, the default: errors relative to the outputs of each Linear; `equal`: errors as
-   * they are.
+   * they are; `ablation`: relative ones times weights that are fitted to what leaving out the factors of each type of
+   * Linear, and of each of four bands of blocks, does to the predictions of the model. It needs a text, not statistics.
    */
-  rankWeights?: 'outputs' | 'equal'
+  rankWeights?: RankWeights
 }
+
+/** What errors of Linears count when a budget of ranks is divided. */
+export type RankWeights = 'outputs' | 'equal' | 'ablation'
 
 /** A way to choose the directions of a compensation. */
 export type EoraSolver = 'fast' | 'exact' | 'diagonal' | 'lorc'
@@ -79,7 +83,7 @@ export interface EoraRecipe {
     budget: { meanRank: number } | { bytes: number }
     minRank: number
     multiple: number
-    weights: 'outputs' | 'equal'
+    weights: RankWeights
   }
 }
 
@@ -144,6 +148,34 @@ export interface RankAllocation {
   uniform: number
   /** The same with the ranks that were divided. */
   allocated: number
+  /** What the weights were made of; only there with `rankWeights: 'ablation'`. */
+  ablation?: RankAblation
+}
+
+/** What ablations say about the worth of factors, and what weights of energies were made of it. */
+export interface RankAblation {
+  /** Whether weights were fitted; else there was nothing to learn, and they are those of `outputs`. */
+  fitted: boolean
+  /** Tokens whose predictions were compared. */
+  tokens: number
+  /** Whether they took no part in the calibration. */
+  heldOut: boolean
+  /** The types of Linears. */
+  types: AblatedGroup[]
+  /** Blocks that follow each other. */
+  bands: AblatedGroup[]
+}
+
+/** Linears that lost their factors together. */
+export interface AblatedGroup {
+  /** What their names have in common; `*` stands for any number. */
+  name: string
+  /** Energy that their factors remove, relative to the outputs of each Linear: the sum. */
+  removed: number
+  /** Mean `KL(P ‖ Q)` in nats of the predictions Q without these factors from those with all. */
+  cost: number
+  /** The weight of a Linear is the product of the factors of its type and of its band; 1 is the mean. */
+  factor: number
 }
 
 /** Checks {@link EoraOptions}. */
@@ -159,7 +191,7 @@ export const eoraSchema = object({
   budgetBytes: optional(integer({ min: 1 })),
   minRank: optional(integer({ min: 0, max: 2 ** 16 })),
   rankMultiple: optional(integer({ min: 1, max: 2 ** 16 })),
-  rankWeights: optional(oneOf(['outputs', 'equal'])),
+  rankWeights: optional(oneOf(['outputs', 'equal', 'ablation'])),
 })
 
 /** What the addon takes for a compensation. */

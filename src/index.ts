@@ -37,6 +37,7 @@ export {
 export { type ConversionReport, convert, type ConvertedLinear, type ConvertOptions, type GgufType } from './convert.js'
 export { doctor, type DoctorReport, type SelfCheck } from './doctor.js'
 export {
+  type AblatedGroup,
   type Certificate,
   type CompensationSummary,
   type DenseError,
@@ -45,7 +46,9 @@ export {
   type EoraRecipe,
   type EoraSolver,
   type HoldOutError,
+  type RankAblation,
   type RankAllocation,
+  type RankWeights,
 } from './eora.js'
 export { ERROR_CODES, type ErrorCode, KintsugiError } from './errors.js'
 export { fold, type FoldOptions, type FoldReport } from './fold.js'

@@ -150,6 +150,11 @@ test('compensate, and what it has written in eval and generate', async (t) => {
   t.is(both.code, 0, both.stderr)
   t.regex(both.stdout, /against the original +[\d.]+ % → [\d.]+ % with factors/)
 
+  const weighted = [...compensating, '--mean-rank', '8', '--rank-weights', 'ablation']
+  const divided = await kintsugi(...weighted.map((given) => (given === out ? join(folder, 'divided') : given)))
+  t.is(divided.code, 0, divided.stderr)
+  t.regex(divided.stdout, /weights of ranks +fitted to ablations on \d+ (held out )?tokens/)
+
   const text = join(folder, 'text.txt')
   writeFileSync(text, textSlice(STORIES, 10_000))
   const perplexity = async (...options: string[]): Promise<number> => {

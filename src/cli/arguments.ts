@@ -61,7 +61,7 @@ export function withEoraOptions(command: Command, prefix = ''): Command {
     .option(`--${prefix}budget <size>`, 'the same with so many bytes, such as 200M', bytesArgument)
     .option(`--${prefix}min-rank <n>`, 'with a budget: least rank of a Linear (default: 0)', numberArgument)
     .option(`--${prefix}rank-multiple <n>`, 'with a budget: what ranks are multiples of (default: 8)', numberArgument)
-    .option(`--${prefix}rank-weights <name>`, 'with a budget: outputs or equal (default: outputs)')
+    .option(`--${prefix}rank-weights <name>`, 'with a budget: outputs, equal or ablation (default: outputs)')
 }
 
 /** The compensation that options of {@link withEoraOptions} ask for; `undefined` without any. */

@@ -38,6 +38,13 @@ export function describeCompensation(summary: CompensationSummary | null): [stri
         : undefined,
     ],
     [
+      'weights of ranks',
+      allocation?.ablation
+        ? `${allocation.ablation.fitted ? 'fitted to' : 'those of the outputs, nothing to learn from'} ablations on ` +
+          `${allocation.ablation.tokens} ${allocation.ablation.heldOut ? 'held out ' : ''}tokens`
+        : undefined,
+    ],
+    [
       'on held out tokens',
       holdOut ? `${formatShare(holdOut.quantized)} → ${formatShare(holdOut.compensated)} with factors` : undefined,
     ],

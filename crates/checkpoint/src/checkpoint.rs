@@ -73,14 +73,21 @@ impl Checkpoint {
                 .subject(path.display())
                 .hint("Give the folder that holds config.json and the weights, not a file in it"));
         };
-        let weights = if let Some(file) = file {
-            Weights::Gguf(GgufTensors::open(&file)?)
-        } else {
+        let Some(file) = file else {
             let config = Self::read_config(&path.join("config.json"))?;
-            let tensors = TensorSet::open(path)?;
-            let storage = LinearStorage::discover(path, &config, &tensors)?;
-            Weights::Folder { config, storage, tensors }
+            return Self::of_tensors(path, config, TensorSet::open(path)?);
         };
+        let weights = Weights::Gguf(GgufTensors::open(&file)?);
+        Ok(Checkpoint(Arc::new(Opened { path: path.to_path_buf(), weights })))
+    }
+
+    /// The checkpoint that `tensors` in the files of a folder will be with that configuration.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`] of a folder.
+    pub(crate) fn of_tensors(path: &Path, config: Map<String, Value>, tensors: TensorSet) -> Result<Checkpoint> {
+        let storage = LinearStorage::discover(path, &config, &tensors)?;
+        let weights = Weights::Folder { config, storage, tensors };
         Ok(Checkpoint(Arc::new(Opened { path: path.to_path_buf(), weights })))
     }
 

@@ -336,6 +336,24 @@ impl CheckpointWriter {
         self.parts.merge()?;
         copy_companions(&self.source, self.folder())?;
 
+        write_json(&self.folder().join("config.json"), self.config(quantization)?)?;
+
+        Checkpoint::open(self.folder())?;
+        self.bytes()
+    }
+
+    /// What was written in the units that have ended, as the checkpoint that it will be: to be read until
+    /// [`CheckpointWriter::seal`] merges the parts, and to be dropped before.
+    ///
+    /// # Errors
+    /// Those of [`Checkpoint::open`]; `ERR_QUANTIZATION_UNSUPPORTED` as in [`CheckpointWriter::seal`].
+    pub fn staged(&self, quantization: &QuantizationConfig) -> Result<Checkpoint> {
+        self.check_schemes(quantization)?;
+        Checkpoint::of_tensors(self.folder(), self.config(Some(quantization))?, self.parts.tensors()?)
+    }
+
+    /// What `config.json` will say.
+    fn config(&self, quantization: Option<&QuantizationConfig>) -> Result<Map<String, Value>> {
         let mut config = self.source.config().clone();
         for field in Checkpoint::QUANTIZATION_FIELDS {
             config.shift_remove(field);
@@ -355,10 +373,7 @@ impl CheckpointWriter {
         if let Some(quantization) = quantization.filter(|_| !self.linears.is_empty()) {
             config.insert(Checkpoint::QUANTIZATION_FIELDS[0].into(), quantization.to_json()?);
         }
-        write_json(&self.folder().join("config.json"), config)?;
-
-        Checkpoint::open(self.folder())?;
-        self.bytes()
+        Ok(config)
     }
 
     /// Bytes of everything in the folder.

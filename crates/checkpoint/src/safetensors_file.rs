@@ -83,6 +83,24 @@ impl SafetensorsFile {
         Ok(SafetensorsFile { file, tensors, metadata: header.metadata })
     }
 
+    /// A file of tensors without a header, which lie where `tensors` says.
+    ///
+    /// # Errors
+    /// `ERR_CHECKPOINT_NOT_FOUND` when the file cannot be opened, `ERR_CHECKPOINT_CORRUPT` when it does not hold them.
+    pub(crate) fn without_header(path: &Path, tensors: BTreeMap<String, StoredTensor>) -> Result<Self> {
+        let file = PositionalFile::open(path).map_err(|error| {
+            Error::io(ErrorCode::CheckpointNotFound, path, &error).hint("Check that the file exists and may be read")
+        })?;
+        for (name, tensor) in &tensors {
+            let whole = stored_bytes(tensor.dtype, &tensor.shape).map(|bytes| bytes as u64) == Some(tensor.bytes);
+            let end = tensor.offset.checked_add(tensor.bytes);
+            if !whole || end.is_none_or(|end| end > file.length()) {
+                return Err(corrupt(path, format!("the file does not hold tensor '{name}'")));
+            }
+        }
+        Ok(SafetensorsFile { file, tensors, metadata: BTreeMap::new() })
+    }
+
     /// The file.
     pub(crate) fn path(&self) -> &Path {
         self.file.path()

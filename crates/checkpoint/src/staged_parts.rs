@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::checkpoint_writer::COPY_BUFFER;
 use crate::positional_file::PositionalFile;
+use crate::safetensors_file::{SafetensorsFile, StoredTensor};
 use crate::safetensors_writer::{SafetensorsWriter, TensorHeader, file_order, write_synced};
 use crate::shard_index::ShardIndex;
 use crate::tensor_set::TensorSet;
@@ -145,6 +146,21 @@ impl StagedParts {
         let of_part = self.tensors.values().filter(|tensor| tensor.part == index);
         let tensors = of_part.map(|t| RecordedTensor { header: t.header.clone(), offset: t.offset }).collect();
         Ok(Some(PartRecord { bytes: part.bytes, tensors }))
+    }
+
+    /// The tensors of the closed parts, to be read where they lie until they are merged.
+    ///
+    /// # Errors
+    /// `ERR_CHECKPOINT_NOT_FOUND` when a part was merged already, `ERR_CHECKPOINT_CORRUPT` when it is not whole.
+    pub(crate) fn tensors(&self) -> Result<TensorSet> {
+        let mut placed = vec![BTreeMap::new(); self.paths.len()];
+        for StagedTensor { header, part, offset } in self.tensors.values() {
+            let TensorHeader { name, dtype, shape, bytes } = header.clone();
+            placed[*part].insert(name, StoredTensor { dtype, shape, offset: *offset, bytes });
+        }
+        let parts = self.paths.iter().zip(placed);
+        let files = parts.map(|(path, tensors)| SafetensorsFile::without_header(path, tensors));
+        Ok(TensorSet::from_files(files.collect::<Result<_>>()?))
     }
 
     /// Merges the closed parts into `model.safetensors`, or into shards with an index when they are larger than one file

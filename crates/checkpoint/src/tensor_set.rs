@@ -103,7 +103,8 @@ impl TensorSet {
         Ok(Self::from_files(vec![SafetensorsFile::open(path)?]))
     }
 
-    fn from_files(files: Vec<SafetensorsFile>) -> Self {
+    /// The tensors of some files.
+    pub(crate) fn from_files(files: Vec<SafetensorsFile>) -> Self {
         let mut tensors = BTreeMap::new();
         let mut metadata = BTreeMap::new();
         for (position, file) in files.iter().enumerate() {

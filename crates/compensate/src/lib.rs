@@ -1,5 +1,6 @@
 //! Low-rank compensation of a compression residual: EoRA.
 
+mod ablation_fit;
 mod affine;
 mod certificate;
 mod compensation;
@@ -10,6 +11,7 @@ mod exact;
 mod factor_precision;
 mod factor_storage;
 mod fast;
+mod group_scales;
 mod hold_out;
 mod input_metric;
 mod lorc;
@@ -21,6 +23,7 @@ mod rank_profile;
 mod residual;
 mod residual_error;
 
+pub use ablation_fit::{AblatedLinear, AblationFit};
 pub use certificate::Certificate;
 pub use compensation::{Compensation, CompensationOptions, compensate};
 pub use compensation_method::{CompensationMethod, METHODS, compensation_method};
@@ -30,6 +33,7 @@ pub use exact::Exact;
 pub use factor_precision::FactorPrecision;
 pub use factor_storage::FactorStorage;
 pub use fast::{Fast, directions_bytes};
+pub use group_scales::group_scales;
 pub use hold_out::HoldOut;
 pub use lorc::Lorc;
 pub use mixed_inputs::{MixedInputs, check_share, compensate_mixed, mixed_bytes};

@@ -3,7 +3,11 @@ use std::time::Instant;
 use kintsugi_runtime::{CancelToken, Error, ErrorCode, Progress, Result, ThreadPool};
 use serde::Serialize;
 
-use crate::perplexity::{WindowLogits, negative_log_likelihood, predicting_rows, token_windows, window_groups};
+use crate::head::HeadBuffers;
+use crate::perplexity::{
+    HEAD_ROWS, WindowLogits, negative_log_likelihood, predicting_rows, token_windows, window_groups,
+};
+use crate::{Backend, DecoderSpec, Head};
 
 /// How far the predictions of a model are from those of its reference; the protocol of the windows is that of
 /// perplexity.
@@ -83,9 +87,7 @@ pub(crate) fn divergence(
     let tokens = divergences.len() as f64;
     let mean = divergences.iter().sum::<f64>() / tokens;
     if !mean.is_finite() {
-        return Err(Error::new(ErrorCode::ValueNotFinite, "a model gives logits that are not finite")
-            .subject("logits")
-            .hint("The weights or activations of the model overflow"));
+        return Err(not_finite());
     }
     divergences.sort_by(f64::total_cmp);
     Ok(Divergence {
@@ -101,18 +103,72 @@ pub(crate) fn divergence(
     })
 }
 
+/// The means over rows of `KL(P ‖ Q)` in nats, P and Q what a head predicts from residual streams behind the last block,
+/// `[rows, hiddenSize]` each: P from `reference`, Q from each of `others`.
+///
+/// # Errors
+/// `ERR_VALUE_NOT_FINITE` when logits are NaN; what the backend reports, `ERR_CANCELLED`.
+pub fn mean_divergences<B: Backend>(
+    backend: &B,
+    spec: &DecoderSpec,
+    head: &Head<B>,
+    reference: &[f32],
+    others: &[&[f32]],
+    cancel: &CancelToken,
+) -> Result<Vec<f64>> {
+    let (width, vocabulary) = (spec.hidden_size, spec.vocabulary_size);
+    let rows = reference.len() / width;
+    let mut sums = vec![0.0; others.len()];
+    let mut buffers = [HeadBuffers::new(backend, spec)?, HeadBuffers::new(backend, spec)?];
+    for first in (0..rows).step_by(HEAD_ROWS) {
+        let count = HEAD_ROWS.min(rows - first);
+        let [of_reference, of_other] = &mut buffers;
+        let upload = |stream: &[f32], buffers: &mut HeadBuffers<B>| {
+            backend.upload(&stream[first * width..(first + count) * width], &mut buffers.selected)
+        };
+        upload(reference, of_reference)?;
+        let p = head.logits(backend, count, of_reference)?;
+        let row_of = |row: usize| row * vocabulary..(row + 1) * vocabulary;
+        let p_log_sums = ThreadPool::global().map(count, |row| top_and_log_sum(&p[row_of(row)]).1);
+        for (sum, other) in sums.iter_mut().zip(others) {
+            cancel.check()?;
+            upload(other, of_other)?;
+            let q = head.logits(backend, count, of_other)?;
+            let of_rows = ThreadPool::global().map(count, |row| {
+                let (p, q) = (&p[row_of(row)], &q[row_of(row)]);
+                kl_divergence((p, p_log_sums[row]), (q, top_and_log_sum(q).1))
+            });
+            *sum += of_rows.iter().sum::<f64>();
+        }
+    }
+    let means: Vec<f64> = sums.into_iter().map(|sum| sum / rows.max(1) as f64).collect();
+    if means.iter().all(|mean| mean.is_finite()) { Ok(means) } else { Err(not_finite()) }
+}
+
+fn not_finite() -> Error {
+    Error::new(ErrorCode::ValueNotFinite, "a model gives logits that are not finite")
+        .subject("logits")
+        .hint("The weights or activations of the model overflow")
+}
+
+/// `KL(P ‖ Q)` of two distributions, each as logits with the logarithm of the sum of their exponentials.
+fn kl_divergence((p, p_log_sum): (&[f32], f64), (q, q_log_sum): (&[f32], f64)) -> f64 {
+    let terms = p.iter().zip(q).map(|(&p, &q)| {
+        let log_p = f64::from(p) - p_log_sum;
+        log_p.exp() * (log_p - (f64::from(q) - q_log_sum))
+    });
+    let sum: f64 = terms.sum();
+    // Rounding may leave a little less than nothing; NaN stays.
+    if sum < 0.0 { 0.0 } else { sum }
+}
+
 impl TokenDivergence {
     /// From the logits of the reference (p) and of the model (q), and the token that follows.
     fn new(p: &[f32], q: &[f32], target: u32) -> Self {
         let (p_top, p_log_sum) = top_and_log_sum(p);
         let (q_top, q_log_sum) = top_and_log_sum(q);
-        let kl = p.iter().zip(q).map(|(&p, &q)| {
-            let log_p = f64::from(p) - p_log_sum;
-            log_p.exp() * (log_p - (f64::from(q) - q_log_sum))
-        });
         TokenDivergence {
-            // Rounding may leave a little less than nothing.
-            kl: kl.sum::<f64>().max(0.0),
+            kl: kl_divergence((p, p_log_sum), (q, q_log_sum)),
             same_top: p_top == q_top,
             loss: negative_log_likelihood(q, target),
             reference_loss: negative_log_likelihood(p, target),
@@ -144,6 +200,13 @@ mod tests {
             let token = TokenDivergence::new(&p, &q, 2);
             assert!(token.kl < 1e-12 && token.same_top, "{}", token.kl);
             assert!((token.loss - token.reference_loss).abs() < 1e-12);
+        }
+    }
+
+    #[test]
+    fn logits_that_are_not_finite_show() {
+        for q in [[f32::NAN, 0.0], [f32::INFINITY, 0.0]] {
+            assert!(!TokenDivergence::new(&[1.0, 0.0], &q, 0).kl.is_finite());
         }
     }
 

@@ -16,6 +16,7 @@ mod divergence;
 mod embedding;
 mod expert_spec;
 mod generation;
+mod head;
 mod linear_slot;
 mod loaded_model;
 mod model;
@@ -42,16 +43,17 @@ pub use decoder_family::{
     WindowRule,
 };
 pub use decoder_spec::{DecoderSpec, LinearSpec};
-pub use divergence::Divergence;
+pub use divergence::{Divergence, mean_divergences};
 pub use embedding::Embedding;
 pub use expert_spec::ExpertSpec;
 pub use generation::{FinishReason, GenerateOptions, Generation, GenerationSummary, Piece};
+pub use head::Head;
 pub use kintsugi_kernels::{Activation, Precision, Scores};
 pub use linear_slot::{LinearSlot, TapPoint};
 pub use loaded_model::{BACKENDS, LoadOptions, LoadedModel, PieceSource};
 pub use model::Model;
 pub use model_weights::{BlockWeights, ModelWeights, NormWeight, attach_compensation, read_tokenizer};
-pub use perplexity::{Perplexity, token_windows};
+pub use perplexity::{HEAD_ROWS, Perplexity, token_windows};
 pub use rotary_spec::RotarySpec;
 pub use rotary_tables::RotaryTables;
 pub use sampler::{Sampler, SamplingOptions};

@@ -6,7 +6,7 @@ use kintsugi_weights::Adapter;
 
 use crate::model_weights::check_factors;
 use crate::{
-    Backend, Batch, Block, BlockWeights, CompensationChoice, DecoderSpec, Embedding, ModelWeights, RotaryTables,
+    Backend, Batch, Block, BlockWeights, CompensationChoice, DecoderSpec, Embedding, Head, ModelWeights, RotaryTables,
     Session, Tokenizer, attach_compensation, read_tokenizer,
 };
 
@@ -17,8 +17,7 @@ pub struct Model<B: Backend> {
     tokenizer: Tokenizer,
     embedding: Embedding,
     blocks: Vec<Block<B>>,
-    final_norm: B::Norm,
-    head: B::Linear,
+    head: Head<B>,
     adapters: Vec<String>,
 }
 
@@ -60,8 +59,7 @@ impl<B: Backend> Model<B> {
     /// What the backend reports when a weight cannot be packed.
     pub fn without_blocks(spec: DecoderSpec, backend: B, tokenizer: Tokenizer, weights: &ModelWeights) -> Result<Self> {
         Ok(Model {
-            final_norm: backend.prepare_norm(&weights.final_norm)?,
-            head: backend.prepare(&weights.head())?,
+            head: Head::prepare(&backend, &spec, &weights.final_norm, &weights.head())?,
             embedding: weights.embedding.clone(),
             blocks: Vec::with_capacity(spec.layers),
             adapters: Vec::new(),
@@ -172,7 +170,7 @@ impl<B: Backend> Model<B> {
     /// Bytes of the packed weights, embedding included.
     pub fn memory_bytes(&self) -> usize {
         let blocks: usize = self.blocks.iter().map(|block| block.memory_bytes(&self.backend)).sum();
-        blocks + self.embedding.memory_bytes() + self.backend.linear_bytes(&self.head)
+        blocks + self.embedding.memory_bytes() + self.head.memory_bytes(&self.backend)
     }
 
     /// How many Linears have their products computed in which arithmetic, the head, routers and gates of shared experts
@@ -180,7 +178,7 @@ impl<B: Backend> Model<B> {
     pub fn arithmetic(&self) -> BTreeMap<&'static str, usize> {
         let mut counts = BTreeMap::new();
         let blocks = self.blocks.iter().flat_map(|block| block.arithmetic(&self.backend));
-        for arithmetic in blocks.chain([self.backend.arithmetic(&self.head)]) {
+        for arithmetic in blocks.chain([self.head.arithmetic(&self.backend)]) {
             *counts.entry(arithmetic.name()).or_default() += 1;
         }
         counts
@@ -219,18 +217,11 @@ impl<B: Backend> Model<B> {
         rows: std::ops::Range<usize>,
     ) -> Result<std::borrow::Cow<'a, [f32]>> {
         let width = self.spec.hidden_size;
-        let count = rows.len();
         {
             let hidden = self.backend.download(&session.hidden)?;
-            self.backend.upload(&hidden[rows.start * width..rows.end * width], &mut session.selected)?;
+            let selected = &hidden[rows.start * width..rows.end * width];
+            self.backend.upload(selected, &mut session.head.selected)?;
         }
-        self.backend.set_rows(&mut session.normed, count)?;
-        self.backend.set_rows(&mut session.logits, count)?;
-        self.backend.norm(&session.selected, &self.final_norm, self.spec.norm_epsilon, &mut session.normed)?;
-        self.backend.linear(&self.head, &session.normed, &mut session.logits)?;
-        if let Some(cap) = self.spec.logit_cap {
-            self.backend.soft_cap(cap, &mut session.logits)?;
-        }
-        self.backend.download(&session.logits)
+        self.head.logits(&self.backend, rows.len(), &mut session.head)
     }
 }

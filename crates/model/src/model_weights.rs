@@ -118,17 +118,8 @@ impl ModelWeights {
     /// # Errors
     /// `ERR_CHECKPOINT_TENSOR_MISSING`, `ERR_CHECKPOINT_SHAPE`, and what reading reports.
     pub fn read(checkpoint: &Checkpoint, spec: &DecoderSpec) -> Result<Self> {
-        let expected = (spec.vocabulary_size, spec.hidden_size);
-        let head_name = spec.family.head;
-        let embedding = Embedding::read(checkpoint, spec)?;
-        let head = if spec.tied_head {
-            None
-        } else {
-            let head = checkpoint.linear(head_name)?;
-            check_shape(&format!("{head_name}.weight"), expected, (head.matrix.rows(), head.matrix.columns()))?;
-            Some(head)
-        };
-        let final_norm = read_norm(checkpoint, spec, spec.name(spec.family.final_norm), spec.hidden_size)?;
+        let (embedding, head) = (Embedding::read(checkpoint, spec)?, read_head(checkpoint, spec)?);
+        let final_norm = read_final_norm(checkpoint, spec)?;
         Ok(ModelWeights { embedding, head, final_norm })
     }
 
@@ -137,6 +128,23 @@ impl ModelWeights {
         let tied = || LinearWeight::plain(self.embedding.tokens.clone());
         self.head.clone().unwrap_or_else(tied)
     }
+}
+
+/// The head; `None` when it is the embedding.
+pub(crate) fn read_head(checkpoint: &Checkpoint, spec: &DecoderSpec) -> Result<Option<LinearWeight>> {
+    if spec.tied_head {
+        return Ok(None);
+    }
+    let name = spec.family.head;
+    let head = checkpoint.linear(name)?;
+    let expected = (spec.vocabulary_size, spec.hidden_size);
+    check_shape(&format!("{name}.weight"), expected, (head.matrix.rows(), head.matrix.columns()))?;
+    Ok(Some(head))
+}
+
+/// The norm behind the last block.
+pub(crate) fn read_final_norm(checkpoint: &Checkpoint, spec: &DecoderSpec) -> Result<NormWeight> {
+    read_norm(checkpoint, spec, spec.name(spec.family.final_norm), spec.hidden_size)
 }
 
 /// Reads the tokenizer and checks that it fits the vocabulary.

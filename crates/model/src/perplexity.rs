@@ -11,7 +11,7 @@ use crate::{Backend, Batch, Model, Session};
 /// Rows of one forward pass; several windows share a pass as long as they fit.
 const ROWS_PER_PASS: usize = 1024;
 /// Rows whose logits are held at a time.
-const ROWS_PER_HEAD: usize = 128;
+pub const HEAD_ROWS: usize = 128;
 
 /// How well a model predicts a text; the protocol is written down in `docs/perplexity.md`.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -120,7 +120,7 @@ pub(crate) fn window_groups<'a>(windows: &'a [&'a [u32]], length: usize) -> impl
 
 /// The rows of a window that predict another token of it, in pieces: the last token predicts nothing.
 pub(crate) fn predicting_rows(length: usize) -> impl Iterator<Item = Range<usize>> {
-    (0..length - 1).step_by(ROWS_PER_HEAD).map(move |start| start..(start + ROWS_PER_HEAD).min(length - 1))
+    (0..length - 1).step_by(HEAD_ROWS).map(move |start| start..(start + HEAD_ROWS).min(length - 1))
 }
 
 impl<B: Backend> Model<B> {

@@ -1,6 +1,7 @@
 use kintsugi_kernels::PAGE_POSITIONS;
 use kintsugi_runtime::Result;
 
+use crate::head::HeadBuffers;
 use crate::{Backend, Model, Workspace};
 
 /// Hands out KV pages. A page number means the same page in the cache of every block.
@@ -33,9 +34,7 @@ pub struct Session<B: Backend> {
     pub(crate) caches: Vec<B::KvCache>,
     pub(crate) workspace: Workspace<B>,
     pub(crate) hidden: B::Tensor,
-    pub(crate) selected: B::Tensor,
-    pub(crate) normed: B::Tensor,
-    pub(crate) logits: B::Tensor,
+    pub(crate) head: HeadBuffers<B>,
     /// The pages of all sequences of this session.
     pub pages: PagePool,
 }
@@ -52,9 +51,7 @@ impl<B: Backend> Session<B> {
             caches: caches.collect::<Result<_>>()?,
             workspace: Workspace::new(backend, spec)?,
             hidden: backend.tensor(0, spec.hidden_size)?,
-            selected: backend.tensor(0, spec.hidden_size)?,
-            normed: backend.tensor(0, spec.hidden_size)?,
-            logits: backend.tensor(0, spec.vocabulary_size)?,
+            head: HeadBuffers::new(backend, spec)?,
             pages: PagePool::default(),
         })
     }

@@ -20,7 +20,7 @@ pub struct BindingEora {
     pub budget_bytes: Option<f64>,
     pub min_rank: u32,
     pub rank_multiple: u32,
-    /// `outputs` or `equal`.
+    /// `outputs`, `equal` or `ablation`.
     pub rank_weights: String,
 }
 

@@ -3,7 +3,7 @@ use std::time::Instant;
 use kintsugi_calibration::{Calibration, Drift};
 use kintsugi_compensate::{
     Certificate, DenseError, HoldOut, HoldOutError, MixedInputs, RankProfile, ResidualError, compensate,
-    compensate_mixed, residual_error,
+    compensate_mixed, group_scales, residual_error,
 };
 use kintsugi_compress::{BlockMethod, LinearMethod, linear_method};
 use kintsugi_model::{Backend, Block, BlockWeights, DecoderSpec, TapPoint};
@@ -332,18 +332,23 @@ impl<'a, B: Backend> BlockCompressor<'a, B> {
 
         let started = Instant::now();
         let dense: Vec<&dyn RowSource> = places.iter().map(|&place| &original.linears[place].matrix as _).collect();
-        let solved = self.solve(&dense, &compressed, inputs, ThreadPool::global());
+        let pool = ThreadPool::global();
+        let scales = match inputs.statistics {
+            Some(statistics) => group_scales(&dense, statistics, pool),
+            None => vec![1.0; dense.len()],
+        };
+        let solved = self.solve(&dense, &compressed, &scales, inputs, pool);
         let mut solved = solved.map_err(|error| with_subject(error, &names.join(", ")))?;
         self.phases.compensate += started.elapsed().as_secs_f64();
 
         let mut first_row = 0;
         let mut all = Vec::with_capacity(places.len());
-        for (name, weight) in names.iter().zip(compressed) {
+        for ((name, weight), scale) in names.iter().zip(compressed).zip(scales) {
             let rows = first_row..first_row + weight.matrix.rows();
             first_row = rows.end;
             let factors = match names.len() {
                 1 => solved.factors.take(),
-                _ => solved.factors.as_ref().map(|factors| factors.of_outputs(rows)),
+                _ => solved.factors.as_ref().map(|factors| factors.of_outputs(rows).scaled(1.0 / scale)),
             };
             let is_first = all.is_empty();
             // An A that several share is kept once.
@@ -403,17 +408,20 @@ impl<'a, B: Backend> BlockCompressor<'a, B> {
         Ok(LinearWeight { bias: original.bias.clone(), ..LinearWeight::plain(matrix) })
     }
 
-    /// The compensation of the Linears of a unit.
+    /// The compensation of the Linears of a unit, whose outputs are multiplied with `scales`.
     fn solve(
         &self,
         dense: &[&dyn RowSource],
         compressed: &[LinearWeight],
+        scales: &[f32],
         inputs: KnownInputs<'_>,
         pool: &ThreadPool,
     ) -> Result<Solved> {
         let Some(statistics) = inputs.statistics else { return Ok(Solved::default()) };
-        let dense = &StackedRows::new(dense.to_vec());
-        let compressed = &StackedRows::new(compressed.iter().map(|linear| linear as _).collect());
+        let dense = &StackedRows::new(dense.iter().copied().zip(scales.iter().copied()).collect());
+        let compressed = &StackedRows::new(
+            compressed.iter().zip(scales).map(|(linear, &scale)| (linear as &dyn RowSource, scale)).collect(),
+        );
         let Some(recipe) = &self.recipe.eora else {
             let quantized = residual_error(dense, compressed, statistics, pool);
             let error = ResidualError { quantized, compensated: quantized, bound: quantized };

@@ -135,7 +135,8 @@ impl<B: Backend> CalibrationStream<B> {
         CalibrationStream { hidden: self.hidden.of_dense_model(), ..self }
     }
 
-    fn empty(spec: &DecoderSpec, text: &CalibrationTokens, folder: Option<&Path>) -> Self {
+    /// A stream of zeros.
+    pub(crate) fn empty(spec: &DecoderSpec, text: &CalibrationTokens, folder: Option<&Path>) -> Self {
         let hidden = ActivationBuffer::new(text.tokens().len(), spec.hidden_size, folder);
         let (seen, held_out) = text.spans();
         CalibrationStream {

@@ -8,6 +8,11 @@ use kintsugi_runtime::{Error, ErrorCode, Result};
 use crate::calibration_source::{enough_tokens, read_tokens};
 use crate::{CalibrationRecipe, CalibrationSource};
 
+/// Fewest held out tokens that a sample is taken from.
+const LEAST_HELD_OUT: usize = 256;
+/// Shortest sequences of a sample, where those of the calibration are not shorter.
+const LEAST_LENGTH: usize = 16;
+
 /// The tokens that calibration runs over: sequences of one length, source by source. Behind those that statistics are
 /// taken from come those that are held out: the first half of each source, then the second, so that each half of all is
 /// a mixture too, of those sources at least that hold out two. Odd ones go to the halves in turns.
@@ -94,6 +99,42 @@ impl CalibrationTokens {
             seen: self.seen.iter().zip(&ranges).map(taken).collect(),
             held_out: Vec::new(),
         }
+    }
+
+    /// At most `most` tokens that an ablation runs over, and whether they are held out: they come from the first half of
+    /// the held out ones, the half that decides, or from those that statistics are taken from where that is small. As many
+    /// of each source whatever its weight; sequences may be cut short.
+    pub(crate) fn sample(&self, most: usize) -> (Self, bool) {
+        let half = self.held_out() / 2;
+        let is_held_out = half >= LEAST_HELD_OUT.min(most);
+        let (spans, first, end) = match is_held_out {
+            true => (&self.held_out, self.seen(), self.seen() + half),
+            false => (&self.seen, 0, self.seen()),
+        };
+        // Where each source lies, and its part of the sample.
+        let mut sources = Vec::new();
+        let mut start = first;
+        for span in spans {
+            let range = start..(start + span.tokens).min(end);
+            start += span.tokens;
+            if range.len() >= LEAST_LENGTH.min(self.length) {
+                sources.push((range, *span));
+            }
+        }
+        sources.truncate((most / LEAST_LENGTH).max(1));
+        let share = most / sources.len().max(1);
+        let shortest = sources.iter().map(|(range, _)| range.len()).min().unwrap_or(0);
+        let length = self.length.min(share).min(shortest);
+        let (mut tokens, mut seen) = (Vec::new(), Vec::new());
+        for (range, span) in sources {
+            let starts = range.clone().step_by(self.length).filter(|start| start + length <= range.end);
+            let before = tokens.len();
+            for start in starts.take(share / length.max(1)) {
+                tokens.extend_from_slice(&self.tokens[start..start + length]);
+            }
+            seen.push(TokenSpan { tokens: tokens.len() - before, ..span });
+        }
+        (CalibrationTokens { tokens, length, seen, held_out: Vec::new() }, is_held_out)
     }
 
     /// All tokens, sequence after sequence.
@@ -195,6 +236,38 @@ mod tests {
         assert_eq!(TokenSpan::sample(&[span(100)], 64, 10), vec![0..60]);
         assert_eq!(TokenSpan::sample(&[span(100)], 5, 10), vec![0..10]);
         assert_eq!(TokenSpan::sample(&[span(100), span(20), span(50)], 90, 10), vec![0..30, 100..120, 120..150]);
+    }
+
+    #[test]
+    fn an_ablation_sees_the_deciding_half_of_what_is_held_out_or_what_is_seen() {
+        let tokens = |length: usize, seen: &[usize], held_out: &[usize]| {
+            let spans = |counts: &[usize]| -> Vec<TokenSpan> {
+                counts.iter().map(|&count| TokenSpan { tokens: count * length, weight: 1.0 }).collect()
+            };
+            let (seen, held_out) = (spans(seen), spans(held_out));
+            let count = TokenSpan::sum(&seen) + TokenSpan::sum(&held_out);
+            CalibrationTokens { tokens: (0..count as u32).collect(), length, seen, held_out }
+        };
+        let ranges = |(sample, held_out): (CalibrationTokens, bool)| {
+            assert_eq!(sample.seen(), sample.tokens.len());
+            let starts: Vec<u32> = sample.tokens.iter().copied().step_by(sample.length).collect();
+            (starts, sample.length, held_out)
+        };
+        // One sequence is cut; of many the first half is taken.
+        assert_eq!(ranges(tokens(2048, &[9], &[1]).sample(1024)), (vec![9 * 2048], 1024, true));
+        assert_eq!(
+            ranges(tokens(256, &[9], &[8]).sample(1024)),
+            ([9, 10, 11, 12].map(|i| i * 256).to_vec(), 256, true)
+        );
+        // The halves of two sources.
+        let two = tokens(512, &[4, 6], &[1, 1, 1, 1]).sample(1024);
+        assert_eq!(two.0.seen.len(), 2);
+        assert_eq!(ranges(two), (vec![10 * 512, 11 * 512], 512, true));
+        // Too little is held out: all sources, as much of each.
+        let seen = tokens(128, &[20, 1], &[2, 1]).sample(1024);
+        assert_eq!(seen.0.seen.iter().map(|span| span.tokens).collect::<Vec<_>>(), [512, 128]);
+        assert_eq!(ranges(seen), (vec![0, 128, 256, 384, 20 * 128], 128, false));
+        assert_eq!(ranges(tokens(4, &[3], &[]).sample(1024)), (vec![0, 4, 8], 4, false));
     }
 
     #[test]

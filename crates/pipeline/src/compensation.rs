@@ -10,10 +10,13 @@ use kintsugi_weights::Adapter;
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::compression::{CalibrationData, calibration_input, refuse_compressed, remove_block_files, timed};
+use crate::compression::{
+    CalibrationData, ablation_sample, calibration_input, refuse_compressed, remove_block_files, timed,
+};
 use crate::eora_recipe::FactorShare;
 use crate::job_identity::{identity, is_worth_resuming};
 use crate::ledger_unit::LedgerUnit;
+use crate::rank_ablation::RankAblation;
 use crate::recovered_scales::{AsCompressed, as_compressed};
 use crate::solved_factors::SolvedFactors;
 use crate::{
@@ -300,7 +303,7 @@ struct Job<'a> {
     pair: &'a Pair,
     staged: StagedFolder,
     ledger: Ledger,
-    /// Finished blocks.
+    /// Finished blocks, and the ablations behind them.
     units: Vec<LedgerUnit>,
     started: Instant,
 }
@@ -318,8 +321,10 @@ impl Job<'_> {
         let before = self.units.last().map_or((0.0, PhaseSeconds::default()), |unit| (unit.seconds, unit.phases));
         let (spec, folder) = (&self.pair.spec, self.staged.path().to_path_buf());
         let mut phases = PhaseSeconds::default();
+        let sample = ablation_sample(self.compression, &calibration);
         let (tokens, shares) = (calibration.seen(), calibration.shares.clone());
-        let finished = self.units.len();
+        // Behind the blocks there may be a unit of ablations.
+        let finished = self.units.len().min(spec.layers);
         let on_disk = plan.memory.activations_on_disk.then_some(folder.as_path());
         let models = (&self.pair.compressed, &self.pair.original);
         let finished_blocks = (finished, self.units.last());
@@ -351,6 +356,7 @@ impl Job<'_> {
                 activations,
                 dense_activations,
                 factors,
+                ablation: None,
                 seconds: before.0 + self.started.elapsed().as_secs_f64(),
                 phases: before.1.plus(phases).plus(compressor.phases()),
             };
@@ -360,6 +366,22 @@ impl Job<'_> {
             progress.advance(1);
         }
 
+        if let Some(sample) = sample.filter(|_| self.units.len() <= spec.layers) {
+            let measuring = Instant::now();
+            let (deployed, there) = (&self.pair.compressed, self.pair.there.as_ref());
+            let (eora, folder, units) = (&self.recipe.eora, &folder, &self.units);
+            let ablation = RankAblation { backend, spec, eora, deployed, there, folder, units, cancel, progress };
+            let costs = ablation.run(&sample)?;
+            phases.calibrate += measuring.elapsed().as_secs_f64();
+            let unit = LedgerUnit {
+                ablation: Some(costs),
+                seconds: before.0 + self.started.elapsed().as_secs_f64(),
+                phases: before.1.plus(phases).plus(compressor.phases()),
+                ..LedgerUnit::default()
+            };
+            self.ledger.append(&unit)?;
+            self.units.push(unit);
+        }
         progress.at("write", "");
         let finishing = Instant::now();
         let solved = SolvedFactors::divide(self.compression, spec, &self.units)?;

@@ -14,11 +14,12 @@ use crate::job_identity::{identity, is_worth_resuming};
 use crate::ledger_unit::LedgerUnit;
 use crate::output_format::OutputFormat;
 use crate::plan::stored_type;
+use crate::rank_ablation::{AblationGroups, RankAblation};
 use crate::solved_factors::SolvedFactors;
 use crate::{
     BlockCompressor, CalibrationInput, CalibrationShare, CalibrationStream, CalibrationTokens, CompensationSummary,
-    CompressedBlock, EoraInputs, MeanError, PhaseSeconds, Plan, Recipe, Report, SavedStatistics, StatisticsWriter,
-    Summary,
+    CompressedBlock, EoraInputs, EoraRecipe, MeanError, PhaseSeconds, Plan, Recipe, Report, SavedStatistics,
+    StatisticsWriter, Summary,
 };
 
 /// What `recipe` would do, from the headers of the checkpoint alone.
@@ -181,7 +182,7 @@ struct Compression<'a> {
     spec: &'a DecoderSpec,
     writer: CheckpointWriter,
     ledger: Ledger,
-    /// Finished: the tensors outside of the blocks, then the blocks.
+    /// Finished: the tensors outside of the blocks, then the blocks, and the ablations behind them.
     units: Vec<LedgerUnit>,
     started: Instant,
 }
@@ -205,7 +206,8 @@ impl Compression<'_> {
             let part = self.writer.end_unit()?;
             self.record(LedgerUnit { part, phases: before.1.plus(phases), ..LedgerUnit::default() }, before.0)?;
         }
-        let finished_blocks = self.units.len() - 1;
+        // Behind the blocks there may be a unit of ablations.
+        let finished_blocks = (self.units.len() - 1).min(spec.layers);
         let folder = self.writer.folder().to_path_buf();
         let allocated = match (&calibration.tokens, recipe.bit_budget) {
             (Some(text), Some(_)) if finished_blocks < spec.layers => {
@@ -222,6 +224,7 @@ impl Compression<'_> {
         };
         let recipe = allocated.as_ref().unwrap_or(recipe);
         let on_disk = plan.memory.activations_on_disk.then_some(folder.as_path());
+        let sample = ablation_sample(recipe, &calibration);
         let (tokens, shares) = (calibration.seen(), calibration.shares.clone());
         let counts = (calibration.token_weight, calibration.is_mixture);
         let done = finished_blocks == spec.layers;
@@ -268,6 +271,18 @@ impl Compression<'_> {
         }
 
         compressor.finish_saving()?;
+        let config = self.quantization_config(format.layout());
+        let sample = sample.filter(|_| self.units.len() <= spec.layers + 1);
+        if let (Some(sample), Some(eora)) = (sample, &recipe.eora) {
+            let measuring = Instant::now();
+            let (deployed, units) = (self.writer.staged(&config)?, &self.units);
+            let (deployed, folder) = (&deployed, &folder);
+            let ablation = RankAblation { backend, spec, eora, deployed, there: None, folder, units, cancel, progress };
+            let costs = ablation.run(&sample)?;
+            phases.calibrate += measuring.elapsed().as_secs_f64();
+            let phases = before.1.plus(phases).plus(compressor.phases());
+            self.record(LedgerUnit { ablation: Some(costs), phases, ..LedgerUnit::default() }, before.0)?;
+        }
         progress.at("write", "");
         let finishing = Instant::now();
         let solved = SolvedFactors::divide(recipe, spec, &self.units)?;
@@ -276,7 +291,6 @@ impl Compression<'_> {
             self.writer.write_compensation(&factors)?;
         }
         remove_block_files(self.writer.folder())?;
-        let config = self.quantization_config(format.layout());
         let mut bytes = self.writer.seal(&config)?;
         let mut notices = Vec::new();
         if let Some(plan) = format.gguf_plan(recipe) {
@@ -339,6 +353,12 @@ impl Compression<'_> {
         self.units.push(unit);
         Ok(())
     }
+}
+
+/// The tokens that ablations run over, and whether they are held out; `None` where no division asks for them.
+pub(crate) fn ablation_sample(recipe: &Recipe, calibration: &CalibrationData) -> Option<(CalibrationTokens, bool)> {
+    let ablates = recipe.eora.as_ref().is_some_and(EoraRecipe::ablates);
+    calibration.tokens.as_ref().filter(|_| ablates).map(|tokens| tokens.sample(AblationGroups::TOKENS))
 }
 
 /// Where the statistics of the next block come from: after so many finished blocks, the last of which has left the

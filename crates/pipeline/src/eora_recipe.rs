@@ -65,17 +65,21 @@ pub enum RankWeights {
     Outputs,
     /// One.
     Equal,
+    /// Those of the outputs, times what losing the factors of a type of Linears and of a band of blocks costs the
+    /// predictions of the model.
+    Ablation,
 }
 
 impl RankWeights {
     /// Their names.
-    pub const NAMES: &'static [&'static str] = &["outputs", "equal"];
+    pub const NAMES: &'static [&'static str] = &["outputs", "equal", "ablation"];
 
     /// Those of that name.
     pub fn from_name(name: &str) -> Option<Self> {
         match name {
             "outputs" => Some(RankWeights::Outputs),
             "equal" => Some(RankWeights::Equal),
+            "ablation" => Some(RankWeights::Ablation),
             _ => None,
         }
     }
@@ -123,6 +127,11 @@ impl EoraRecipe {
                 .hint("Use a mean below eora.rank, such as half of it"));
         }
         allocate_ranks(&[], allocation.budget, self.limits(allocation)).map(|_| ())
+    }
+
+    /// Whether the division asks what the model is without some of its factors.
+    pub(crate) fn ablates(&self) -> bool {
+        self.allocation.is_some_and(|allocation| allocation.weights == RankWeights::Ablation)
     }
 
     /// What each Linear is solved for.

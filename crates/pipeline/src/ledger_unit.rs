@@ -2,9 +2,10 @@ use kintsugi_checkpoint::{RecordedUnit, UnitRecord};
 use kintsugi_compensate::RankProfile;
 use serde::{Deserialize, Serialize};
 
+use crate::rank_ablation::AblationCosts;
 use crate::{LinearReport, PhaseSeconds};
 
-/// A finished unit: the tensors outside of the blocks, or a block.
+/// A finished unit: the tensors outside of the blocks, a block, or the ablations behind the last one.
 #[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct LedgerUnit {
@@ -22,6 +23,9 @@ pub(crate) struct LedgerUnit {
     pub(crate) dense_activations: Option<String>,
     /// The folder with its factors; `None` without.
     pub(crate) factors: Option<String>,
+    /// What groups of factors are worth: of the unit behind the last block, where ranks are divided by it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) ablation: Option<AblationCosts>,
     /// Seconds of the job so far, earlier runs included.
     pub(crate) seconds: f64,
     /// The same by phase.
@@ -34,7 +38,8 @@ impl RecordedUnit for LedgerUnit {
     }
 
     fn is_sound(&self) -> bool {
-        self.profiles.iter().flatten().all(RankProfile::is_sound)
+        let sound = self.ablation.as_ref().is_none_or(AblationCosts::is_sound);
+        sound && self.profiles.iter().flatten().all(RankProfile::is_sound)
     }
 }
 

@@ -29,6 +29,7 @@ mod memory_plan;
 mod merging;
 mod output_format;
 mod plan;
+mod rank_ablation;
 mod rank_division;
 mod recipe;
 mod recovered_scales;
@@ -63,6 +64,7 @@ pub use merging::{
     plan_merge,
 };
 pub use plan::{Plan, PlannedLinear};
+pub use rank_ablation::{AblatedGroup, AblationReport};
 pub use rank_division::AllocationReport;
 pub use recipe::Recipe;
 pub use report::{CalibrationShare, CompensationSummary, LinearReport, MeanError, PhaseSeconds, Report, Summary};

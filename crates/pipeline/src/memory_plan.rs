@@ -3,7 +3,7 @@ use kintsugi_checkpoint::Checkpoint;
 use kintsugi_compensate::{Residual, directions_bytes, mixed_bytes};
 use kintsugi_compress::{AxisRule, tile_rows};
 use kintsugi_kernels::PAGE_POSITIONS;
-use kintsugi_model::{CpuBackend, DecoderSpec, LinearSpec, PositionRule, TapPoint};
+use kintsugi_model::{CpuBackend, DecoderSpec, HEAD_ROWS, LinearSpec, PositionRule, TapPoint};
 use kintsugi_runtime::{Error, ErrorCode, Result, ThreadPool, available_memory_bytes};
 use kintsugi_weights::ElementType;
 use serde::Serialize;
@@ -11,7 +11,8 @@ use serde::Serialize;
 use crate::activation_buffer::ActivationBuffer;
 use crate::calibration_source::reading_bytes;
 use crate::eora_unit::EoraUnit;
-use crate::{ActivationPlace, CalibrationRecipe, CalibrationStream, Recipe};
+use crate::rank_ablation::AblationGroups;
+use crate::{ActivationPlace, CalibrationRecipe, CalibrationStream, EoraRecipe, Recipe};
 
 /// What the process has before a job begins: code, threads, the headers of the checkpoint, the tokenizer.
 const BASE: u64 = 160 << 20;
@@ -20,10 +21,11 @@ pub(crate) const SAMPLE_TOKENS: usize = 1024;
 
 /// The memory that a job takes at most, estimated from shapes, recipe and threads, and how it keeps within a budget.
 ///
-/// The peak is the largest of four moments. *Text*: the calibration file while it becomes tokens, with nothing but
+/// The peak is the largest of five moments. *Text*: the calibration file while it becomes tokens, with nothing but
 /// `base` beside it. *Start*: the embedding, read once to make the first activations. *Block*:
-/// `weights + prepared + statistics`, and beside them either one forward pass or `quantized + solver`. *End*: the
-/// factors of all blocks on their way to the PEFT folder. To each come `base` and the activations, if they are in
+/// `weights + prepared + statistics`, and beside them either one forward pass or `quantized + solver`. *Ablation*:
+/// what weighs ranks by the predictions of the model, where that is asked for. *End*: the factors of all blocks on their
+/// way to the PEFT folder. To each come `base` and the activations, if they are in
 /// memory. A compensation for mixed inputs runs both models: it takes activations, packed block and forward pass twice.
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -75,6 +77,9 @@ pub struct MemoryParts {
     pub activations: u64,
     /// The factors of all blocks, at the end only.
     pub factors: u64,
+    /// Ablations, behind the last block only: the residual streams of all models that run beside each other, and either
+    /// a block with its factors or the head with the logits of some rows.
+    pub ablation: u64,
 }
 
 impl MemoryPlan {
@@ -160,6 +165,7 @@ impl MemoryPlan {
             "activations" if on_disk => "Let calibration.activations be 'auto'",
             "text" => "Use a smaller calibration file, or one in JSONL",
             "forward" => "Use a smaller calibration.length",
+            "ablation" => "Use other eora.rankWeights",
             "solver" | "factors" if recipe.eora.is_some() => "Leave out eora or use a smaller rank",
             _ => "Use a machine with that much memory",
         };
@@ -172,12 +178,12 @@ impl MemoryPlan {
 impl MemoryParts {
     fn peak(&self) -> u64 {
         let block = self.weights + self.prepared + self.statistics + self.forward.max(self.quantized + self.solver);
-        let job = self.activations.saturating_add(block.max(self.embedding).max(self.factors));
+        let job = self.activations.saturating_add(block.max(self.embedding).max(self.factors).max(self.ablation));
         self.base.saturating_add(self.text.max(job))
     }
 
     /// All parts with their names.
-    pub fn named(&self) -> [(&'static str, u64); 11] {
+    pub fn named(&self) -> [(&'static str, u64); 12] {
         [
             ("base", self.base),
             ("text", self.text),
@@ -190,6 +196,7 @@ impl MemoryParts {
             ("solver", self.solver),
             ("activations", self.activations),
             ("factors", self.factors),
+            ("ablation", self.ablation),
         ]
     }
 }
@@ -245,7 +252,7 @@ impl Shapes<'_> {
         let units = recipe.eora.as_ref().map(|eora| eora.units(spec)).unwrap_or_default();
         let solvers = spec.linears.iter().map(|linear| self.solver(linear));
         let solvers = solvers.chain(units.iter().map(|unit| self.compensation(unit)));
-        MemoryParts {
+        let mut parts = MemoryParts {
             base: BASE,
             text: recipe.calibration.as_ref().map_or(0, |calibration| {
                 let of_source = |source| reading_bytes(source, calibration.length);
@@ -266,7 +273,23 @@ impl Shapes<'_> {
             activations: 0,
             // As f32 in memory, and as bf16 on the way to the file.
             factors: blocks * factor_values * 6,
+            ablation: 0,
+        };
+        if recipe.eora.as_ref().is_some_and(EoraRecipe::ablates) {
+            parts.ablation = self.ablation(&parts, factor_values * 6);
         }
+        parts
+    }
+
+    /// Streams in f32, the input and output of the one that runs twice among them. A block as it is read, packed, with
+    /// factors of so many bytes; the head likewise, and logits of the model with all factors and of another.
+    fn ablation(&self, parts: &MemoryParts, factors: u64) -> u64 {
+        let units = self.recipe.eora.as_ref().map(|eora| eora.units(self.spec)).unwrap_or_default();
+        let streams = AblationGroups::new(self.spec, &units).count() as u64 + 4;
+        let rows = AblationGroups::TOKENS.min(self.tokens) as u64;
+        let block = parts.weights + parts.prepared + parts.forward + factors;
+        let logits = 2 * (HEAD_ROWS * self.spec.vocabulary_size) as u64 * 4;
+        streams * rows * self.spec.hidden_size as u64 * 4 + block.max(2 * self.embedding() + logits)
     }
 
     /// The stages that are captured after each other, whatever the memory.

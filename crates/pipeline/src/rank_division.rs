@@ -2,6 +2,7 @@ use kintsugi_compensate::{RankBudget, RankCandidate, RankProfile, allocate_ranks
 use kintsugi_runtime::Result;
 use serde::Serialize;
 
+use crate::AblationReport;
 use crate::eora_recipe::{EoraRecipe, RankWeights};
 
 /// The ranks that the Linears of a model get of a budget.
@@ -31,6 +32,9 @@ pub struct AllocationReport {
     pub uniform: f64,
     /// The same with the ranks that were divided.
     pub allocated: f64,
+    /// What the weights were made of, where they come from ablations. Not in a report of others.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ablation: Option<AblationReport>,
 }
 
 /// A Linear that was solved, or some that share an A.
@@ -42,6 +46,8 @@ pub(crate) struct SolvedUnit<'a> {
     pub(crate) columns: usize,
     /// `None` where nothing is known about its inputs.
     pub(crate) profile: Option<&'a RankProfile>,
+    /// What its errors count beside the weights that are asked for.
+    pub(crate) factor: f64,
 }
 
 /// Inputs that an error is measured on.
@@ -63,13 +69,13 @@ impl RankDivision {
         units: &[SolvedUnit<'_>],
     ) -> Result<Option<Self>> {
         let Some(allocation) = &recipe.allocation else { return Ok(None) };
-        let weight = |profile: &RankProfile| match allocation.weights {
-            RankWeights::Outputs if profile.original > 0.0 => 1.0 / profile.original,
-            _ => 1.0,
+        let weight = |unit: &SolvedUnit<'_>, profile: &RankProfile| match allocation.weights {
+            RankWeights::Outputs | RankWeights::Ablation if profile.original > 0.0 => unit.factor / profile.original,
+            _ => unit.factor,
         };
         let candidate = |unit: &SolvedUnit<'_>| RankCandidate {
             energies: unit.profile.map_or_else(|| vec![0.0], |profile| profile.calibration.clone()),
-            weight: unit.profile.map_or(0.0, weight),
+            weight: unit.profile.map_or(0.0, |profile| weight(unit, profile)),
             shape: (unit.rows, unit.columns),
             storage: recipe.storage(),
         };
@@ -91,8 +97,8 @@ impl RankDivision {
                     (Inputs::Calibration, _) => (&profile.calibration, profile.original),
                 };
                 // The weight is that of the calibration, so that both rankings speak of one aim.
-                left += weight(profile) * energies[rank.min(energies.len() - 1)];
-                total += weight(profile) * original;
+                left += weight(unit, profile) * energies[rank.min(energies.len() - 1)];
+                total += weight(unit, profile) * original;
             }
             if total > 0.0 { (left / total).sqrt() } else { left.sqrt() }
         };
@@ -114,6 +120,7 @@ impl RankDivision {
             held_out,
             uniform: of_uniform,
             allocated: of_allocated,
+            ablation: None,
         };
         Ok(Some(RankDivision { ranks, report }))
     }
@@ -148,7 +155,7 @@ mod tests {
     }
 
     fn divide(profiles: &[RankProfile]) -> RankDivision {
-        let unit = |profile| SolvedUnit { linears: 1, rows: 8, columns: 8, profile: Some(profile) };
+        let unit = |profile| SolvedUnit { linears: 1, rows: 8, columns: 8, profile: Some(profile), factor: 1.0 };
         let units: Vec<SolvedUnit<'_>> = profiles.iter().map(unit).collect();
         RankDivision::new(&recipe(), (2, 4 * 16 * 16), &units).unwrap().unwrap()
     }
@@ -184,6 +191,7 @@ mod tests {
             rows,
             columns: 8,
             profile: Some(profile),
+            factor: 1.0,
         });
         let budget = 3 * 24 * 16;
         let found = RankDivision::new(&recipe(), (1, budget), &units).unwrap().unwrap();
@@ -193,7 +201,7 @@ mod tests {
 
     #[test]
     fn linears_that_nothing_is_known_of_get_nothing() {
-        let units = [SolvedUnit { linears: 1, rows: 8, columns: 8, profile: None }];
+        let units = [SolvedUnit { linears: 1, rows: 8, columns: 8, profile: None, factor: 1.0 }];
         let found = RankDivision::new(&recipe(), (2, 8000), &units).unwrap().unwrap();
         assert_eq!((found.ranks, found.report.bytes), (vec![0], 0));
     }

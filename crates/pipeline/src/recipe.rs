@@ -173,6 +173,10 @@ impl Recipe {
                 "saved statistics are of the inputs of one model, and mixed inputs are pairs of two".to_owned();
             return refuse("eora.inputs", message, "Give the text that the statistics were taken from");
         }
+        if self.passes().is_none() && self.eora.as_ref().is_some_and(EoraRecipe::ablates) {
+            let message = "an ablation compares predictions on some text, which statistics do not have".to_owned();
+            return refuse("eora.rankWeights", message, "Give a calibration text, or the weights outputs");
+        }
         let is_dense = self.eora.as_ref().is_some_and(|eora| eora.inputs == EoraInputs::Dense);
         if is_dense && self.calibration.as_ref().is_some_and(|calibration| calibration.subset) {
             let message = "the original model reads the same whatever is compressed before".to_owned();

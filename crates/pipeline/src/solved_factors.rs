@@ -27,6 +27,11 @@ impl SolvedFactors {
     /// What is in the names of files that hold the factors of a block.
     pub(crate) const PREFIX: &'static str = "factors-";
 
+    /// Where the factors of a block are left.
+    pub(crate) fn name_of(block: usize) -> String {
+        format!("{}{block:05}", Self::PREFIX)
+    }
+
     /// Leaves the factors of a block in `folder` for the end of the job; gives their name there, `None` without any.
     ///
     /// # Errors
@@ -47,7 +52,7 @@ impl SolvedFactors {
         if adapter.linears.is_empty() {
             return Ok(None);
         }
-        let name = format!("{}{block:05}", Self::PREFIX);
+        let name = Self::name_of(block);
         let path = folder.join(&name);
         // An earlier run may have been interrupted between this folder and its record.
         if path.exists() {
@@ -66,7 +71,7 @@ impl SolvedFactors {
         let Some(eora) = &recipe.eora else { return Ok(SolvedFactors { linears, allocation: None, bits: 0 }) };
         let of_block = eora.units(spec);
         let allocation = match eora.budget_bits(spec) {
-            Some(budget) => divide(eora, (eora.uniform_rank(spec), budget), &of_block, &mut linears, units)?,
+            Some(budget) => divide(eora, budget, spec, &of_block, &mut linears, units)?,
             None => None,
         };
         let bits = linears.chunks(spec.linears.len().max(1)).flat_map(|block| {
@@ -107,7 +112,8 @@ impl SolvedFactors {
 /// Divides a budget of so many bits over all blocks; the reports then tell of the ranks that Linears get.
 fn divide(
     eora: &EoraRecipe,
-    (uniform_rank, budget): (usize, u64),
+    budget: u64,
+    spec: &DecoderSpec,
     of_block: &[EoraUnit],
     linears: &mut [LinearReport],
     units: &[LedgerUnit],
@@ -118,6 +124,8 @@ fn divide(
         let message = format!("{} Linears have {} profiles of their ranks", linears.len(), profiles.len());
         return Err(Error::new(ErrorCode::Internal, message).subject("ledger"));
     }
+    let costs = units.iter().find_map(|unit| unit.ablation.as_ref());
+    let weights = costs.map(|costs| costs.weights(spec, of_block, &profiles)).transpose()?;
     let width = of_block.iter().map(|unit| unit.places.len()).sum::<usize>().max(1);
     let blocks = || (0..linears.len() / width).map(|block| block * width);
     let all: Vec<(usize, &EoraUnit)> =
@@ -125,11 +133,14 @@ fn divide(
     let solved: Vec<SolvedUnit<'_>> = all
         .iter()
         .map(|&(first, EoraUnit { places, rows, columns })| {
-            let profile = profiles[first + places[0]];
-            SolvedUnit { linears: places.len(), rows: *rows, columns: *columns, profile }
+            let at = first + places[0];
+            let factor = weights.as_ref().map_or(1.0, |weights| weights.factors[at]);
+            SolvedUnit { linears: places.len(), rows: *rows, columns: *columns, profile: profiles[at], factor }
         })
         .collect();
-    let Some(division) = RankDivision::new(eora, (uniform_rank, budget), &solved)? else { return Ok(None) };
+    let uniform_rank = eora.uniform_rank(spec);
+    let Some(mut division) = RankDivision::new(eora, (uniform_rank, budget), &solved)? else { return Ok(None) };
+    division.report.ablation = weights.map(|weights| weights.report);
     for ((&(first, unit), solved), rank) in all.iter().zip(&solved).zip(division.ranks) {
         let Some(profile) = solved.profile else { continue };
         for &place in &unit.places {

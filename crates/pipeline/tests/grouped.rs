@@ -158,7 +158,7 @@ fn errors_are_those_of_all_that_share_an_a_and_none_of_them_gets_worse() {
                 let fill = |i: usize, row: &mut [f64]| row.copy_from_slice(&matrix[i * width..(i + 1) * width]);
                 quadratic_trace_of(matrix.len() / width, fill, &moments, ThreadPool::global())
             };
-            let (mut outputs, mut before, mut after) = (0.0, 0.0, 0.0);
+            let mut energies = Vec::new();
             for linear in &members {
                 let weight = wide_rows(&original.dense(&format!("{}.weight", linear.name)).unwrap());
                 let rounded = wide_rows(&model.linear(&linear.name).unwrap());
@@ -174,8 +174,13 @@ fn errors_are_those_of_all_that_share_an_a_and_none_of_them_gets_worse() {
                 }
                 let rest = energy(&left);
                 assert!(rest < own.1, "{} gets worse: {rest} {}", linear.name, own.1);
-                (outputs, before, after) = (outputs + own.0, before + own.1, after + rest);
+                energies.push([own.0, own.1, rest]);
             }
+            // Each counts relative to its outputs, by powers of two.
+            let largest = energies.iter().fold(0.0f64, |largest, energies| largest.max(energies[0]));
+            let square = |outputs: f64| ((largest / outputs).log2() / 2.0).round().exp2().powi(2);
+            let sum = |at: usize| energies.iter().map(|of| square(of[0]) * of[at]).sum::<f64>();
+            let [outputs, before, after] = [0, 1, 2].map(sum);
             for linear in members {
                 let error = linear.error.unwrap();
                 let near = |said: f64, energy: f64| (said / (energy / outputs).sqrt() - 1.0).abs() < 1e-5;

@@ -20,6 +20,7 @@ mod merges;
 mod merging;
 mod mixed_inputs;
 mod mixtures;
+mod rank_ablation;
 mod reference;
 mod resume;
 mod round_trip;

@@ -1,8 +1,8 @@
 use crate::RowSource;
 
-/// Matrices of the same inputs as one: the rows of the first, then those of the second, and so on.
+/// Matrices of the same inputs as one: the rows of the first, then those of the second, and so on, each times a number.
 pub struct StackedRows<'a> {
-    parts: Vec<&'a dyn RowSource>,
+    parts: Vec<(&'a dyn RowSource, f32)>,
     rows: usize,
     columns: usize,
 }
@@ -12,10 +12,10 @@ impl<'a> StackedRows<'a> {
     ///
     /// # Panics
     /// When their widths differ.
-    pub fn new(parts: Vec<&'a dyn RowSource>) -> Self {
-        let columns = parts.first().map_or(0, |part| part.columns());
-        assert!(parts.iter().all(|part| part.columns() == columns), "matrices of the same inputs are as wide");
-        StackedRows { rows: parts.iter().map(|part| part.rows()).sum(), columns, parts }
+    pub fn new(parts: Vec<(&'a dyn RowSource, f32)>) -> Self {
+        let columns = parts.first().map_or(0, |(part, _)| part.columns());
+        assert!(parts.iter().all(|(part, _)| part.columns() == columns), "matrices of the same inputs are as wide");
+        StackedRows { rows: parts.iter().map(|(part, _)| part.rows()).sum(), columns, parts }
     }
 }
 
@@ -30,9 +30,10 @@ impl RowSource for StackedRows<'_> {
 
     fn row_to_f32(&self, row: usize, out: &mut [f32]) {
         let mut row = row;
-        for part in &self.parts {
+        for (part, scale) in &self.parts {
             if row < part.rows() {
-                return part.row_to_f32(row, out);
+                part.row_to_f32(row, out);
+                return out.iter_mut().for_each(|value| *value *= scale);
             }
             row -= part.rows();
         }
@@ -49,9 +50,10 @@ mod tests {
     fn rows_come_from_their_part() {
         let parts = [(2, 1.0), (0, 0.0), (1, 5.0)]
             .map(|(rows, first)| DenseMatrix::from_f32(rows, 2, (0..2 * rows).map(|at| first + at as f32).collect()));
-        let stacked = StackedRows::new(parts.iter().map(|part| part as &dyn RowSource).collect());
+        let stacked =
+            StackedRows::new(parts.iter().zip([1.0, 1.0, 0.5]).map(|(part, scale)| (part as _, scale)).collect());
         assert_eq!((stacked.rows(), stacked.columns()), (3, 2));
-        for (row, expected) in [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]].into_iter().enumerate() {
+        for (row, expected) in [[1.0, 2.0], [3.0, 4.0], [2.5, 3.0]].into_iter().enumerate() {
             let mut out = [0.0; 2];
             stacked.row_to_f32(row, &mut out);
             assert_eq!(out, expected);
@@ -62,6 +64,6 @@ mod tests {
     #[should_panic(expected = "as wide")]
     fn widths_that_differ_are_a_defect_of_the_caller() {
         let parts = [2, 3].map(|columns| DenseMatrix::from_f32(1, columns, vec![0.0; columns]));
-        StackedRows::new(vec![&parts[0], &parts[1]]);
+        StackedRows::new(vec![(&parts[0], 1.0), (&parts[1], 1.0)]);
     }
 }
