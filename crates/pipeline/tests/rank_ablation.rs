@@ -176,7 +176,7 @@ fn every_family_is_ablated() {
         let found = ablation(&report);
         assert!(!found.held_out, "nothing is held out");
         let costs = found.types.iter().chain(&found.bands).map(|group| group.cost);
-        assert!(costs.clone().filter(|&cost| cost > 1e-6).count() * 2 > costs.count(), "{source:?}: {found:?}");
+        assert!(costs.clone().filter(|&cost| cost > 1e-8).count() * 2 > costs.count(), "{source:?}: {found:?}");
         check_costs(&recipe, &found, &ids, 16);
         fs::remove_dir_all(&recipe.out).unwrap();
     }
