@@ -163,7 +163,7 @@ export interface BindingEora {
   budgetBytes?: number
   minRank: number
   rankMultiple: number
-  /** `outputs` or `equal`. */
+  /** `outputs`, `equal` or `ablation`. */
   rankWeights: string
 }
 

@@ -274,7 +274,8 @@ export interface CompressedLinear {
   storedBits: number
   /**
    * With `grouped`: the Linears that it shares A of its compensation with. Ranks, errors and certificate are then those of
-   * all together, and the bits of A are counted with the first of them.
+   * all together, each relative to the size of its outputs (by powers of two), and the bits of A are counted with the first
+   * of them.
    */
   sharedWith?: string[]
   /**

@@ -38,7 +38,8 @@ export interface EoraOptions {
   /**
    * Whether query, key and value, and gate and up, share an A each, default false: one compensation is solved for all
    * Linears that read one input, with ranks to choose from for the bytes of the As that are saved, and run time
-   * multiplies once with A. `rank` and budgets then count such a group as one.
+   * multiplies once with A. `rank` and budgets then count such a group as one. Errors count relative to the outputs of each
+   * Linear (by powers of two), or as they are with `rankWeights: 'equal'`.
    */
   grouped?: boolean
   /** Ranks that differ: as many bytes as this rank in every Linear takes, divided where they remove most error. */

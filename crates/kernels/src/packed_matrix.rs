@@ -159,7 +159,7 @@ impl PackedMatrix {
     /// [`Kernels::products`](crate::Kernels::products) then multiplies with it once.
     pub fn share_projection(&mut self, other: &PackedMatrix) {
         if let (Some(own), Some(others)) = (&mut self.compensation, &other.compensation)
-            && own.a.is_same(&others.a)
+            && (Arc::ptr_eq(&own.a, &others.a) || own.a.is_same(&others.a))
         {
             own.a = Arc::clone(&others.a);
             own.borrowed = true;
@@ -177,7 +177,8 @@ impl PackedMatrix {
             && self.panels.as_slice() == other.panels.as_slice()
     }
 
-    /// Bytes that this matrix takes in memory, compensation and bias included; without an A that belongs to another.
+    /// Bytes that this matrix takes in memory, compensation and bias included; without an A that belongs to another matrix,
+    /// which counts it as long as there is that matrix.
     pub fn memory_bytes(&self) -> usize {
         let compensation = self.compensation.as_ref().map_or(0, |part| {
             let a = if part.borrowed { 0 } else { part.a.memory_bytes() + size_of::<PackedMatrix>() };

@@ -155,7 +155,9 @@ fn not_finite() -> Error {
 fn kl_divergence((p, p_log_sum): (&[f32], f64), (q, q_log_sum): (&[f32], f64)) -> f64 {
     let terms = p.iter().zip(q).map(|(&p, &q)| {
         let log_p = f64::from(p) - p_log_sum;
-        log_p.exp() * (log_p - (f64::from(q) - q_log_sum))
+        // What cannot come up says nothing.
+        let term = log_p.exp() * (log_p - (f64::from(q) - q_log_sum));
+        if log_p == f64::NEG_INFINITY { 0.0 } else { term }
     });
     let sum: f64 = terms.sum();
     // Rounding may leave a little less than nothing; NaN stays.

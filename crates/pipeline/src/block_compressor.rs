@@ -16,8 +16,8 @@ use crate::eora_unit::EoraUnit;
 use crate::memory_plan::{split, statistics_bytes};
 use crate::scale_folding::{FoldedBlock, ScaleFolding};
 use crate::{
-    CalibrationStream, CapturedDrift, CapturedInputs, EoraInputs, LinearReport, MemoryPlan, PhaseSeconds, Recipe,
-    SavedStatistics, StatisticsWriter,
+    CalibrationStream, CapturedDrift, CapturedInputs, EoraInputs, LinearReport, MemoryPlan, PhaseSeconds, RankWeights,
+    Recipe, SavedStatistics, StatisticsWriter,
 };
 
 /// Compresses one decoder block after another and carries the calibration activations along.
@@ -155,6 +155,12 @@ impl<'a, B: Backend> BlockCompressor<'a, B> {
         self.recipe.eora.as_ref().map_or(EoraInputs::Deployed, |eora| eora.inputs)
     }
 
+    /// Whether errors of Linears that share an A count relative to the outputs of each.
+    fn counts_relative(&self) -> bool {
+        let allocation = self.recipe.eora.as_ref().and_then(|eora| eora.allocation);
+        allocation.is_none_or(|allocation| allocation.weights != RankWeights::Equal)
+    }
+
     /// Ends the file of saved statistics, if there is one: call it after the last block.
     ///
     /// # Errors
@@ -240,7 +246,7 @@ impl<'a, B: Backend> BlockCompressor<'a, B> {
                         drift: drift.statistics.get(&point),
                         held_out_drift: drift.held_out.get(&point),
                     };
-                    let found = self.compress_unit(index, unit, &weights, &types, compressed, inputs)?;
+                    let found = self.compress_unit(index, unit, &weights, &types, compressed, inputs, cancel)?;
                     for (&place, mut found) in unit.places.iter().zip(found) {
                         found.report.alpha = alphas[place];
                         weights.linears[place] = found.weight;
@@ -318,27 +324,33 @@ impl<'a, B: Backend> BlockCompressor<'a, B> {
         types: &[ElementType],
         given: Option<&BlockWeights>,
         inputs: KnownInputs<'_>,
+        cancel: &CancelToken,
     ) -> Result<Vec<CompressedLinear>> {
         let places = &unit.places;
         let names: Vec<String> =
             places.iter().map(|&place| self.spec.linear_name(index, &self.spec.linears[place])).collect();
         let mut compressed = Vec::with_capacity(places.len());
         for (name, &place) in names.iter().zip(places) {
+            cancel.check()?;
             let given = given.map(|block| &block.linears[place]);
             let linear = &original.linears[place];
             let found = self.compress_linear(name, linear, types[place], given, inputs.statistics);
             compressed.push(found.map_err(|error| with_subject(error, name))?);
         }
 
+        cancel.check()?;
         let started = Instant::now();
         let dense: Vec<&dyn RowSource> = places.iter().map(|&place| &original.linears[place].matrix as _).collect();
         let pool = ThreadPool::global();
         let scales = match inputs.statistics {
-            Some(statistics) => group_scales(&dense, statistics, pool),
-            None => vec![1.0; dense.len()],
+            Some(statistics) if self.counts_relative() => group_scales(&dense, statistics, pool),
+            _ => vec![1.0; dense.len()],
         };
         let solved = self.solve(&dense, &compressed, &scales, inputs, pool);
-        let mut solved = solved.map_err(|error| with_subject(error, &names.join(", ")))?;
+        let mut solved = solved.map_err(|error| match error.code {
+            ErrorCode::ValueNotFinite => not_finite(&names, &dense, &compressed).unwrap_or(error),
+            _ => with_subject(error, &names.join(", ")),
+        })?;
         self.phases.compensate += started.elapsed().as_secs_f64();
 
         let mut first_row = 0;
@@ -366,7 +378,7 @@ impl<'a, B: Backend> BlockCompressor<'a, B> {
                 rank: factors.as_ref().map_or(0, LowRank::rank),
                 calibration_tokens: inputs.statistics.map(Calibration::tokens),
                 stored_bits: stored_bits + factors.as_ref().map_or(0, counted),
-                shared_with: names.iter().filter(|other| *other != name).cloned().collect(),
+                shared_with: names.iter().filter(|other| factors.is_some() && *other != name).cloned().collect(),
                 error: solved.error,
                 hold_out: solved.hold_out,
                 dense_error: solved.dense_error,
@@ -474,6 +486,29 @@ fn element_type(linear: &LinearWeight) -> ElementType {
         WeightMatrix::Dense(matrix) => matrix.element_type(),
         WeightMatrix::Quantized(matrix) => matrix.scale_type(),
     }
+}
+
+/// Which value of the Linears of a unit is NaN or infinite, before compression or after.
+fn not_finite(names: &[String], dense: &[&dyn RowSource], compressed: &[LinearWeight]) -> Option<Error> {
+    let first = |matrix: &dyn RowSource| {
+        let mut row = vec![0.0; matrix.columns()];
+        (0..matrix.rows()).find_map(|i| {
+            matrix.row_to_f32(i, &mut row);
+            row.iter().position(|value: &f32| !value.is_finite()).map(|column| (i, column))
+        })
+    };
+    names.iter().zip(dense).zip(compressed).find_map(|((name, &dense), compressed)| {
+        let (which, (row, column)) = match first(dense) {
+            Some(place) => ("weight", place),
+            None => ("compressed weight", first(compressed)?),
+        };
+        let message = format!("the {which} in row {row}, column {column} is NaN or infinite");
+        Some(
+            Error::new(ErrorCode::ValueNotFinite, message)
+                .subject(name)
+                .hint("The checkpoint is damaged; load it from its source again"),
+        )
+    })
 }
 
 fn with_subject(error: Error, name: &str) -> Error {

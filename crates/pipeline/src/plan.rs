@@ -28,7 +28,7 @@ pub struct Plan {
     pub quantized_weights: u64,
     /// Bits of codes, scales, zero points and factors over the number of quantized weights.
     pub bits_per_weight: f64,
-    /// Bytes of tensors that will be written.
+    /// Bytes of tensors that will be written, factors as they are in memory.
     pub bytes: u64,
     /// Bytes of the source's tensors.
     pub source_bytes: u64,
@@ -89,14 +89,20 @@ impl Plan {
             }
         }
         let mut stored_bits: u64 = linears.iter().map(|linear| linear.stored_bits).sum();
+        let factor_bytes = shares.iter().map(|share| share.file_bytes).sum::<u64>() * spec.layers as u64;
+        // What files hold beyond the factors in memory: 16 bits for every code, and an A for every Linear.
+        let mut file_excess = 0;
         if let Some(eora) = &recipe.eora {
             eora.check_budget(spec)?;
             let largest = shares.iter().map(|share| share.stored_bits).sum::<u64>() * spec.layers as u64;
-            stored_bits -= largest - eora.budget_bits(spec).map_or(largest, |budget| budget.min(largest));
+            let of_budget = eora.budget_bits(spec).map_or(largest, |budget| budget.min(largest));
+            stored_bits -= largest - of_budget;
+            let in_file = u128::from(of_budget) * u128::from(factor_bytes) / u128::from(largest.max(1));
+            file_excess = u64::try_from(in_file).unwrap_or(u64::MAX).saturating_sub(of_budget / 8);
         }
         let quantized_weights = spec.linear_parameters();
         let bytes = source_bytes - replaced + stored_bits.div_ceil(8);
-        let factor_bytes = shares.iter().map(|share| share.file_bytes).sum::<u64>() * spec.layers as u64;
+        let written = bytes.saturating_add(file_excess);
         let stored = stored_type(checkpoint, spec);
         let format = output_format(recipe, spec, stored)?;
         check_budget(recipe, spec, format.layout(), stored)?;
@@ -112,7 +118,7 @@ impl Plan {
             bytes,
             source_bytes,
             memory: MemoryPlan::new(recipe, checkpoint, spec, tokens)?,
-            disk: DiskPlan::new(recipe, checkpoint, spec, (bytes, factor_bytes), tokens)?.beside(match format {
+            disk: DiskPlan::new(recipe, checkpoint, spec, (written, factor_bytes), tokens)?.beside(match format {
                 OutputFormat::Folder(_) => 0,
                 // The file is written while the folder that it is made of is still there.
                 OutputFormat::Gguf(_) => bytes,

@@ -64,9 +64,9 @@ pub struct AblationReport {
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct AblatedGroup {
-    /// What their names have in common; `*` stands for any number.
+    /// What their names have in common; `*` stands for any number, and `+` between those that share an A.
     pub name: String,
-    /// Energy that their factors remove, relative to the outputs of each Linear: the sum.
+    /// Energy that their factors remove, relative to the outputs of each Linear: the sum over the Linears.
     pub removed: f64,
     /// Mean divergence `KL(P ‖ Q)` in nats of the predictions Q without these factors from those with all.
     pub cost: f64,
@@ -164,10 +164,12 @@ impl AblationCosts {
                 .hint("Somebody has changed the ledger; discard it with fresh (--fresh)"));
         }
         let places = groups.type_of.len().max(1);
+        let mut members = vec![1; places];
+        units.iter().for_each(|unit| members[unit.places[0]] = unit.places.len());
         let linear = |(at, profile): (usize, &Option<&RankProfile>)| AblatedLinear {
             kind: groups.type_of[at % places],
             band: groups.band_of(at / places),
-            removed: profile.map_or(0.0, removed),
+            removed: profile.map_or(0.0, removed) * members[at % places] as f64,
         };
         let linears: Vec<AblatedLinear> = profiles.iter().enumerate().map(linear).collect();
         let fit = AblationFit::new(&linears, &self.types, &self.bands);
@@ -242,7 +244,7 @@ impl<B: Backend> RankAblation<'_, B> {
     /// What each group costs on a sample of tokens, which may be held out.
     ///
     /// # Errors
-    /// What reading and running the model reports; `ERR_VALUE_NOT_FINITE`, `ERR_CANCELLED`.
+    /// What reading and running the model reports; `ERR_CANCELLED`.
     pub(crate) fn run(&self, (sample, held_out): &(CalibrationTokens, bool)) -> Result<AblationCosts> {
         let groups = AblationGroups::new(self.spec, &self.eora.units(self.spec));
         let spec = DecoderSpec::of(self.deployed)?;
@@ -261,7 +263,11 @@ impl<B: Backend> RankAblation<'_, B> {
         self.progress.at("weigh", spec.family.head);
         let head = Head::read(self.deployed, &spec, self.backend)?;
         let others: Vec<&[f32]> = models.without.iter().flatten().map(Vec::as_slice).collect();
-        let costs = mean_divergences(self.backend, &spec, &head, &models.whole, &others, self.cancel)?;
+        let costs = match mean_divergences(self.backend, &spec, &head, &models.whole, &others, self.cancel) {
+            // A model without factors that overflows says nothing about their worth, and its job is done but for that.
+            Err(error) if error.code == ErrorCode::ValueNotFinite => vec![0.0; others.len()],
+            costs => costs?,
+        };
         let mut costs = costs.into_iter();
         let mut types: Vec<f64> =
             models.without.iter().map(|stream| stream.as_ref().and_then(|_| costs.next()).unwrap_or(0.0)).collect();

@@ -70,7 +70,10 @@ impl RankDivision {
     ) -> Result<Option<Self>> {
         let Some(allocation) = &recipe.allocation else { return Ok(None) };
         let weight = |unit: &SolvedUnit<'_>, profile: &RankProfile| match allocation.weights {
-            RankWeights::Outputs | RankWeights::Ablation if profile.original > 0.0 => unit.factor / profile.original,
+            // Outputs of a group are as large as each other, so that its relative error is the mean over its Linears.
+            RankWeights::Outputs | RankWeights::Ablation if profile.original > 0.0 => {
+                unit.linears as f64 * unit.factor / profile.original
+            }
             _ => unit.factor,
         };
         let candidate = |unit: &SolvedUnit<'_>| RankCandidate {
@@ -139,7 +142,7 @@ mod tests {
 
     fn recipe() -> EoraRecipe {
         let budget = RankBudget::MeanRank(2.0);
-        let allocation = AllocationRecipe { budget, min_rank: 0, multiple: 1, weights: RankWeights::Equal };
+        let allocation = AllocationRecipe { budget, min_rank: 0, multiple: 1, weights: RankWeights::Outputs };
         EoraRecipe { allocation: Some(allocation), ..EoraRecipe::uniform(4) }
     }
 
@@ -193,10 +196,41 @@ mod tests {
             profile: Some(profile),
             factor: 1.0,
         });
+        // As many as the three of the first.
         let budget = 3 * 24 * 16;
         let found = RankDivision::new(&recipe(), (1, budget), &units).unwrap().unwrap();
         assert_eq!((found.ranks, found.report.chosen), (vec![3, 0], "allocated"));
         assert_eq!((found.report.mean_rank, found.report.bytes), (9.0 / 4.0, budget / 8));
+    }
+
+    #[test]
+    fn a_group_of_alike_linears_is_worth_what_they_are_worth_apart() {
+        let (own, other) = ([9.0, 5.0, 2.0, 1.0, 0.5], [9.0, 4.0, 3.9, 3.8, 3.7]);
+        let (own, other) = (profile(own, [own, own]), profile(other, [other, other]));
+        // Alike in every direction: errors of the group are three times those of one, its factors those of one and two Bs.
+        let tripled = |energies: &[f64]| energies.iter().map(|energy| 3.0 * energy).collect::<Vec<f64>>();
+        let hold_out = own.hold_out.as_ref().map(|held| HoldOutProfile {
+            tokens: held.tokens,
+            original: held.original.map(|original| 3.0 * original),
+            energies: held.energies.each_ref().map(|energies| tripled(energies)),
+        });
+        let group = RankProfile {
+            original: 3.0 * own.original,
+            calibration: tripled(&own.calibration),
+            best: tripled(&own.best),
+            hold_out,
+            dense: None,
+        };
+        let unit =
+            |linears, rows, profile| SolvedUnit { linears, rows, columns: 8, profile: Some(profile), factor: 1.0 };
+        let together = [unit(3, 8, &group), unit(1, 8, &other)];
+        let apart = [unit(1, 8, &own), unit(1, 8, &own), unit(1, 8, &own), unit(1, 8, &other)];
+        let errors = |units: &[SolvedUnit<'_>]| {
+            let report = RankDivision::new(&recipe(), (1, 1 << 20), units).unwrap().unwrap().report;
+            (report.uniform, report.allocated)
+        };
+        let (together, apart) = (errors(&together), errors(&apart));
+        assert!((together.0 / apart.0 - 1.0).abs() < 1e-12 && (together.1 / apart.1 - 1.0).abs() < 1e-12);
     }
 
     #[test]

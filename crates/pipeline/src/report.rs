@@ -38,7 +38,7 @@ pub struct Summary {
     pub calibration_tokens: u64,
     /// The same by source; empty without.
     pub calibration: Vec<CalibrationShare>,
-    /// Mean over the Linears; `null` without calibration.
+    /// Mean over the Linears, where several share an A each with the error of all; `null` without calibration.
     pub mean_error: Option<MeanError>,
     /// The compensation; `null` without.
     pub compensation: Option<CompensationSummary>,
@@ -184,7 +184,8 @@ pub struct LinearReport {
     pub calibration_tokens: Option<u64>,
     /// Bits of codes, scales, zero points and factors; those of an A that several share with the first of them.
     pub stored_bits: u64,
-    /// The Linears that it shares A of its compensation with: ranks, errors and certificate are then those of all together.
+    /// The Linears that it shares A of its compensation with: ranks, errors and certificate are then those of all together,
+    /// each relative to the size of its outputs, by powers of two.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub shared_with: Vec<String>,
     /// Of its outputs on the calibration inputs; `null` where no calibration token reached it.

@@ -126,7 +126,7 @@ fn divide(
     }
     let costs = units.iter().find_map(|unit| unit.ablation.as_ref());
     let weights = costs.map(|costs| costs.weights(spec, of_block, &profiles)).transpose()?;
-    let width = of_block.iter().map(|unit| unit.places.len()).sum::<usize>().max(1);
+    let width = spec.linears.len().max(1);
     let blocks = || (0..linears.len() / width).map(|block| block * width);
     let all: Vec<(usize, &EoraUnit)> =
         blocks().flat_map(|first| of_block.iter().map(move |unit| (first, unit))).collect();
@@ -148,6 +148,9 @@ fn divide(
             let bits = |rank| eora.factor_bits(linear.rows, unit.counted_columns(place), rank);
             linear.stored_bits = linear.stored_bits + bits(rank) - bits(linear.rank);
             linear.rank = rank;
+            if rank == 0 {
+                linear.shared_with.clear();
+            }
             linear.error = Some(profile.error(rank));
             linear.hold_out = profile.hold_out_error(rank);
             linear.dense_error = profile.dense_error(rank);

@@ -270,8 +270,22 @@ fn codes_budgets_biases_and_both_inputs_go_together_with_a_shared_a() {
         ("affine", EoraRecipe { affine: true, ..grouped(8) }),
         ("mixed", EoraRecipe { inputs: EoraInputs::Mixed { mismatch: 0.5 }, ..grouped(8) }),
         ("lorc", EoraRecipe { solver: "lorc".to_owned(), ..grouped(8) }),
+        (
+            "equal",
+            EoraRecipe {
+                allocation: Some(AllocationRecipe { weights: RankWeights::Equal, ..allocation }),
+                ..grouped(24)
+            },
+        ),
+        ("awq", grouped(8)),
     ] {
-        let recipe = job(&root.path().join(name), eora);
+        let mut recipe = job(&root.path().join(name), eora);
+        if name == "awq" {
+            // Scales are folded into the norms before query, key and value, and gate and up.
+            let folded = Recipe { method: "awq".to_owned(), ..compression(&root.path().join("folded")) };
+            compress(&folded, &backend(), &CancelToken::new(), &Progress::new()).unwrap();
+            recipe.compressed = folded.out;
+        }
         let report = run(&recipe).unwrap();
         let adapter = read_adapter(&recipe.out).unwrap();
         assert_eq!(report.summary.bytes, bits_of(&adapter, &report.linears).div_ceil(8), "{name}");
@@ -283,7 +297,12 @@ fn codes_budgets_biases_and_both_inputs_go_together_with_a_shared_a() {
                 assert!(factors.map(LowRank::a) == others.map(LowRank::a), "{name}: {} and {other}", linear.name);
             }
         }
-        if name == "divided" {
+        if name == "awq" {
+            let held = report.summary.compensation.unwrap().hold_out.unwrap();
+            assert!(held.compensated < held.quantized, "{held:?}");
+            continue;
+        }
+        if ["divided", "equal"].contains(&name) {
             assert!(report.summary.bytes <= compensated().1.summary.bytes);
             let ranks: Vec<usize> = report.linears.iter().map(|linear| linear.rank).collect();
             assert!(ranks.iter().any(|&rank| rank != ranks[0]), "{ranks:?}");

@@ -4,9 +4,8 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::common::{assets, backend, recipe};
+use crate::common::{assets, backend, disturbed, recipe};
 use kintsugi_checkpoint::{Checkpoint, read_adapter, write_adapter};
 use kintsugi_kernels::PAGE_POSITIONS;
 use kintsugi_model::{Batch, CompensationChoice, CpuBackend, DecoderSpec, Model, Session};
@@ -14,7 +13,7 @@ use kintsugi_pipeline::{
     AblatedGroup, AblationReport, AllocationRecipe, AllocationReport, CalibrationKind, CalibrationTokens,
     CompensateRecipe, LinearOverride, RankBudget, RankWeights, Recipe, Report, compensate, compress, plan,
 };
-use kintsugi_runtime::{CancelToken, ErrorCode, Progress, Result};
+use kintsugi_runtime::{CancelToken, ErrorCode, Progress, ProgressSnapshot, Result};
 
 fn by_ablation(mean_rank: f64, multiple: usize) -> Option<AllocationRecipe> {
     let budget = RankBudget::MeanRank(mean_rank);
@@ -114,8 +113,9 @@ fn check_costs(recipe: &Recipe, found: &AblationReport, sample: &[u32], length: 
         assert!(group.factor.is_finite() && group.factor > 0.0, "{name}: {group:?}");
     };
     for group in &found.types {
-        let pattern = LinearOverride { linears: format!("*.{}", group.name), bits: None, group_size: None };
-        check(group, cost_without(&|linear| pattern.matches(linear)));
+        let pattern = |name| LinearOverride { linears: format!("*.{name}"), bits: None, group_size: None };
+        let patterns: Vec<LinearOverride> = group.name.split(" + ").map(pattern).collect();
+        check(group, cost_without(&|linear| patterns.iter().any(|pattern| pattern.matches(linear))));
     }
     assert_eq!(found.bands.len(), spec.layers.min(4));
     for (band, group) in found.bands.iter().enumerate() {
@@ -123,6 +123,27 @@ fn check_costs(recipe: &Recipe, found: &AblationReport, sample: &[u32], length: 
         let names: Vec<String> = blocks.map(|block| format!("{}.", spec.block_name(block))).collect();
         let belongs = |linear: &str| names.iter().any(|name| linear.starts_with(name));
         check(group, cost_without(&belongs));
+    }
+}
+
+/// Linears that share an A have the same one, and a number of others as their family says.
+fn check_groups(recipe: &Recipe, report: &Report) {
+    let adapter = read_adapter(&recipe.out.join("eora")).unwrap();
+    let grouped = recipe.eora.as_ref().unwrap().grouped;
+    for linear in &report.linears {
+        let error = linear.error.map(|error| error.compensated <= error.quantized);
+        assert!(error != Some(false), "{linear:?}");
+        let Some(entry) = adapter.linears.get(&linear.name) else { continue };
+        for other in &linear.shared_with {
+            assert!(grouped && adapter.linears[other].factors.a() == entry.factors.a(), "{} {other}", linear.name);
+        }
+        let has = |name: &str| linear.name.ends_with(name);
+        let expected = match grouped {
+            true if has("q_proj") || has("k_proj") || has("v_proj") => 2,
+            true if has("gate_proj") || has("up_proj") || has(".w1") || has(".w3") => 1,
+            _ => 0,
+        };
+        assert_eq!(linear.shared_with.len(), expected, "{}", linear.name);
     }
 }
 
@@ -155,7 +176,7 @@ fn costs_are_those_of_the_finished_model_without_these_factors() {
 }
 
 #[test]
-fn every_family_is_ablated() {
+fn every_family_is_ablated_with_shared_as_and_without() {
     let scratch = tempfile::tempdir().unwrap();
     let folders = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../__test__/vectors/families");
     let mut folders: Vec<PathBuf> = fs::read_dir(folders).unwrap().map(|entry| entry.unwrap().path()).collect();
@@ -163,16 +184,17 @@ fn every_family_is_ablated() {
     let ids: Vec<u32> = (0..320u32).map(|at| (at * 37 + at * at) % 60).collect();
     let file = scratch.path().join("ids.json");
     fs::write(&file, serde_json::to_vec(&ids).unwrap()).unwrap();
-    for source in folders {
-        let mut recipe = recipe(&source, &scratch.path().join("out"), "rtn", 3, 3);
+    for (source, grouped) in folders.iter().flat_map(|source| [(source, false), (source, true)]) {
+        let mut recipe = recipe(source, &scratch.path().join("out"), "rtn", 3, 3);
         recipe.group_size = Some(16);
         let settings = recipe.calibration.as_mut().unwrap();
         let text = &mut settings.sources[0];
         (text.file, text.kind, text.sequences) = (file.clone(), CalibrationKind::Tokens, 20);
         settings.length = 16;
         let eora = recipe.eora.as_mut().unwrap();
-        eora.allocation = by_ablation(3.0, 1);
+        (eora.allocation, eora.grouped) = (by_ablation(3.0, 1), grouped);
         let report = run(&recipe);
+        check_groups(&recipe, &report);
         let found = ablation(&report);
         assert!(!found.held_out, "nothing is held out");
         let costs = found.types.iter().chain(&found.bands).map(|group| group.cost);
@@ -217,23 +239,9 @@ fn a_compression_and_a_compensation_of_its_result_divide_alike_and_keep_the_budg
 }
 
 /// Runs until the progress is so far in the ablations, then cancels.
-fn interrupt(cancel: &CancelToken, progress: &Progress, blocks: u64, work: impl FnOnce() -> Result<()>) -> Result<()> {
-    let over = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        scope.spawn(|| {
-            let there = || {
-                let reading = progress.snapshot();
-                reading.phase == "weigh" && reading.done >= blocks
-            };
-            while !over.load(Ordering::Relaxed) && !there() {
-                std::thread::sleep(std::time::Duration::from_micros(50));
-            }
-            cancel.cancel();
-        });
-        let outcome = work();
-        over.store(true, Ordering::Relaxed);
-        outcome
-    })
+fn interrupt(recipe: &Recipe, blocks: u64) -> Result<Report> {
+    let there = |reading: &ProgressSnapshot| reading.phase == "weigh" && reading.done >= blocks;
+    disturbed(there, CancelToken::cancel, |cancel, progress| compress(recipe, &backend(), cancel, progress))
 }
 
 #[test]
@@ -245,9 +253,7 @@ fn a_job_that_is_interrupted_in_its_ablations_ends_in_the_same_bytes() {
     let partial = recipe.out.with_file_name("out.partial");
     for blocks in [0, 5] {
         fs::remove_dir_all(&recipe.out).unwrap();
-        let (cancel, progress) = (CancelToken::new(), Progress::new());
-        let job = || compress(&recipe, &backend(), &cancel, &progress).map(|_| ());
-        assert_eq!(interrupt(&cancel, &progress, blocks, job).unwrap_err().code, ErrorCode::Cancelled);
+        assert_eq!(interrupt(&recipe, blocks).unwrap_err().code, ErrorCode::Cancelled);
         let ledger = fs::read_to_string(partial.join("ledger.jsonl")).unwrap();
         assert_eq!(ledger.lines().count(), 1 + 1 + 8, "identity, what is outside of the blocks, blocks");
         let resumed = run(&recipe);
@@ -262,9 +268,7 @@ fn a_job_that_is_interrupted_in_its_ablations_ends_in_the_same_bytes() {
 fn costs_of_another_model_in_the_ledger_are_refused() {
     let root = tempfile::tempdir().unwrap();
     let recipe = small(root.path(), "rtn");
-    let (cancel, progress) = (CancelToken::new(), Progress::new());
-    let job = || compress(&recipe, &backend(), &cancel, &progress).map(|_| ());
-    interrupt(&cancel, &progress, 2, job).unwrap_err();
+    interrupt(&recipe, 2).unwrap_err();
     let ledger = recipe.out.with_file_name("out.partial").join("ledger.jsonl");
     let lines = fs::read_to_string(&ledger).unwrap();
     let unit = |types: &str| {

@@ -33,7 +33,10 @@ impl RowSource for StackedRows<'_> {
         for (part, scale) in &self.parts {
             if row < part.rows() {
                 part.row_to_f32(row, out);
-                return out.iter_mut().for_each(|value| *value *= scale);
+                if *scale != 1.0 {
+                    out.iter_mut().for_each(|value| *value *= scale);
+                }
+                return;
             }
             row -= part.rows();
         }
