@@ -11,7 +11,7 @@
 #
 # Arguments go to every test binary: filters of test names, `--skip`. BINARIES names some of them (`code_widths products`)
 # and CPUS some of the CPUs, both all by default. A hundred million instructions a second are much, and one of AVX-512
-# with floats counts for many: code_widths takes minutes, products hours.
+# with floats counts for many: code_widths takes minutes, the tests of products that go through every case far longer.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
