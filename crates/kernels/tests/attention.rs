@@ -1,7 +1,10 @@
 //! Paged causal attention against f64, at every level.
 
+mod every_kernels;
+
+use every_kernels::every_kernels;
 use kintsugi_kernels::{AttentionSegment, Kernels, KvPages, PAGE_POSITIONS, Scores};
-use kintsugi_runtime::{CpuLevel, ThreadPool};
+use kintsugi_runtime::ThreadPool;
 use kintsugi_testkit::Random;
 
 /// One sequence: `positions` rows of q, k and v.
@@ -93,10 +96,6 @@ impl Sequence {
     }
 }
 
-fn levels() -> impl Iterator<Item = Kernels> {
-    CpuLevel::available().map(|level| Kernels::new(level).unwrap())
-}
-
 fn assert_close(out: &[f32], expected: &[f64], place: &str) {
     for (&out, &expected) in out.iter().zip(expected) {
         // Weighted means of values of about 1: the weights carry the rounding of scores of up to some tens.
@@ -113,7 +112,7 @@ fn every_shape_is_that_of_f64() {
         for positions in [1, 2, 63, 64, 65, 131] {
             let sequence = Sequence::new(positions as u64, heads, kv_heads, head_dim, positions);
             let expected = sequence.reference();
-            for kernels in levels() {
+            for kernels in every_kernels() {
                 let place = format!("{} {heads}/{kv_heads} heads of {head_dim}", kernels.level().name());
                 assert_close(&sequence.attend(&kernels, &pool, positions), &expected, &place);
             }
@@ -124,7 +123,7 @@ fn every_shape_is_that_of_f64() {
 #[test]
 fn a_row_is_the_same_bit_for_bit_in_prefill_and_decode_and_on_any_number_of_threads() {
     let sequence = Sequence::new(7, 6, 2, 40, 150);
-    for kernels in levels() {
+    for kernels in every_kernels() {
         let whole = sequence.attend(&kernels, &ThreadPool::with_threads(1), 150);
         for (threads, step) in [(1, 1), (2, 1), (3, 7), (7, 64), (2, 150)] {
             let out = sequence.attend(&kernels, &ThreadPool::with_threads(threads), step);
@@ -142,7 +141,7 @@ fn windows_and_caps_are_those_of_f64_and_do_not_depend_on_how_rows_are_cut() {
         sequence.window = Some(window);
         sequence.cap = cap;
         let expected = sequence.reference();
-        for kernels in levels() {
+        for kernels in every_kernels() {
             let whole = sequence.attend(&kernels, &pool, 200);
             assert_close(&whole, &expected, &format!("{} window {window}", kernels.level().name()));
             for step in [1, 7, 64] {
@@ -156,7 +155,7 @@ fn windows_and_caps_are_those_of_f64_and_do_not_depend_on_how_rows_are_cut() {
 fn what_left_the_window_is_not_touched() {
     let pool = ThreadPool::with_threads(1);
     let width = 2 * 16;
-    for kernels in levels() {
+    for kernels in every_kernels() {
         let mut clean = Sequence::new(3, 2, 2, 16, 200);
         clean.window = Some(20);
         let expected = clean.attend(&kernels, &pool, 200);
@@ -173,7 +172,7 @@ fn segments_of_a_batch_do_not_see_each_other() {
     let pool = ThreadPool::with_threads(3);
     let (a, b) = (Sequence::new(1, 4, 2, 32, 70), Sequence::new(2, 4, 2, 32, 20));
     let join = |a: &[f32], b: &[f32]| [b, a].concat();
-    for kernels in levels() {
+    for kernels in every_kernels() {
         let mut pages = KvPages::new(2, 32);
         pages.reserve(4);
         let segments = [
@@ -194,7 +193,7 @@ fn segments_of_a_batch_do_not_see_each_other() {
 fn nan_spreads_forward_but_never_back() {
     let pool = ThreadPool::with_threads(2);
     let width = 2 * 16;
-    for kernels in levels() {
+    for kernels in every_kernels() {
         let clean = Sequence::new(3, 2, 2, 16, 80);
         let expected = clean.attend(&kernels, &pool, 80);
         let mut in_values = Sequence::new(3, 2, 2, 16, 80);
@@ -223,7 +222,7 @@ fn large_scores_do_not_overflow() {
     sequence.q.iter_mut().for_each(|q| *q *= 100.0);
     sequence.k.iter_mut().for_each(|k| *k *= 100.0);
     let expected = sequence.reference();
-    for kernels in levels() {
+    for kernels in every_kernels() {
         for (out, expected) in sequence.attend(&kernels, &pool, 100).iter().zip(&expected) {
             // Scores of some 100,000 carry rounding of some hundredths.
             assert!((f64::from(*out) - expected).abs() <= 0.1, "{}: {out} {expected}", kernels.level().name());

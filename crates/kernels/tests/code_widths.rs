@@ -1,20 +1,13 @@
 //! How many bits panels take for codes of each width, and that it makes no difference to products.
 
+mod every_kernels;
+
+use every_kernels::every_kernels;
 use kintsugi_kernels::{Kernels, PackedMatrix, Precision};
-use kintsugi_runtime::{CpuFeatures, CpuLevel, ThreadPool};
+use kintsugi_runtime::ThreadPool;
 use kintsugi_testkit::kernel_cases::{Format, Grid, kernel_cases};
 use kintsugi_testkit::matrices;
 use kintsugi_weights::{ElementType, GroupSize, LinearWeight, QuantizedMatrix, QuantizedParts, WeightMatrix};
-
-/// Those of every level of this machine, and once more with products in bf16 where they are not the choice.
-fn every_kernels() -> Vec<Kernels> {
-    let mut kernels: Vec<Kernels> = CpuLevel::available().map(|level| Kernels::new(level).unwrap()).collect();
-    let features = CpuFeatures::detect();
-    if features.avx512_bf16 && !features.fast_bf16 {
-        kernels.push(Kernels::new(CpuLevel::best()).unwrap().with_bf16());
-    }
-    kernels
-}
 
 fn product_bits(kernels: &Kernels, weight: &PackedMatrix, x: &[f32], pool: &ThreadPool) -> Vec<u32> {
     let mut y = vec![f32::NAN; x.len() / weight.columns() * weight.rows()];

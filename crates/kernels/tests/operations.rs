@@ -1,5 +1,8 @@
 //! The element-wise operations of a decoder block against f64, at every level.
 
+mod every_kernels;
+
+use every_kernels::every_kernels;
 use kintsugi_kernels::{Activation, Kernels, RotaryTable, self_check};
 use kintsugi_runtime::{CpuLevel, ErrorCode, ThreadPool};
 use kintsugi_testkit::{Random, matrices};
@@ -7,9 +10,9 @@ use kintsugi_testkit::{Random, matrices};
 const WIDTHS: [usize; 9] = [1, 2, 7, 31, 32, 33, 100, 257, 4096];
 
 fn every_level(mut check: impl FnMut(&Kernels, &ThreadPool)) {
-    for level in CpuLevel::available() {
+    for kernels in every_kernels() {
         for threads in [1, 3] {
-            check(&Kernels::new(level).unwrap(), &ThreadPool::with_threads(threads));
+            check(&kernels, &ThreadPool::with_threads(threads));
         }
     }
 }
@@ -301,11 +304,11 @@ fn soft_cap_is_that_of_f64() {
 #[test]
 fn the_self_check_passes_at_every_level_and_has_room_in_its_budgets() {
     let pool = ThreadPool::with_threads(2);
-    for level in CpuLevel::available() {
-        let checks = self_check(&Kernels::new(level).unwrap(), &pool);
+    for kernels in every_kernels() {
+        let checks = self_check(&kernels, &pool);
         assert!(checks.len() >= 20);
         for check in checks {
-            assert!(check.ok && check.level == level, "{check:?}");
+            assert!(check.ok && check.level == kernels.level(), "{check:?}");
             assert!(check.error > 0.0 && check.error < check.budget / 2.0, "{check:?}");
         }
     }

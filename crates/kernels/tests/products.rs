@@ -1,7 +1,10 @@
 //! Every case of the table at every level that this machine has, in every precision.
 
+mod every_kernels;
+
+use every_kernels::{every_kernels, every_level};
 use kintsugi_kernels::{Arithmetic, Kernels, PackedMatrix, Precision};
-use kintsugi_runtime::{CpuFeatures, CpuLevel, ErrorCode, ThreadPool};
+use kintsugi_runtime::{CpuLevel, ErrorCode, ThreadPool};
 use kintsugi_testkit::kernel_cases::{Factors, Format, KernelCase, ROW_COUNTS, coded_factor_cases, kernel_cases};
 use kintsugi_testkit::{Int8Activations, matrices};
 use kintsugi_weights::{
@@ -21,16 +24,6 @@ const FACTORS: [Factors; 7] = [
     Factors::Codes { bits: 8, group_size: 32 },
     Factors::Codes { bits: 8, group_size: 64 },
 ];
-
-/// Those of every level of this machine, and once more with products in bf16 where they are not the choice.
-fn every_kernels() -> Vec<Kernels> {
-    let mut kernels: Vec<Kernels> = CpuLevel::available().map(|level| Kernels::new(level).unwrap()).collect();
-    let features = CpuFeatures::detect();
-    if features.avx512_bf16 && !features.fast_bf16 {
-        kernels.push(Kernels::new(CpuLevel::best()).unwrap().with_bf16());
-    }
-    kernels
-}
 
 fn product(kernels: &Kernels, weight: &PackedMatrix, x: &[f32], pool: &ThreadPool) -> Vec<f32> {
     let mut y = vec![f32::NAN; x.len() / weight.columns() * weight.rows()];
@@ -301,7 +294,7 @@ fn fast_products_are_the_same_bit_for_bit_at_every_level() {
         // Unpacked in registers, and in a strip where the level has one.
         for count in [1, 9] {
             let scalar = multiply(CpuLevel::Scalar, count);
-            for level in CpuLevel::available() {
+            for level in every_level() {
                 assert!(multiply(level, count) == scalar, "{}, {}, {count} rows", case.name(), level.name());
             }
         }
