@@ -1,9 +1,12 @@
 //! Several matrices of one input give the bits that each gives alone.
 
+mod every_kernels;
+
 use std::collections::BTreeMap;
 
+use every_kernels::every_kernels;
 use kintsugi_kernels::{Kernels, PackedMatrix, Precision};
-use kintsugi_runtime::{CpuLevel, ThreadPool};
+use kintsugi_runtime::ThreadPool;
 use kintsugi_testkit::kernel_cases::{Factors, KernelCase, kernel_cases};
 use kintsugi_testkit::matrices;
 use kintsugi_weights::{ElementType, FactorCodes, LinearWeight, LowRank};
@@ -12,10 +15,6 @@ const PRECISIONS: [Precision; 3] = [Precision::F32, Precision::Exact, Precision:
 
 /// Few rows, many, and more than are packed at once.
 const COUNTS: [usize; 5] = [1, 3, 8, 33, 150];
-
-fn every_kernels() -> impl Iterator<Item = Kernels> {
-    CpuLevel::available().map(|level| Kernels::new(level).unwrap())
-}
 
 /// The products of one call, and of one call for each.
 fn together_and_alone(
