@@ -54,8 +54,9 @@ test('a job that is killed again and again ends in the bytes of an undisturbed o
   for (let [round, total] = [0, 0]; total < KILLS; round++) {
     const out = join(folder, `round-${round}`, 'out')
     let kills = 0
-    // Time for the start of the process and for up to three blocks, any moment of them.
-    while (!(await runAndKill(out, 300 + block * 3 * Math.random()))) {
+    // Time for the start of the process and for up to three blocks, any moment of them; a little more after each kill,
+    // so that a machine that is slower by now comes forward too.
+    while (!(await runAndKill(out, 300 + block * (3 + kills / 8) * Math.random()))) {
       if (++kills > 100) {
         t.fail('the job does not come forward')
         break
