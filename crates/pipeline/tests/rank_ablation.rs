@@ -139,8 +139,8 @@ fn check_groups(recipe: &Recipe, report: &Report) {
         }
         let has = |name: &str| linear.name.ends_with(name);
         let expected = match grouped {
-            true if has("q_proj") || has("k_proj") || has("v_proj") => 2,
-            true if has("gate_proj") || has("up_proj") || has(".w1") || has(".w3") => 1,
+            true if has(".q_proj") || has(".k_proj") || has(".v_proj") => 2,
+            true if has(".gate_proj") || has(".up_proj") || has(".w1") || has(".w3") => 1,
             _ => 0,
         };
         assert_eq!(linear.shared_with.len(), expected, "{}", linear.name);
