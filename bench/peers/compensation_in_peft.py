@@ -34,6 +34,7 @@ CASES = {
     "3 bits, rank 8": ["--bits", "3", "--group-size", "64", "--eora-rank", "8", *PACKED],
     "4 bits, rank 32": ["--eora-rank", "32", *PACKED],
     "2 bits, rank 8, affine": ["--bits", "2", "--group-size", "64", "--eora-rank", "8", "--eora-affine", *PACKED],
+    "2 bits, rank 8, one A per input": ["--bits", "2", "--group-size", "64", "--eora-rank", "8", "--eora-grouped", *PACKED],
 }
 
 
