@@ -96,7 +96,10 @@ END
   emulator=$!
   tail -n +1 -f --pid="$emulator" "$serial" | tr -d '\r'
   wait "$emulator" || true
-  [ "$(grep -c '^== passed' "$serial")" -eq "${#binaries[@]}" ]
+  [ "$(grep -c '^== passed' "$serial")" -eq "${#binaries[@]}" ] && return
+  # What the emulator has to say, where it is that which failed.
+  tail -n 5 "$work/out" "$work/log" >&2
+  return 1
 }
 
 on() {
