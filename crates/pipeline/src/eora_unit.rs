@@ -17,7 +17,8 @@ impl EoraUnit {
         let mut units: Vec<EoraUnit> = Vec::new();
         for (place, linear) in spec.linears.iter().enumerate() {
             let shares = |unit: &&mut EoraUnit| spec.linears[unit.places[0]].slot.tap() == linear.slot.tap();
-            match if grouped { units.iter_mut().find(shares) } else { None } {
+            let known = if grouped { units.iter_mut().find(shares) } else { None };
+            match known {
                 Some(unit) => {
                     unit.places.push(place);
                     unit.rows += linear.rows;

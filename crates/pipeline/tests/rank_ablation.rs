@@ -1,11 +1,10 @@
 //! Ranks that are divided by what the model is without some of its factors: costs are those of the finished checkpoint
 //! with these factors taken away, in every family; budgets are kept, and interrupted jobs end in the same bytes.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::common::{assets, backend, disturbed, recipe};
+use crate::common::{assets, backend, bytes_of, disturbed, recipe};
 use kintsugi_checkpoint::{Checkpoint, read_adapter, write_adapter};
 use kintsugi_kernels::PAGE_POSITIONS;
 use kintsugi_model::{Batch, CompensationChoice, CpuBackend, DecoderSpec, Model, Session};
@@ -40,20 +39,6 @@ fn allocation(report: &Report) -> AllocationReport {
 
 fn ablation(report: &Report) -> AblationReport {
     allocation(report).ablation.unwrap()
-}
-
-/// Every file but the report, which has times in it.
-fn bytes_of(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
-    let mut files = BTreeMap::new();
-    for entry in fs::read_dir(folder).unwrap() {
-        let path = entry.unwrap().path();
-        if path.is_dir() {
-            files.extend(bytes_of(&path).into_iter().map(|(name, bytes)| (PathBuf::from("eora").join(name), bytes)));
-        } else if path.file_name().unwrap() != "report.json" {
-            files.insert(path.file_name().unwrap().into(), fs::read(&path).unwrap());
-        }
-    }
-    files
 }
 
 /// The logits of a checkpoint for sequences of tokens, with the factors in a folder.

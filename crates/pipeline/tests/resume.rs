@@ -1,10 +1,9 @@
 //! A job that was interrupted goes on where it was and writes the same bytes; what does not belong to it is refused.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::common::{assets, backend, disturbed, recipe};
+use crate::common::{assets, backend, bytes_of, disturbed, recipe};
 use kintsugi_pipeline::{Recipe, Report, compress};
 use kintsugi_runtime::{CancelToken, ErrorCode, Progress, ProgressSnapshot, Result};
 
@@ -41,20 +40,6 @@ fn finish(recipe: &Recipe) -> Report {
 /// Everything of the report but times and memory.
 fn facts_of(report: &Report) -> (String, u64) {
     (serde_json::to_string(&report.linears).unwrap(), report.summary.bytes)
-}
-
-/// Every file but the report, which has times in it.
-fn bytes_of(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
-    let mut files = BTreeMap::new();
-    for entry in fs::read_dir(folder).unwrap() {
-        let path = entry.unwrap().path();
-        if path.is_dir() {
-            files.extend(bytes_of(&path).into_iter().map(|(name, bytes)| (PathBuf::from("eora").join(name), bytes)));
-        } else if path.file_name().unwrap() != "report.json" {
-            files.insert(path.file_name().unwrap().into(), fs::read(&path).unwrap());
-        }
-    }
-    files
 }
 
 fn partial(recipe: &Recipe) -> PathBuf {

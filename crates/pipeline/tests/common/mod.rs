@@ -3,6 +3,8 @@
 
 pub(crate) mod reference;
 
+use std::collections::BTreeMap;
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -75,6 +77,20 @@ pub(crate) fn load_with(path: &Path, compensation: CompensationChoice) -> Loaded
 pub(crate) fn perplexity(path: &Path, text: &str, length: usize) -> f64 {
     let text = std::fs::read_to_string(assets("text").join(text)).unwrap();
     load(path).perplexity(&text, length, None, &CancelToken::new(), &Progress::new()).unwrap().perplexity
+}
+
+/// Every file of a folder and of `eora/` in it but the report, which has times in it.
+pub(crate) fn bytes_of(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let mut files = BTreeMap::new();
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            files.extend(bytes_of(&path).into_iter().map(|(name, bytes)| (PathBuf::from("eora").join(name), bytes)));
+        } else if path.file_name().unwrap() != "report.json" {
+            files.insert(path.file_name().unwrap().into(), fs::read(&path).unwrap());
+        }
+    }
+    files
 }
 
 /// Runs a job, and disturbs it when its progress has come to a point.
