@@ -29,11 +29,12 @@ pub enum Precision {
     /// Activations and sums in f32.
     F32,
     /// Activations rounded to bf16 where the CPU multiplies bf16 faster than f32 and the weights are exact in it (codes
-    /// and bf16), f32 elsewhere; sums and low-rank parts in f32 in any case.
+    /// and bf16), f32 elsewhere; sums and low-rank parts in f32.
     Exact,
     /// Activations rounded to int8, with a scale in each row for each run of up to 128 columns of a group, where
     /// weights are codes that stand for integers; as `Exact` where they are not (plain floats, NF4, groups along the
-    /// outputs). Sums of a block in i32, then f32; low-rank parts in f32.
+    /// outputs). Sums of a block in i32, then f32. A of a compensation, as codes of 8 bits, reads the same int8, so that
+    /// x is rounded once for `(W + B A) x`; B and adapters of a request are in f32.
     Fast,
 }
 
@@ -141,8 +142,8 @@ impl Kernels {
     }
 
     /// The [products](Self::product) of one input with several matrices, each into an output of its own: the same bits, in
-    /// one call of the pool, and one more where there are compensations. x is packed once for matrices that read it alike,
-    /// and multiplied once with an A that they [share](PackedMatrix::share_projection).
+    /// one call of the pool. x is packed once for matrices that read it alike, and multiplied once with an A that they
+    /// [share](PackedMatrix::share_projection).
     ///
     /// # Panics
     /// As [`product`](Self::product) for each of them, and when their number is not that of the outputs or they differ in
@@ -171,8 +172,8 @@ impl Kernels {
     }
 
     /// `y += scaling · B (A x)` in f32 for some rows of `x`, `[count, in]`, and the same rows of `y`, `[count, out]`:
-    /// each range of rows with an update of its own. The products with every A share a call of the pool, and those with
-    /// every B another; packing x takes more where an update has many rows. Ranks may differ.
+    /// each range of rows with an update of its own. All of them share a call of the pool; packing x takes more where an
+    /// update has many rows. Ranks may differ.
     ///
     /// # Panics
     /// When updates differ in `in` or `out`, the lengths of `x` and `y` are not multiples of them by the same count, or

@@ -26,6 +26,7 @@ mod integer_strip;
 mod kernel_table;
 mod kernels;
 mod kv_pages;
+mod late;
 mod machine_speed;
 #[cfg(target_arch = "aarch64")]
 mod neon;
@@ -34,12 +35,14 @@ mod neon_dotprod;
 #[cfg(target_arch = "aarch64")]
 mod neon_i8mm;
 mod norm;
+mod operands;
 mod pack;
 mod packed_input;
 mod packed_low_rank;
 mod packed_matrix;
 mod prefetch;
 mod product;
+mod projection;
 mod rotary_table;
 mod scalar;
 mod scratch_words;

@@ -3,8 +3,8 @@ use std::sync::Arc;
 use half::{bf16, f16};
 use kintsugi_runtime::{Error, ErrorCode, Result, ThreadPool};
 use kintsugi_weights::{
-    CodeTable, DenseMatrix, DenseValues, ElementType, FactorCodes, GroupAxis, LinearWeight, LowRank, QuantizedMatrix,
-    WeightMatrix,
+    CodeTable, DenseMatrix, DenseValues, ElementType, FactorCodes, GroupAxis, GroupSize, LinearWeight, LowRank,
+    QuantizedMatrix, QuantizedParts, WeightMatrix,
 };
 
 use crate::Precision;
@@ -28,11 +28,7 @@ pub(crate) fn pack_linear(weight: &LinearWeight, precision: Precision, pool: &Th
         Some(factors) if factors.rank() > 0 => Some(factor_matrices(factors)),
         _ => None,
     };
-    let (a, b) = match low_rank {
-        Some((a, b)) => (Some(pack_factor(&a, pool)?), Some(b)),
-        None => (None, None),
-    };
-    pack_panels(&weight.matrix, b.as_ref(), a, weight.bias.clone(), precision, pool)
+    pack_panels(&weight.matrix, low_rank, weight.bias.clone(), precision, pool)
 }
 
 /// Packs both factors of an update as matrices of their own: A and B.
@@ -41,9 +37,84 @@ pub(crate) fn pack_factors(factors: &LowRank, pool: &ThreadPool) -> Result<(Pack
     Ok((pack_factor(&a, pool)?, pack_factor(&b, pool)?))
 }
 
-/// Products with factors are in f32 in every precision.
+/// A factor for products in f32.
 fn pack_factor(factor: &WeightMatrix, pool: &ThreadPool) -> Result<PackedMatrix> {
-    pack_panels(factor, None, None, None, Precision::F32, pool)
+    pack_panels(factor, None, None, Precision::F32, pool)
+}
+
+/// A of a compensation. Beside a matrix that reads x in int8 it reads the same int8, as codes of 8 bits in the blocks of the
+/// matrix: x is then packed once for both.
+fn pack_projection(a: &WeightMatrix, main: &Section, pool: &ThreadPool) -> Result<PackedMatrix> {
+    if main.integers.is_none() {
+        return pack_factor(a, pool);
+    }
+    let codes = round_to_codes(a.rows(), a.columns(), &a.to_f32(), &main.layout)?;
+    pack_panels(&WeightMatrix::Quantized(codes), None, None, Precision::Fast, pool)
+}
+
+/// Rounds to nearest, symmetrically, to codes of 8 bits with a scale for each row of each block. What is not finite makes
+/// its row of the block NaN.
+fn round_to_codes(rows: usize, columns: usize, values: &[f32], layout: &ColumnLayout) -> Result<QuantizedMatrix> {
+    let (group_size, group_index) = groups_of_blocks(layout, columns);
+    let groups = group_size.groups(columns);
+    let group_of = |column: usize| match &group_index {
+        Some(index) => index[column] as usize,
+        None => column / group_size.columns(columns),
+    };
+    let mut scales = vec![0.0f32; rows * groups];
+    for (values, scales) in values.chunks_exact(columns).zip(scales.chunks_exact_mut(groups)) {
+        for (column, value) in values.iter().enumerate() {
+            let largest = &mut scales[group_of(column)];
+            let finite = value.is_finite() && !largest.is_nan();
+            *largest = if finite { largest.max(value.abs()) } else { f32::NAN };
+        }
+    }
+    // NaN stays NaN; the least normal number keeps quotients finite.
+    scales
+        .iter_mut()
+        .filter(|scale| !scale.is_nan())
+        .for_each(|scale| *scale = (*scale / 127.0).max(f32::MIN_POSITIVE));
+    let codes = values
+        .iter()
+        .enumerate()
+        .map(|(at, value)| {
+            let quotient = value / scales[at / columns * groups + group_of(at % columns)];
+            // A quotient that is NaN becomes the code of zero.
+            (quotient.round_ties_even() as i32 + 128) as u8
+        })
+        .collect();
+    QuantizedMatrix::new(QuantizedParts {
+        rows,
+        columns,
+        bits: 8,
+        group_size,
+        codes,
+        scales,
+        scale_type: ElementType::F32,
+        group_index,
+        ..QuantizedParts::default()
+    })
+}
+
+/// Groups that are the blocks of a layout; runs of columns where blocks are too uneven for that.
+fn groups_of_blocks(layout: &ColumnLayout, columns: usize) -> (GroupSize, Option<Vec<u32>>) {
+    let widths = [layout.blocks[0].columns, columns.div_ceil(layout.blocks.len())].map(GroupSize::Columns);
+    let as_many = widths.into_iter().find(|width| width.groups(columns) == layout.blocks.len());
+    match (&layout.order, as_many) {
+        (None, Some(width)) if layout.blocks.iter().all(|block| block.start % width.columns(columns) == 0) => {
+            (width, None)
+        }
+        (Some(order), Some(width)) => {
+            let mut group_index = vec![0; columns];
+            for (group, block) in (0u32..).zip(&layout.blocks) {
+                for &column in &order[block.start..block.start + block.columns] {
+                    group_index[column as usize] = group;
+                }
+            }
+            (width, Some(group_index))
+        }
+        _ => (GroupSize::Columns(ColumnLayout::INTEGER_BLOCK_COLUMNS), None),
+    }
 }
 
 /// A `[rank, in]` and B `[out, rank]` as they are stored: in codes, or in the type that they are rounded to.
@@ -65,10 +136,10 @@ fn factor_matrices(factors: &LowRank) -> (WeightMatrix, WeightMatrix) {
     )
 }
 
+/// A matrix with A and B of its compensation.
 fn pack_panels(
     matrix: &WeightMatrix,
-    b: Option<&WeightMatrix>,
-    a: Option<PackedMatrix>,
+    low_rank: Option<(WeightMatrix, WeightMatrix)>,
     bias: Option<Vec<f32>>,
     precision: Precision,
     pool: &ThreadPool,
@@ -87,7 +158,9 @@ fn pack_panels(
         matrix => matrix,
     };
     let main = section(matrix, precision, 0);
-    let b_section = b.map(|b| section(b, Precision::F32, main.bytes()));
+    let (a, b) = low_rank.unzip();
+    let a = a.map(|a| pack_projection(&a, &main, pool)).transpose()?;
+    let b_section = b.as_ref().map(|b| section(b, Precision::F32, main.bytes()));
     let panel_bytes = main.bytes() + b_section.as_ref().map_or(0, Section::bytes);
     let bytes = panel_bytes
         .checked_mul(rows.div_ceil(LANES))
@@ -96,7 +169,7 @@ fn pack_panels(
     let mut panels = AlignedBytes::zeroed(bytes);
     pool.for_each_chunk(panels.as_mut_slice(), panel_bytes, |panel, bytes| {
         write(matrix, &main, panel, bytes);
-        if let (Some(b), Some(section)) = (b, &b_section) {
+        if let (Some(b), Some(section)) = (&b, &b_section) {
             write(b, section, panel, bytes);
         }
     });

@@ -211,10 +211,10 @@ impl Section {
     /// Whether rows of x are packed alike for both.
     pub(crate) fn reads_like(&self, other: &Section) -> bool {
         let needs_block_sums = |section: &Section| section.grid.is_some_and(GridParameters::needs_block_sums);
-        self.encoding == other.encoding
-            && self.integers == other.integers
-            && needs_block_sums(self) == needs_block_sums(other)
-            && self.layout == other.layout
+        let unit = |section: &Section| section.integers.map(|integers| integers.unit);
+        unit(self) == unit(other)
+            && (unit(self).is_some() || needs_block_sums(self) == needs_block_sums(other))
+            && self.layout.reads_like(&other.layout)
     }
 
     /// Bytes of this section in each panel.
@@ -276,6 +276,17 @@ impl ColumnLayout {
     /// How many steps of so many columns the blocks take.
     pub(crate) fn steps_of(&self, step_columns: usize) -> usize {
         self.blocks.iter().map(|block| block.columns.div_ceil(step_columns)).sum()
+    }
+
+    /// Whether both read the same columns in the same order, in the same blocks with the same padding.
+    fn reads_like(&self, other: &Self) -> bool {
+        let padded = |layout: &Self, block: usize| layout.steps[block] as usize * layout.step_columns;
+        self.blocks.len() == other.blocks.len()
+            && (0..self.blocks.len()).all(|block| {
+                let (own, others) = (&self.blocks[block], &other.blocks[block]);
+                (own.start, own.columns, padded(self, block)) == (others.start, others.columns, padded(other, block))
+            })
+            && self.order == other.order
     }
 
     fn push_group(&mut self, start: usize, columns: usize, group: usize, block_columns: usize) {

@@ -58,17 +58,20 @@ impl TileBlock {
 }
 
 impl TiledInput {
-    /// Packs `x`, `[count, columns]`, in tiles of up to `tile_rows` rows for the products with a section.
+    /// Packs `x`, `[count, columns]`, in tiles for the products with a section.
     pub(crate) fn new(
         table: &KernelTable,
         section: &Section,
         arithmetic: Arithmetic,
         x: &[f32],
         columns: usize,
-        tile_rows: usize,
         pool: &ThreadPool,
     ) -> Self {
         let (layout, count) = (&section.layout, x.len() / columns);
+        let tile_rows = match arithmetic {
+            Arithmetic::Int8 => table.integers.tile_rows,
+            Arithmetic::F32 | Arithmetic::Bf16 => table.strip.tile_rows,
+        };
         let packer = RowPacker::new(table, section, arithmetic);
         let centre = if arithmetic == Arithmetic::Int8 { (table.integers.centre)(section.encoding) } else { 0 };
         let parameters = if arithmetic == Arithmetic::Int8 { TileBlock::INTEGER_WORDS } else { packer.block_words };
@@ -113,6 +116,28 @@ impl TiledInput {
             }
         });
         TiledInput { words, stride }
+    }
+
+    /// The same rows in int8 for a section that reads them alike, but whose codes have a centre that is so much larger.
+    pub(crate) fn recentred(&self, table: &KernelTable, section: &Section, moved: i32, pool: &ThreadPool) -> Self {
+        let tile_rows = table.integers.tile_rows;
+        let mut words = ScratchWords::new(self.words.len());
+        pool.for_each_chunk(&mut words, self.stride, |tile, words| {
+            words.copy_from_slice(&self.words[tile * self.stride..][..self.stride]);
+            let mut rest = words;
+            for &steps in &section.layout.steps {
+                let columns = steps as usize * section.layout.step_columns;
+                let known = &mut rest[columns / Arithmetic::Int8.columns_per_word() * tile_rows..];
+                let (known, after) = known.split_at_mut(TileBlock::INTEGER_WORDS * tile_rows);
+                let (starts, sums) = known[tile_rows..].split_at_mut(tile_rows);
+                for (start, &mut sum) in starts.iter_mut().zip(sums) {
+                    // Rows that a tile lacks hold anything.
+                    *start = start.wrapping_sub((moved as u32).wrapping_mul(sum));
+                }
+                rest = after;
+            }
+        });
+        TiledInput { words, stride: self.stride }
     }
 
     /// The first word.

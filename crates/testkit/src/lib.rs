@@ -10,5 +10,5 @@ mod random;
 pub mod reference_rows;
 pub mod synthetic_checkpoint;
 
-pub use int8_activations::Int8Activations;
+pub use int8_activations::{Int8Activations, with_int8_projection};
 pub use random::Random;
