@@ -6,13 +6,15 @@
 //! bandwidth and clock of shared machines drift. `kintsugi bench` shows a user the same in short.
 //!
 //! `cargo bench -p kintsugi-kernels --bench product -- [SECTION]...` with `KINTSUGI_THREADS` for the number of
-//! threads and `KINTSUGI_CPU` for a single level. Sections are `stream`, `widths`, `residual`, `shared`, `cached` and
-//! numbers of rows; all of them by default.
+//! threads and `KINTSUGI_CPU` for a single level. Sections are `stream`, `widths`, `residual`, `adapters`,
+//! `shared`, `cached` and numbers of rows; all of them by default.
 #![allow(clippy::print_stdout, reason = "a bench is there to print")]
 
 use std::time::Instant;
 
-use kintsugi_kernels::{ArithmeticCeiling, Kernels, MatrixRotation, PackedMatrix, Precision, ReadingCeiling, Spread};
+use kintsugi_kernels::{
+    ArithmeticCeiling, Kernels, MatrixRotation, PackedLowRank, PackedMatrix, Precision, ReadingCeiling, Spread,
+};
 use kintsugi_runtime::{CpuLevel, ThreadPool};
 use kintsugi_testkit::kernel_cases::Factors;
 use kintsugi_testkit::matrices;
@@ -48,6 +50,9 @@ fn main() {
     }
     if wanted("residual") {
         [1, 8, 512].into_iter().for_each(|rows| residual(rows, pool));
+    }
+    if wanted("adapters") {
+        adapters(pool);
     }
     if wanted("shared") {
         [1, 8, 128].into_iter().for_each(|rows| shared(rows, pool));
@@ -195,17 +200,66 @@ fn residual(rows: usize, pool: &ThreadPool) {
         .collect();
     let x = matrices::activations(1, rows, SIZE);
     let mut y = vec![0.0; rows * SIZE];
-    for _ in 0..ROUNDS {
+    for _ in 0..2 * ROUNDS {
         for candidate in &mut candidates {
             candidate.run(&sets[candidate.matrices], &x, &mut y, pool);
         }
     }
-    println!("\nint4 group 128 with a low-rank part, {SIZE}×{SIZE}, {rows} rows");
-    let base = median(&candidates[0].seconds);
+    println!(
+        "\nint4 group 128 with a low-rank part, {SIZE}×{SIZE}, {rows} rows: medians of times, and of ratios of a round"
+    );
     for candidate in &candidates {
-        let seconds = median(&candidate.seconds);
-        let (time, share) = (seconds * 1e3, 100.0 * (seconds / base - 1.0));
+        let time = median(&candidate.seconds) * 1e3;
+        let share = 100.0 * (median_ratio(&candidate.seconds, &candidates[0].seconds) - 1.0);
         println!("  {:<24} {time:8.3} ms {share:+6.1} %", candidate.name);
+    }
+}
+
+/// What adapters that are chosen per request cost: 8 rows with none, with one for all, and each with its own.
+fn adapters(pool: &ThreadPool) {
+    const REQUESTS: usize = 8;
+    let kernels = Kernels::new(CpuLevel::best()).expect("the best level is available");
+    let weight = kernels.pack(&weight(4, 128), Precision::Fast, pool).expect("the matrix is well-formed");
+    let weights = vec![weight; MATRICES];
+    let pack = |seed, rank| {
+        let factors = Factors::Dense(ElementType::Bf16).matrices(seed, SIZE, SIZE, rank);
+        kernels.pack_low_rank(&factors, 2.0, pool).expect("the adapter is well-formed")
+    };
+    // As many as there are matrices, so that no cache holds them either.
+    let sets = [16, 64].map(|rank| {
+        let of_matrix =
+            |matrix: usize| (0..REQUESTS).map(move |request| pack((matrix * REQUESTS + request) as u64, rank));
+        (rank, (0..MATRICES).map(|matrix| of_matrix(matrix).collect()).collect::<Vec<Vec<PackedLowRank>>>())
+    });
+    let x = matrices::activations(1, REQUESTS, SIZE);
+    let mut y = vec![0.0; REQUESTS * SIZE];
+    let mut run = |adapters: Option<(&[Vec<PackedLowRank>], bool)>| {
+        let start = Instant::now();
+        for (index, weight) in weights.iter().enumerate() {
+            kernels.product(weight, &x, &mut y, pool);
+            if let Some((adapters, own)) = adapters {
+                let of_row = |row: usize| (row..row + 1, &adapters[index][row]);
+                let updates =
+                    if own { (0..REQUESTS).map(of_row).collect() } else { vec![(0..REQUESTS, &adapters[index][0])] };
+                kernels.accumulate_low_ranks(&updates, &x, &mut y, pool);
+            }
+        }
+        start.elapsed().as_secs_f64() / MATRICES as f64
+    };
+    let mut candidates = vec![("none".to_owned(), None)];
+    for (rank, set) in &sets {
+        candidates.push((format!("one of rank {rank} for all"), Some((&set[..], false))));
+        candidates.push((format!("one of rank {rank} for each"), Some((&set[..], true))));
+    }
+    let mut seconds = vec![Vec::new(); candidates.len()];
+    for _ in 0..2 * ROUNDS {
+        for ((_, adapters), seconds) in candidates.iter().zip(&mut seconds) {
+            seconds.push(run(*adapters));
+        }
+    }
+    println!("\nint4 group 128, {SIZE}×{SIZE}, fast, {REQUESTS} rows with adapters in bf16");
+    for ((name, _), own) in candidates.iter().zip(&seconds) {
+        println!("  {name:<26} {:8.3} ms {:5.2}×", median(own) * 1e3, median_ratio(own, &seconds[0]));
     }
 }
 
@@ -263,8 +317,7 @@ fn shared(rows: usize, pool: &ThreadPool) {
     }
     println!("\nint4 group 128, {OUTPUTS:?}×{SIZE} of one input in fast, {rows} rows");
     for ((name, ..), own) in candidates.iter().zip(&seconds) {
-        let ratios: Vec<f64> = own.iter().zip(&seconds[0]).map(|(own, first)| own / first).collect();
-        let (time, share) = (median(own) * 1e3, 100.0 * (median(&ratios) - 1.0));
+        let (time, share) = (median(own) * 1e3, 100.0 * (median_ratio(own, &seconds[0]) - 1.0));
         println!("  {name:<26} {time:8.3} ms {share:+6.1} %");
     }
 }
@@ -355,4 +408,9 @@ fn seconds(work: impl FnOnce()) -> f64 {
 
 fn median(values: &[f64]) -> f64 {
     Spread::of(values).median
+}
+
+/// The median of the ratios of rounds.
+fn median_ratio(own: &[f64], others: &[f64]) -> f64 {
+    median(&own.iter().zip(others).map(|(own, other)| own / other).collect::<Vec<_>>())
 }

@@ -11,6 +11,7 @@ use crate::Precision;
 use crate::aligned_bytes::AlignedBytes;
 use crate::code_fields::{CodeFields, Piece};
 use crate::grid_parameters::{GridOrigin, GridParameters};
+use crate::packed_low_rank::{FoldedMatrix, PackedFactors};
 use crate::packed_matrix::{ColumnLayout, Compensation, IntegerCodes, PackedMatrix, PanelEncoding, Section};
 use crate::vector::LANES;
 
@@ -31,10 +32,44 @@ pub(crate) fn pack_linear(weight: &LinearWeight, precision: Precision, pool: &Th
     pack_panels(&weight.matrix, low_rank, weight.bias.clone(), precision, pool)
 }
 
-/// Packs both factors of an update as matrices of their own: A and B.
-pub(crate) fn pack_factors(factors: &LowRank, pool: &ThreadPool) -> Result<(PackedMatrix, PackedMatrix)> {
+/// Packs both factors of an update as matrices of their own.
+pub(crate) fn pack_factors(factors: &LowRank, pool: &ThreadPool) -> Result<PackedFactors> {
     let (a, b) = factor_matrices(factors);
-    Ok((pack_factor(&a, pool)?, pack_factor(&b, pool)?))
+    let (rows, columns) = (a.rows(), a.columns());
+    // Codes stay in their groups.
+    let folds = match &a {
+        WeightMatrix::Dense(_) => {
+            [4, 2].into_iter().find(|folds| rows * folds <= LANES && columns.is_multiple_of(*folds))
+        }
+        WeightMatrix::Quantized(_) => None,
+    };
+    let a = match (&a, folds) {
+        (WeightMatrix::Dense(a), Some(folds)) => WeightMatrix::Dense(fold(a, folds)),
+        _ => a,
+    };
+    let a = FoldedMatrix { matrix: pack_factor(&a, pool)?, rows, folds: folds.unwrap_or(1) };
+    Ok(PackedFactors { a, b: pack_factor(&b, pool)? })
+}
+
+/// The matrix of a [`FoldedMatrix`], `[32, columns / folds]`.
+fn fold(matrix: &DenseMatrix, folds: usize) -> DenseMatrix {
+    fn folded<T: Copy + Default>(values: &[T], columns: usize, folds: usize) -> Vec<T> {
+        let width = columns / folds;
+        let mut out = vec![T::default(); LANES * width];
+        for (row, values) in values.chunks_exact(columns).enumerate() {
+            for (run, values) in values.chunks_exact(width).enumerate() {
+                out[(run * LANES / folds + row) * width..][..width].copy_from_slice(values);
+            }
+        }
+        out
+    }
+    let columns = matrix.columns();
+    let values = match matrix.values() {
+        DenseValues::F32(values) => DenseValues::F32(folded(values, columns, folds)),
+        DenseValues::F16(values) => DenseValues::F16(folded(values, columns, folds)),
+        DenseValues::Bf16(values) => DenseValues::Bf16(folded(values, columns, folds)),
+    };
+    DenseMatrix::new(LANES, columns / folds, values)
 }
 
 /// A factor for products in f32.

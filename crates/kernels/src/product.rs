@@ -3,6 +3,7 @@ use std::sync::Arc;
 use kintsugi_runtime::ThreadPool;
 
 use crate::operands::{Operands, Output};
+use crate::packed_low_rank::PackedFactors;
 use crate::packed_matrix::PackedMatrix;
 use crate::projection::Projection;
 use crate::shared_rows::SharedRows;
@@ -36,7 +37,7 @@ pub(crate) fn multiply(
                 |projection: &Projection<'_>| std::ptr::eq(projection.operands().weight(), Arc::as_ptr(&part.a));
             let known = projections.iter().position(is_same).unwrap_or_else(|| {
                 let others = operands.iter().chain(projections.iter().map(Projection::operands));
-                projections.push(Projection::new(Operands::new(kernels, &part.a, x, others, pool), 1.0));
+                projections.push(Projection::new(Operands::new(kernels, &part.a, x, others, pool)));
                 projections.len() - 1
             });
             projections[known].feed(consumer);
@@ -69,10 +70,17 @@ pub(crate) fn accumulate_updates(
 ) {
     let (mut operands, mut projections) = (Vec::new(), Vec::new());
     for UpdatedRows { update, rows } in updates {
-        let Some((a, b)) = &update.factors else { continue };
+        let Some(PackedFactors { a, b }) = &update.factors else { continue };
         for rows in rows.chunks(ROWS_AT_ONCE) {
-            let x: Vec<f32> = rows.iter().flat_map(|row| &x[row * a.columns..(row + 1) * a.columns]).copied().collect();
-            let mut projection = Projection::new(Operands::new(kernels, a, &x, [].iter(), pool), update.scaling);
+            let columns = a.columns();
+            let gathered: Vec<f32>;
+            let x = if rows.is_sorted_by(|row, next| row + 1 == *next) {
+                &x[rows[0] * columns..][..rows.len() * columns]
+            } else {
+                gathered = rows.iter().flat_map(|row| &x[row * columns..(row + 1) * columns]).copied().collect();
+                &gathered
+            };
+            let mut projection = Projection::of_update(a, update.scaling, kernels, x, pool);
             projection.feed(operands.len());
             projections.push(projection);
             operands.push(Operands::awaiting(kernels, b, rows.len(), Some(rows.to_vec())));

@@ -6,6 +6,7 @@ use kintsugi_runtime::ThreadPool;
 
 use crate::Kernels;
 use crate::operands::{Operands, Output};
+use crate::packed_low_rank::FoldedMatrix;
 use crate::shared_rows::SharedRows;
 use crate::vector::LANES;
 
@@ -18,6 +19,8 @@ const TASK_BYTES: usize = 1 << 16;
 /// are added in the order of the runs.
 pub(crate) struct Projection<'a> {
     operands: Operands<'a>,
+    /// Where A is folded, and the rows of x with it.
+    folded: Option<&'a FoldedMatrix>,
     /// What `A x` is multiplied with.
     scaling: f32,
     runs: Vec<Range<usize>>,
@@ -30,12 +33,28 @@ pub(crate) struct Projection<'a> {
 }
 
 impl<'a> Projection<'a> {
-    pub(crate) fn new(operands: Operands<'a>, scaling: f32) -> Self {
+    /// A x, for A of a compensation.
+    pub(crate) fn new(operands: Operands<'a>) -> Self {
+        Projection::of(operands, None, 1.0)
+    }
+
+    /// `scaling · A x`, for A of an update. The rows of x are as A is.
+    pub(crate) fn of_update(
+        a: &'a FoldedMatrix,
+        scaling: f32,
+        kernels: &Kernels,
+        x: &[f32],
+        pool: &ThreadPool,
+    ) -> Self {
+        Projection::of(Operands::new(kernels, &a.matrix, x, [].iter(), pool), Some(a), scaling)
+    }
+
+    fn of(operands: Operands<'a>, folded: Option<&'a FoldedMatrix>, scaling: f32) -> Self {
         let runs = operands.runs();
         let units = operands.weight().panel_count() * runs.len();
         let tasks = operands.tasks(units, TASK_BYTES);
         let sums = (0..tasks).map(|_| OnceLock::new()).collect();
-        Projection { operands, scaling, runs, sums, left: AtomicUsize::new(tasks), consumers: Vec::new() }
+        Projection { operands, folded, scaling, runs, sums, left: AtomicUsize::new(tasks), consumers: Vec::new() }
     }
 
     /// A and x.
@@ -85,6 +104,10 @@ impl<'a> Projection<'a> {
             }
             self.operands.write(panel, 1, 0, count, &totals, &shared, Output::Set);
         }
+        let mut y = match self.folded {
+            Some(a) => a.unfold(y),
+            None => y,
+        };
         y.iter_mut().for_each(|value| *value *= self.scaling);
         y
     }

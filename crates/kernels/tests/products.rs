@@ -461,6 +461,42 @@ fn rows_with_adapters_of_their_own_are_the_same_bit_for_bit_as_alone() {
     }
 }
 
+/// A of few rows shares its panel out among runs of columns, where those can be cut evenly.
+#[test]
+fn adapters_of_few_ranks_add_their_product_and_take_no_empty_rows() {
+    let pool = ThreadPool::with_threads(3);
+    let rows = 70;
+    for (columns, rank, folds) in
+        [(1024, 1, 4), (1024, 8, 4), (1024, 7, 4), (1022, 8, 2), (1024, 16, 2), (1023, 16, 1), (1024, 17, 1)]
+    {
+        for element in [ElementType::F32, ElementType::F16, ElementType::Bf16] {
+            let factors = Factors::Dense(element).matrices(3, rows, columns, rank);
+            let zeros = WeightMatrix::Dense(DenseMatrix::from_f32(rows, columns, vec![0.0; rows * columns]));
+            let weight = LinearWeight { low_rank: Some(factors.clone()), ..LinearWeight::plain(zeros) };
+            let x = matrices::activations(5, 40, columns);
+            let expected = KernelCase::expected(&weight, &x, ElementType::F32);
+            let magnitudes = KernelCase::magnitudes(&weight, &x);
+            for kernels in every_kernels() {
+                let packed = kernels.pack_low_rank(&factors, -0.5, &pool).unwrap();
+                assert_eq!((packed.rank(), packed.in_features()), (rank, columns));
+                let of_a = columns.div_ceil(4 * folds) * 4 * 32 * element.bits() / 8;
+                let of_b = 96 * rank.next_multiple_of(4) * element.bits() / 8;
+                let taken = packed.memory_bytes();
+                assert!((of_a + of_b..of_a + of_b + 1024).contains(&taken), "rank {rank} of {columns}: {taken} bytes");
+                let mut y = vec![1.0f32; 40 * rows];
+                // Rows of it in two places, and one without.
+                kernels.accumulate_low_ranks(&[(0..3, &packed), (4..40, &packed)], &x, &mut y, &pool);
+                for (at, ((&y, expected), magnitude)) in y.iter().zip(&expected).zip(&magnitudes).enumerate() {
+                    let scaling = if at / rows == 3 { 0.0 } else { -0.5 };
+                    let distance = (f64::from(y) - (1.0 + scaling * expected)).abs();
+                    let place = format!("rank {rank} of {columns}, {element:?}, {}", kernels.level().name());
+                    assert!(distance <= 1e-5 * (1.0 + magnitude), "{place}: {y} beside {expected}");
+                }
+            }
+        }
+    }
+}
+
 #[test]
 #[should_panic(expected = "share a row")]
 fn rows_with_two_adapters_are_a_defect_of_the_caller() {
