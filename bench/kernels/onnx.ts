@@ -86,7 +86,12 @@ export async function onnxCandidate(problem: Problem, block: number): Promise<Ca
   let quantized = { codes: new Uint8Array(), scales: new Float32Array() }
   weights.forEach((weight, i) => {
     if (weight !== weights[i - 1]) quantized = quantize(weight, block)
-    const { codes, scales } = quantized
+    // Weights that are equal would be kept once, and read from the cache: another code and scale make each its own.
+    const [codes, scales] = [quantized.codes.slice(), quantized.scales.slice()]
+    if (i > 0) {
+      codes[i] = 0xff - (codes[i] ?? 0)
+      scales[i] = 1.001 * (scales[i] ?? 0)
+    }
     initializers.push(tensor(`B${i}`, UINT8, [N, K / block, block / 2], codes))
     initializers.push(tensor(`s${i}`, FLOAT, [N * (K / block)], new Uint8Array(scales.buffer)))
     const node = new Message().text(1, 'x').text(1, `B${i}`).text(1, `s${i}`).text(2, `y${i}`)
