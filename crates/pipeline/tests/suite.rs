@@ -20,6 +20,7 @@ mod merges;
 mod merging;
 mod mixed_inputs;
 mod mixtures;
+mod output_energies;
 mod rank_ablation;
 mod reference;
 mod resume;
