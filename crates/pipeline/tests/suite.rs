@@ -13,6 +13,7 @@ mod folding;
 mod formats;
 mod gguf_output;
 mod grouped;
+mod grouped_jobs;
 mod merge_change;
 mod merge_compensation;
 mod merge_corruptions;
