@@ -192,7 +192,6 @@ fn diagonal_takes_the_best_of_its_exponents_and_is_never_behind_the_plain_svd() 
         }
     }
     // Each of the exponents is needed somewhere.
-    println!("exponents of 1/2, 1/4 and 0 alone: {chosen:?}");
     assert!(chosen.iter().all(|&count| count >= 3), "{chosen:?}");
 }
 

@@ -234,7 +234,6 @@ fn sizes_of_channels_are_never_behind_the_plain_svd_on_what_feedback_of_errors_l
         let less = |(found, plain): &(&f64, &f64)| **found < **plain * (1.0 - 1e-3);
         ahead += diagonal.iter().zip(&plain).filter(less).count();
     }
-    println!("ahead of the plain SVD {ahead} times");
     assert!(ahead > 0, "it is the plain SVD");
 }
 
