@@ -202,11 +202,13 @@ async function table(checkpoint: string): Promise<void> {
   const behind = (a: EoraSolver, b: EoraSolver): number =>
     errors.get(a)!.filter((error, i) => error > errors.get(b)![i]! * (1 + 1e-3) + 1e-9).length
   const count = errors.get('fast')!.length
+  const alike = errors.get('diagonal')!.filter((error, i) => error === errors.get('lorc')![i]).length
   console.log(`
 Of ${count} solutions per solver: fast above exact by more than a thousandth ${behind('fast', 'exact')} times,
 above diagonal ${behind('fast', 'diagonal')} times, above lorc ${behind('fast', 'lorc')} times; exact above diagonal
 ${behind('exact', 'diagonal')} times, above lorc ${behind('exact', 'lorc')} times; diagonal above lorc
-${behind('diagonal', 'lorc')} times (${share(behind('diagonal', 'lorc') / count)}); any solver above no compensation ${worse} times.`)
+${behind('diagonal', 'lorc')} times (${share(behind('diagonal', 'lorc') / count)}), the same ${alike} times, lorc above diagonal
+${behind('lorc', 'diagonal')} times; any solver above no compensation ${worse} times.`)
 }
 
 for (const checkpoint of checkpoints.split(',')) await table(checkpoint)

@@ -272,3 +272,49 @@ pub(crate) fn not_finite(name: &str, place: &str) -> Error {
         .subject(name)
         .hint("The checkpoint is broken; take another copy or an earlier step of the training")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_without_a_header_holds_what_is_said_of_it_or_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("part");
+        let values = [1.5f32, -2.0, 3.0, 4.0];
+        std::fs::write(&path, [&[9; 3][..], bytemuck::cast_slice(&values)].concat()).unwrap();
+        let tensor =
+            |dtype, shape: &[usize], offset, bytes| StoredTensor { dtype, shape: shape.to_vec(), offset, bytes };
+        let open = |tensors: Vec<(&str, StoredTensor)>| {
+            let named = tensors.into_iter().map(|(name, tensor)| (name.to_owned(), tensor));
+            SafetensorsFile::without_header(&path, named.collect())
+        };
+        let file = open(vec![
+            ("all", tensor(Dtype::F32, &[2, 2], 3, 16)),
+            ("first", tensor(Dtype::U8, &[3], 0, 3)),
+            ("last", tensor(Dtype::F32, &[1], 15, 4)),
+            ("none", tensor(Dtype::F32, &[0, 7], 19, 0)),
+        ])
+        .unwrap();
+        assert_eq!(file.read_matrix("all", file.tensor("all").unwrap()).unwrap().to_f32(), values);
+        assert_eq!(file.read_values::<u8>(file.tensor("first").unwrap()).unwrap(), [9; 3]);
+        assert_eq!(file.read_values::<f32>(file.tensor("last").unwrap()).unwrap(), [4.0]);
+
+        for (what, wrong) in [
+            ("one byte behind the end", tensor(Dtype::F32, &[2, 2], 4, 16)),
+            ("nothing, but behind the end", tensor(Dtype::F32, &[0], 20, 0)),
+            ("an end that no number holds", tensor(Dtype::F32, &[1], u64::MAX - 2, 4)),
+            ("fewer bytes than elements", tensor(Dtype::F32, &[2, 2], 3, 15)),
+            ("more bytes than elements", tensor(Dtype::F32, &[2], 3, 16)),
+            ("elements that no number counts", tensor(Dtype::F32, &[usize::MAX, 2], 3, 16)),
+        ] {
+            // The others are what they should be.
+            let error = open(vec![("a", tensor(Dtype::U8, &[3], 0, 3)), ("wrong", wrong)]).unwrap_err();
+            assert_eq!(error.code, ErrorCode::CheckpointCorrupt, "{what}");
+            assert!(error.message.contains("'wrong'") && error.subject.ends_with("part"), "{what}: {error}");
+            assert!(!error.hint.is_empty(), "{what}");
+        }
+        std::fs::remove_file(&path).unwrap();
+        assert_eq!(open(Vec::new()).unwrap_err().code, ErrorCode::CheckpointNotFound);
+    }
+}

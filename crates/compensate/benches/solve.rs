@@ -3,7 +3,8 @@
 //!
 //! `cargo bench -p kintsugi-compensate --bench solve [-- SHAPE… [--rank R] [--solvers fast,exact] [--write DIR]]`, a SHAPE
 //! being `OUTxIN`. With `--write` the matrices are left as `delta-OUTxIN.f32` and `s-IN.f64` for
-//! `bench/peers/eora_torch.py`. `--block` solves the seven Linears of a Llama-3-8B block and says what 32 of them take.
+//! `bench/peers/eora_torch.py`. `--block` solves the seven Linears of a Llama-3-8B block and says what 32 of them take;
+//! with `--outputs` the energies of the original outputs are given, as a pass that takes statistics finds them.
 //! `--energies` times the energy of a matrix in f32 and f64, in turns. `--equal-bytes` compares ranks and bits of factors that take about the same bytes, on spectra of several slopes.
 #![allow(clippy::print_stdout, reason = "a bench is there to print")]
 
@@ -13,7 +14,8 @@ use std::time::Instant;
 
 use kintsugi_calibration::{Calibration, CalibrationBuilder};
 use kintsugi_compensate::{
-    CompensationOptions, FactorPrecision, Residual, compensate, compensation_method, output_energy,
+    CompensationOptions, FactorPrecision, OutputSquares, Residual, compensate, compensation_method, output_energies,
+    output_energy,
 };
 use kintsugi_linalg::{SplitMix64, quadratic_forms};
 use kintsugi_runtime::ThreadPool;
@@ -35,7 +37,7 @@ fn main() {
     let pool = ThreadPool::global();
     println!("{} threads, rank {rank}, residual of 3 bits in groups of 128\n", pool.threads());
     if arguments.iter().any(|argument| argument == "--block") {
-        return block(rank, pool);
+        return block(rank, arguments.iter().any(|argument| argument == "--outputs"), pool);
     }
     let shape = |text: &String| text.split_once('x').and_then(|(m, k)| Some((m.parse().ok()?, k.parse().ok()?)));
     let mut shapes: Vec<(usize, usize)> = arguments.iter().filter_map(shape).collect();
@@ -59,7 +61,7 @@ fn main() {
             write_matrices(Path::new(folder), &weight, &rounded, &calibration);
         }
         for solver in solvers.split(',') {
-            solve(&weight, &rounded, &calibration, (solver, rank), pool);
+            solve(&weight, &rounded, &calibration, None, (solver, rank), pool);
         }
     }
 }
@@ -69,19 +71,21 @@ fn solve(
     weight: &DenseMatrix,
     rounded: &QuantizedMatrix,
     calibration: &Calibration,
+    outputs: Option<&OutputSquares>,
     (solver, rank): (&str, usize),
     pool: &ThreadPool,
 ) -> f64 {
     let precision = FactorPrecision::Float(ElementType::Bf16);
     let options = CompensationOptions { method: compensation_method(solver).unwrap(), rank, precision, affine: false };
     let started = Instant::now();
-    let residual = Residual::new(weight, rounded, calibration, pool).unwrap();
+    let residual =
+        Residual::new(weight, rounded, calibration, outputs.map(|outputs| outputs.calibration), pool).unwrap();
     let energies = started.elapsed().as_secs_f64();
     let directions = options.method.directions(&residual, rank, pool).unwrap();
     let found = started.elapsed().as_secs_f64() - energies;
     drop((residual, directions));
     let started = Instant::now();
-    let solved = compensate(weight, rounded, calibration, None, &options, pool).unwrap();
+    let solved = compensate(weight, rounded, calibration, None, outputs, &options, pool).unwrap();
     let seconds = started.elapsed().as_secs_f64();
     let above = solved.certificate.map_or(f64::NAN, |proof| proof.solved / proof.bound - 1.0);
     let error = solved.error;
@@ -95,7 +99,7 @@ fn solve(
     seconds
 }
 
-fn block(rank: usize, pool: &ThreadPool) {
+fn block(rank: usize, known: bool, pool: &ThreadPool) {
     println!(
         "| shape | solver | seconds | of them energies | directions | error before | after | above the bound at most |"
     );
@@ -105,7 +109,11 @@ fn block(rank: usize, pool: &ThreadPool) {
         let calibration = inputs(readers[0].1, SLOPE, pool);
         for &(rows, columns) in readers {
             let (weight, rounded) = weights(rows, columns);
-            seconds += solve(&weight, &rounded, &calibration, ("fast", rank), pool);
+            let outputs = known.then(|| OutputSquares {
+                calibration: output_energies(&[&weight], &calibration, &[None], pool)[0],
+                held_out: Vec::new(),
+            });
+            seconds += solve(&weight, &rounded, &calibration, outputs.as_ref(), ("fast", rank), pool);
         }
     }
     println!("\na block: {seconds:.1} s; {BLOCKS} blocks, 224 Linears: {:.1} min", BLOCKS * seconds / 60.0);
@@ -142,7 +150,7 @@ fn equal_bytes((rows, columns): (usize, usize), pool: &ThreadPool) {
         for (bits, rank) in [(16, 64), (8, 128), (4, 256)] {
             let precision = FactorPrecision::of_bits(bits).unwrap();
             let options = CompensationOptions { rank, precision, ..CompensationOptions::default() };
-            let error = compensate(&weight, &rounded, &calibration, None, &options, pool).unwrap().error;
+            let error = compensate(&weight, &rounded, &calibration, None, None, &options, pool).unwrap().error;
             let bytes = precision.stored_bits(rows, columns, rank) as f64 / 8.0;
             let (base_bytes, base_error) = *first.get_or_insert((bytes, error.compensated));
             println!(

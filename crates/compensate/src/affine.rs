@@ -4,7 +4,9 @@ use kintsugi_weights::{FactorBias, LowRank, RowSource};
 
 use crate::compensation::{solve, stored_factors, widen};
 use crate::residual_error::wide_row;
-use crate::{Compensation, CompensationOptions, HoldOut, HoldOutProfile, OutputDirections, RankProfile, Residual};
+use crate::{
+    Compensation, CompensationOptions, HoldOut, HoldOutProfile, OutputDirections, OutputSquares, RankProfile, Residual,
+};
 
 /// Affine EoRA: factors and a bias that minimise `‖(W − Ŵ − B A) X − b 1ᵀ‖`.
 ///
@@ -19,23 +21,26 @@ pub(crate) fn compensate_affine(
     compressed: &dyn RowSource,
     calibration: &Calibration,
     hold_out: Option<&HoldOut>,
+    outputs: Option<&OutputSquares>,
     options: &CompensationOptions,
     pool: &ThreadPool,
 ) -> Result<Compensation> {
     let (mean, centred) = (calibration.mean(), calibration.centred());
-    let mut residual = Residual::new(weight, compressed, &centred, pool)?;
+    let original = outputs.and_then(|outputs| outputs.accurate(weight, calibration, pool));
+    let mut residual = Residual::new(weight, compressed, &centred, original, pool)?;
     let rows = residual.rows();
-    let mut row = vec![0.0; mean.len()];
-    let answers = (0..rows).map(|i| {
-        wide_row(weight, i, &mut row);
-        dot(&row, &mean)
-    });
-    let weight_mean: Vec<f64> = answers.collect();
     let delta_mean: Vec<f64> = residual.delta().chunks_exact(mean.len().max(1)).map(|row| dot(row, &mean)).collect();
     let total = calibration.weight();
-    residual.count_mean(total * square(&weight_mean));
+    if original.is_none() {
+        let mut row = vec![0.0; mean.len()];
+        let answers = (0..rows).map(|i| {
+            wide_row(weight, i, &mut row);
+            dot(&row, &mean).powi(2)
+        });
+        residual.count_mean(total * answers.sum::<f64>());
+    }
 
-    let mut found = solve(&mut residual, weight, None, options, pool)?;
+    let mut found = solve(&mut residual, weight, None, None, options, pool)?;
     // The energy may have become more exact meanwhile.
     let before = residual.energy() + total * square(&delta_mean);
     if found.factors.is_none() && square(&delta_mean) > 0.0 {
@@ -62,9 +67,9 @@ pub(crate) fn compensate_affine(
     profile.best[0] = before;
     let factors = found.factors;
     profile.hold_out = hold_out.map(|inputs| {
-        let mut profile = HoldOutProfile::new(&residual, None, weight, inputs, pool);
+        let mut profile = HoldOutProfile::new(&residual, None, weight, (inputs, outputs), pool);
         if let Some(factors) = &factors {
-            let centred = HoldOutProfile::new(&residual, Some(factors), weight, &inputs.minus(&mean), pool);
+            let centred = HoldOutProfile::new(&residual, Some(factors), weight, (&inputs.minus(&mean), outputs), pool);
             for (energies, centred) in profile.energies.iter_mut().zip(centred.energies) {
                 energies.extend_from_slice(&centred[1..]);
             }

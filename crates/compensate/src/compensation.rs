@@ -10,8 +10,8 @@ use crate::factor_precision::{code_rows, round_floats, without_columns};
 use crate::fast::Fast;
 use crate::input_metric::InputMetric;
 use crate::{
-    Certificate, CompensationMethod, FactorPrecision, HoldOut, HoldOutProfile, OutputDirections, RankProfile, Residual,
-    ResidualError,
+    Certificate, CompensationMethod, FactorPrecision, HoldOut, HoldOutProfile, OutputDirections, OutputSquares,
+    RankProfile, Residual, ResidualError,
 };
 
 /// What to solve for.
@@ -66,6 +66,9 @@ pub struct Compensation {
 /// With [`CompensationOptions::affine`] a bias is solved, too: `(Δ − B A) μ` for the mean μ of the inputs, and factors
 /// for what the inputs differ from it. No rank, no bias.
 ///
+/// `outputs` are squares of what W puts out, where they are known: `‖W X‖²`, which errors are relative to, takes about as
+/// long as finding the directions. Those that roundings may show in are computed all the same.
+///
 /// # Errors
 /// What [`Residual::new`] refuses, `ERR_VALUE_NOT_FINITE` for factors that the stored type cannot hold,
 /// `ERR_SOLVER_FAILED`.
@@ -74,14 +77,16 @@ pub fn compensate(
     compressed: &dyn RowSource,
     calibration: &Calibration,
     hold_out: Option<&HoldOut>,
+    outputs: Option<&OutputSquares>,
     options: &CompensationOptions,
     pool: &ThreadPool,
 ) -> Result<Compensation> {
     if options.affine {
-        return compensate_affine(weight, compressed, calibration, hold_out, options, pool);
+        return compensate_affine(weight, compressed, calibration, hold_out, outputs, options, pool);
     }
-    let mut residual = Residual::new(weight, compressed, calibration, pool)?;
-    solve(&mut residual, weight, hold_out, options, pool)
+    let original = outputs.and_then(|outputs| outputs.accurate(weight, calibration, pool));
+    let mut residual = Residual::new(weight, compressed, calibration, original, pool)?;
+    solve(&mut residual, weight, hold_out, outputs, options, pool)
 }
 
 /// [`compensate`] for a residual that is known: the factors in the metric of its statistics.
@@ -92,6 +97,7 @@ pub(crate) fn solve(
     residual: &mut Residual<'_>,
     weight: &dyn RowSource,
     hold_out: Option<&HoldOut>,
+    outputs: Option<&OutputSquares>,
     options: &CompensationOptions,
     pool: &ThreadPool,
 ) -> Result<Compensation> {
@@ -121,7 +127,8 @@ pub(crate) fn solve(
         original: residual.original(),
         calibration: energies.filter(|_| worthwhile).unwrap_or_else(|| vec![residual.energy()]),
         best: bounds,
-        hold_out: hold_out.map(|hold_out| HoldOutProfile::new(residual, factors.as_ref(), weight, hold_out, pool)),
+        hold_out: hold_out
+            .map(|hold_out| HoldOutProfile::new(residual, factors.as_ref(), weight, (hold_out, outputs), pool)),
         dense: None,
     };
     let error = profile.error(profile.largest_rank());

@@ -36,6 +36,19 @@ impl InputMetric<'_> {
         }
     }
 
+    /// `tr(Δ M Δᵀ)` of a row-major matrix, in a metric that knows nothing of correlations.
+    pub(crate) fn energy_by_channels(&self, delta: &[f64], columns: usize) -> f64 {
+        let of_row = |row: &[f64]| -> f64 {
+            match self {
+                InputMetric::Energies(energies) => {
+                    row.iter().zip(energies).map(|(value, energy)| value * value * energy).sum()
+                }
+                _ => row.iter().map(|value| value * value).sum(),
+            }
+        };
+        delta.chunks_exact(columns.max(1)).map(of_row).sum()
+    }
+
     fn weigh_channels(&self, mut x: Vec<f64>, columns: usize) -> Vec<f64> {
         if let InputMetric::Energies(energies) = self {
             for row in x.chunks_exact_mut(columns) {

@@ -7,7 +7,7 @@ use crate::compensation::solve;
 use crate::dense_profile::DenseOutputs;
 use crate::residual::lost;
 use crate::residual_error::wide_row;
-use crate::{Compensation, CompensationOptions, HoldOut, Residual};
+use crate::{Compensation, CompensationOptions, HoldOut, OutputSquares, Residual};
 
 /// The inputs of a Linear in both models: x̂, what it reads where it is deployed, behind blocks that are compressed, and
 /// x, what the original reads for the same tokens.
@@ -100,7 +100,8 @@ pub fn check_share(share: f64) -> Result<()> {
 /// [`Compensation::error`], the profile and what is held out tell the errors of the target, `‖(Δ_α − B A) X̂‖ / ‖W X̂‖`. No
 /// input is made worse in that sense: `‖(Δ_α − B A) x‖ ≤ ‖Δ_α x‖` holds for every x, and `‖(Δ − B A) x‖ ≤ ‖Δ x‖` does not.
 /// [`RankProfile::dense`](crate::RankProfile::dense) tells the errors against the outputs of the dense model. With α = 0,
-/// and where no token has drifted, the factors are those of [`compensate`](crate::compensate), bit for bit.
+/// and where no token has drifted, the factors are those of [`compensate`](crate::compensate), bit for bit. `known` are
+/// squares of the outputs of W on x̂, as there.
 ///
 /// # Errors
 /// As [`compensate`](crate::compensate), and `ERR_OPTION_INVALID` for an α outside of 0 to 1, or a bias, which is solved
@@ -109,6 +110,7 @@ pub fn compensate_mixed(
     weight: &dyn RowSource,
     compressed: &dyn RowSource,
     inputs: &MixedInputs<'_>,
+    known: Option<&OutputSquares>,
     options: &CompensationOptions,
     pool: &ThreadPool,
 ) -> Result<Compensation> {
@@ -136,8 +138,9 @@ pub fn compensate_mixed(
             .subject("eora.mismatch")
             .hint("Calibrate with more tokens, or solve for deployed inputs"));
     }
-    let mut residual = Residual::of(target, weight, inputs.deployed, pool);
-    let mut solved = solve(&mut residual, weight, inputs.hold_out.map(|(x, _)| x), options, pool)?;
+    let original = known.and_then(|known| known.accurate(weight, inputs.deployed, pool));
+    let mut residual = Residual::of(target, weight, inputs.deployed, original, pool);
+    let mut solved = solve(&mut residual, weight, inputs.hold_out.map(|(x, _)| x), known, options, pool)?;
     solved.profile.dense = Some(outputs.profile(weight, compressed, inputs, solved.factors.as_ref(), pool)?);
     Ok(solved)
 }

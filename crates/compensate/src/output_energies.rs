@@ -47,27 +47,14 @@ impl<'a> OutputEnergies<'a> {
     /// the roundings of its terms are relative to those.
     pub(crate) fn of(&self, rows: usize, fill: impl Fn(usize, &mut [f64]) + Sync + Send, pool: &ThreadPool) -> Energy {
         if let Some(narrow) = &self.narrow {
-            let energies = self.calibration.energies();
-            let channels = pool.map(rows.div_ceil(Self::BAND), |band| {
-                let mut row = vec![0.0; energies.len()];
-                let range = band * Self::BAND..rows.min((band + 1) * Self::BAND);
-                range
-                    .map(|i| {
-                        fill(i, &mut row);
-                        row.iter().zip(&energies).map(|(value, energy)| value * value * energy).sum::<f64>()
-                    })
-                    .sum::<f64>()
-            });
-            let channels: f64 = channels.iter().sum();
+            let channels = Self::of_channels(self.calibration, rows, &fill, pool);
             let narrowed = |i: usize, out: &mut [f32]| {
                 let mut row = vec![0.0; out.len()];
                 fill(i, &mut row);
                 out.iter_mut().zip(row).for_each(|(out, value)| *out = value as f32);
             };
             let value: f64 = quadratic_forms(rows, narrowed, narrow, pool).iter().sum();
-            // Moments beyond the range of f32 are infinite in it.
-            let accurate = Self::ROUNDINGS * f64::from(f32::EPSILON) * channels <= Self::TOLERANCE * value;
-            if value.is_finite() && accurate {
+            if Self::is_accurate(value, channels) {
                 return Energy { value, narrow: true };
             }
         }
@@ -82,6 +69,33 @@ impl<'a> OutputEnergies<'a> {
         pool: &ThreadPool,
     ) -> f64 {
         quadratic_trace_of(rows, fill, self.calibration.second_moment(), pool)
+    }
+
+    /// What the matrix would have if its channels were uncorrelated.
+    pub(crate) fn of_channels(
+        calibration: &Calibration,
+        rows: usize,
+        fill: impl Fn(usize, &mut [f64]) + Sync + Send,
+        pool: &ThreadPool,
+    ) -> f64 {
+        let energies = calibration.energies();
+        let bands = pool.map(rows.div_ceil(Self::BAND), |band| {
+            let mut row = vec![0.0; energies.len()];
+            let range = band * Self::BAND..rows.min((band + 1) * Self::BAND);
+            range
+                .map(|i| {
+                    fill(i, &mut row);
+                    row.iter().zip(&energies).map(|(value, energy)| value * value * energy).sum::<f64>()
+                })
+                .sum::<f64>()
+        });
+        bands.iter().sum()
+    }
+
+    /// Whether an energy that was computed in f32 is, beside what its channels would have if they were uncorrelated.
+    pub(crate) fn is_accurate(value: f64, channels: f64) -> bool {
+        // Moments beyond the range of f32 are infinite in it.
+        value.is_finite() && Self::ROUNDINGS * f64::from(f32::EPSILON) * channels <= Self::TOLERANCE * value
     }
 }
 

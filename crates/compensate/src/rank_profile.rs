@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::compensation::widen;
 use crate::residual::relative;
-use crate::{DenseError, DenseProfile, HoldOut, Residual, ResidualError};
+use crate::{DenseError, DenseProfile, HoldOut, OutputSquares, Residual, ResidualError};
 
 /// What each prefix of the stored factors leaves of the residual: energies `‖(Δ − B_r A_r) X‖²` for the ranks
 /// 0, 1, …, as many as there are and one more.
@@ -109,12 +109,12 @@ impl RankProfile {
 }
 
 impl HoldOutProfile {
-    /// The profile of factors, or of none.
+    /// The profile of factors, or of none, on inputs and with what W makes of them, where that is known.
     pub(crate) fn new(
         residual: &Residual<'_>,
         factors: Option<&LowRank>,
         weight: &dyn RowSource,
-        hold_out: &HoldOut,
+        (hold_out, outputs): (&HoldOut, Option<&OutputSquares>),
         pool: &ThreadPool,
     ) -> Self {
         let parts = hold_out.halves();
@@ -124,8 +124,9 @@ impl HoldOutProfile {
             row.iter_mut().zip(delta).for_each(|(out, &value)| *out = value as f32);
         };
         let mut before = parts.each_ref().map(|part| part.energy(rows, delta, |value| value, pool));
-        let original =
-            parts.each_ref().map(|part| part.energy(rows, |i, row| weight.row_to_f32(i, row), |value| value, pool));
+        let of_weight = |part: &HoldOut| part.energy(rows, |i, row| weight.row_to_f32(i, row), |value| value, pool);
+        let known = outputs.and_then(|outputs| outputs.halves(hold_out.tokens()));
+        let original = known.unwrap_or_else(|| parts.each_ref().map(of_weight));
         let tokens = parts[1].tokens();
         let Some(factors) = factors else {
             return HoldOutProfile { tokens, original, energies: before.map(|e| vec![e]) };

@@ -28,7 +28,7 @@ impl<'a> Residual<'a> {
     /// Share of an energy in f32 that its error does not show in.
     const LEAST_REST: f64 = 0.05;
 
-    /// The difference of both matrices, and its energy.
+    /// The difference of both matrices, and its energy; `original` is `‖W X‖²` where that is known.
     ///
     /// # Errors
     /// `ERR_SHAPE_MISMATCH` when weight, compressed weight and calibration do not belong together,
@@ -37,19 +37,27 @@ impl<'a> Residual<'a> {
         weight: &dyn RowSource,
         compressed: &dyn RowSource,
         calibration: &'a Calibration,
+        original: Option<f64>,
         pool: &ThreadPool,
     ) -> Result<Self> {
         let delta = lost(weight, compressed, calibration, pool)?;
-        Ok(Residual::of(delta, weight, calibration, pool))
+        Ok(Residual::of(delta, weight, calibration, original, pool))
     }
 
     /// Of a Δ that is known: what is to be repaired, whatever it is.
-    pub(crate) fn of(delta: Vec<f64>, weight: &dyn RowSource, calibration: &'a Calibration, pool: &ThreadPool) -> Self {
+    pub(crate) fn of(
+        delta: Vec<f64>,
+        weight: &dyn RowSource,
+        calibration: &'a Calibration,
+        original: Option<f64>,
+        pool: &ThreadPool,
+    ) -> Self {
         let (rows, columns) = (weight.rows(), weight.columns());
         let energies = OutputEnergies::new(calibration);
         let fill = |i: usize, row: &mut [f64]| row.copy_from_slice(&delta[i * columns..(i + 1) * columns]);
         let energy = energies.of(rows, fill, pool);
-        let original = energies.of(rows, |i, row| wide_row(weight, i, row), pool).value;
+        let of_weight = || energies.of(rows, |i, row| wide_row(weight, i, row), pool).value;
+        let original = original.unwrap_or_else(of_weight);
         let narrow = energies.into_narrow().filter(|_| energy.narrow).map(|second_moment| NarrowResidual {
             delta: delta.iter().map(|&value| value as f32).collect(),
             second_moment,

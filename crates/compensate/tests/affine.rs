@@ -143,7 +143,8 @@ fn profiles_say_what_every_prefix_leaves_on_both_kinds_of_inputs() {
             let precision = FactorPrecision::of_bits(bits).unwrap();
             let options = CompensationOptions { precision, ..affine(case.rank, ElementType::F32) };
             let (weight, quantized) = (&problem.instance.weight, &problem.instance.quantized);
-            let solved = compensate(weight, quantized, &problem.calibration, Some(&hold_out), &options, pool).unwrap();
+            let solved =
+                compensate(weight, quantized, &problem.calibration, Some(&hold_out), None, &options, pool).unwrap();
             let Some(update) = &solved.factors else { continue };
             assert_eq!(solved.profile.calibration.len(), update.rank() + 1);
             assert!(solved.profile.best.len() > update.rank() && solved.profile.is_sound());
@@ -179,7 +180,8 @@ fn inputs_that_count_more_are_held_out_as_often() {
         let weighted = HoldOut::weighted(case.columns, held.clone(), &weights);
         let options = affine(case.rank, ElementType::F32);
         let (weight, quantized) = (&problem.instance.weight, &problem.instance.quantized);
-        let solved = compensate(weight, quantized, &problem.calibration, Some(&weighted), &options, pool).unwrap();
+        let solved =
+            compensate(weight, quantized, &problem.calibration, Some(&weighted), None, &options, pool).unwrap();
         let Some(update) = &solved.factors else { continue };
         let profile = solved.profile.hold_out.as_ref().unwrap();
         for (half, range) in [(0, 0..tokens / 2), (1, tokens / 2..tokens)] {
@@ -263,7 +265,7 @@ fn tokens_of_a_mixture_count_in_the_mean_as_in_everything() {
         let repeated = [first.repeat(6), second.to_vec()].concat();
         let solve = |calibration: &Calibration| {
             let options = affine(case.rank, ElementType::F32);
-            compensate(&problem.instance.weight, &problem.instance.quantized, calibration, None, &options, pool)
+            compensate(&problem.instance.weight, &problem.instance.quantized, calibration, None, None, &options, pool)
                 .unwrap()
         };
         let (found, expected) = (solve(&weighted), solve(&calibrate(&repeated, case.columns)));

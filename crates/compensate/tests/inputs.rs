@@ -92,7 +92,7 @@ fn inputs_that_took_no_part_are_measured() {
     let hold_out = HoldOut::new(case.columns, unseen.to_vec());
     let options = options(case.rank, ElementType::Bf16);
     let solved =
-        compensate(&instance.weight, &instance.quantized, &calibration, Some(&hold_out), &options, pool).unwrap();
+        compensate(&instance.weight, &instance.quantized, &calibration, Some(&hold_out), None, &options, pool).unwrap();
     let profile = solved.profile.hold_out.unwrap();
     let factors = solved.factors.unwrap();
     assert_eq!((profile.tokens, profile.energies[0].len()), (100, factors.rank() + 1));

@@ -66,7 +66,7 @@ impl Pairs {
     ) -> Compensation {
         let inputs = MixedInputs { deployed: &self.solvable.calibration, drift: &self.drift, share, hold_out };
         let instance = &self.solvable.instance;
-        compensate_mixed(&instance.weight, &instance.quantized, &inputs, options, ThreadPool::global()).unwrap()
+        compensate_mixed(&instance.weight, &instance.quantized, &inputs, None, options, ThreadPool::global()).unwrap()
     }
 
     /// `Δ + α W D (S + λ diag S)⁻¹`, by elimination.
@@ -201,12 +201,19 @@ fn without_a_share_or_a_drift_the_factors_are_those_of_deployed_inputs() {
         for method in METHODS {
             let precision = FactorPrecision::Codes(8);
             let options = CompensationOptions { method, rank: case.rank, precision, ..CompensationOptions::default() };
-            let plain =
-                compensate(&instance.weight, &instance.quantized, &pairs.solvable.calibration, None, &options, pool);
+            let plain = compensate(
+                &instance.weight,
+                &instance.quantized,
+                &pairs.solvable.calibration,
+                None,
+                None,
+                &options,
+                pool,
+            );
             let plain = plain.unwrap();
             let none = Drift::zeros(case.columns);
             let still = MixedInputs { deployed: &pairs.solvable.calibration, drift: &none, share: 1.0, hold_out: None };
-            let still = compensate_mixed(&instance.weight, &instance.quantized, &still, &options, pool).unwrap();
+            let still = compensate_mixed(&instance.weight, &instance.quantized, &still, None, &options, pool).unwrap();
             for mixed in [pairs.solve(0.0, &options), still] {
                 let values = |solved: &Compensation| {
                     solved.factors.as_ref().map(|factors| (factors.b().to_vec(), factors.a().to_vec()))
@@ -251,7 +258,7 @@ fn threads_change_no_bit() {
     let instance = &pairs.solvable.instance;
     let solve = |threads| {
         let (options, pool) = (f32_options(12), ThreadPool::with_threads(threads));
-        let solved = compensate_mixed(&instance.weight, &instance.quantized, &inputs, &options, &pool).unwrap();
+        let solved = compensate_mixed(&instance.weight, &instance.quantized, &inputs, None, &options, &pool).unwrap();
         let factors = solved.factors.unwrap();
         (factors.b().to_vec(), factors.a().to_vec(), solved.profile)
     };
@@ -278,7 +285,7 @@ fn scales_that_are_folded_into_channels_change_nothing_but_rounding() {
     let mixed = MixedInputs { deployed: &calibration, drift: &folded, share: 1.0, hold_out: None };
     let (weight, compressed) = (multiplied(instance.weight.to_f32()), multiplied(instance.quantized.to_f32()));
     let options = CompensationOptions { method: &Exact, ..f32_options(12) };
-    let scaled = compensate_mixed(&weight, &compressed, &mixed, &options, ThreadPool::global()).unwrap();
+    let scaled = compensate_mixed(&weight, &compressed, &mixed, None, &options, ThreadPool::global()).unwrap();
     let plain = pairs.solve(1.0, &options);
     let (scaled, plain) = (scaled.profile.dense_error(12).unwrap(), plain.profile.dense_error(12).unwrap());
     assert!((scaled.compensated / plain.compensated - 1.0).abs() < 1e-6, "{scaled:?} {plain:?}");
@@ -290,7 +297,7 @@ fn what_is_no_share_and_what_does_not_fit_is_refused() {
     let (instance, pool) = (&pairs.solvable.instance, ThreadPool::global());
     let solve = |share: f64, drift: &Drift, hold_out: Option<(&HoldOut, &HoldOut)>| {
         let inputs = MixedInputs { deployed: &pairs.solvable.calibration, drift, share, hold_out };
-        compensate_mixed(&instance.weight, &instance.quantized, &inputs, &f32_options(4), pool).unwrap_err().code
+        compensate_mixed(&instance.weight, &instance.quantized, &inputs, None, &f32_options(4), pool).unwrap_err().code
     };
     for share in [-0.1, 1.1, f64::NAN, f64::INFINITY] {
         assert_eq!(solve(share, &pairs.drift, None), ErrorCode::OptionInvalid);

@@ -9,14 +9,24 @@ use crate::{
     NormWeight, RotaryTables, TapPoint, Workspace,
 };
 
-/// Sees the input of the Linears at each tap point of a block.
-pub type Taps<'a, B> = &'a mut dyn FnMut(TapPoint, &<B as Backend>::Tensor, Option<&[usize]>) -> Result<()>;
+/// What a pass over a block shows of its Linears.
+pub enum Tap<'a, B: Backend> {
+    /// What the Linears at a point read: of all rows, or of those that an expert gets.
+    Input(TapPoint, &'a B::Tensor, Option<&'a [usize]>),
+    /// What the Linear at a place in [`DecoderSpec::linears`] puts out, with its bias: a row for each of the input.
+    Output(usize, &'a B::Tensor),
+}
+
+/// Sees the inputs and outputs of the Linears of a block, in the order of computation.
+pub type Taps<'a, B> = &'a mut dyn FnMut(Tap<'_, B>) -> Result<()>;
 
 /// One decoder block, ready to run.
 pub struct Block<B: Backend> {
     /// In the order of [`DecoderSpec::linears`].
     linears: Vec<B::Linear>,
     slots: Vec<LinearSlot>,
+    /// Whether a Linear is nothing but the matrix that the block was prepared with: no bias, no low-rank update.
+    plain: Vec<bool>,
     attention_norm: B::Norm,
     mlp_norm: B::Norm,
     head_norms: Option<[B::Norm; 2]>,
@@ -77,6 +87,7 @@ impl<B: Backend> Block<B> {
         Ok(Block {
             linears,
             slots: spec.linears.iter().map(|linear| linear.slot).collect(),
+            plain: weights.linears.iter().map(|linear| linear.bias.is_none() && linear.low_rank.is_none()).collect(),
             attention_norm: backend.prepare_norm(&weights.attention_norm)?,
             mlp_norm: backend.prepare_norm(&weights.mlp_norm)?,
             head_norms: two(&weights.head_norms)?,
@@ -95,6 +106,7 @@ impl<B: Backend> Block<B> {
     /// Exchanges the Linear at a place in [`DecoderSpec::linears`], for example for its compressed form.
     pub fn replace(&mut self, index: usize, linear: B::Linear) {
         self.linears[index] = linear;
+        self.plain[index] = false;
     }
 
     /// Adds the updates of one more adapter, in the order of [`DecoderSpec::linears`]; its index is the number of
@@ -118,6 +130,12 @@ impl<B: Backend> Block<B> {
         self.every_linear().map(|linear| backend.arithmetic(linear))
     }
 
+    /// Whether what the Linear at a place puts out is the product with the matrix that the block was prepared with, in f32,
+    /// and nothing else.
+    pub fn is_plain_product(&self, backend: &B, place: usize) -> bool {
+        self.plain[place] && self.adapters.is_empty() && backend.arithmetic(&self.linears[place]) == Arithmetic::F32
+    }
+
     /// The Linears, and those that choose experts.
     fn every_linear(&self) -> impl Iterator<Item = &B::Linear> {
         let choosers =
@@ -125,7 +143,7 @@ impl<B: Backend> Block<B> {
         self.linears.iter().chain(choosers)
     }
 
-    /// One pass over `hidden` `[rows, hiddenSize]`, in place; `taps` sees the input of every Linear.
+    /// One pass over `hidden` `[rows, hiddenSize]`, in place; `taps` sees input and output of every Linear.
     ///
     /// Prefill and decode, one sequence and many, calibration and serving are all this call.
     ///
@@ -204,8 +222,8 @@ impl<B: Backend> Block<B> {
         let adapted = adapted_rows(batch, None);
 
         backend.norm(hidden, &self.attention_norm, self.epsilon, &mut w.normed)?;
-        taps(TapPoint::AttentionInput, &w.normed, None)?;
-        self.project(backend, &adapted, w)?;
+        taps(Tap::Input(TapPoint::AttentionInput, &w.normed, None))?;
+        self.project(backend, &adapted, w, taps)?;
         if let Some([query_norm, key_norm]) = &self.head_norms {
             backend.norm_assign(&mut w.q, query_norm, self.epsilon)?;
             backend.norm_assign(&mut w.k, key_norm, self.epsilon)?;
@@ -215,8 +233,8 @@ impl<B: Backend> Block<B> {
             backend.rotate(table, self.shape.head_dim, &mut w.k)?;
         }
         backend.attention(self.shape, batch, &w.q, &w.k, &w.v, cache, &mut w.attention)?;
-        taps(TapPoint::AttentionOutput, &w.attention, None)?;
-        self.linear(backend, LinearSlot::Output, &adapted, &w.attention, &mut w.projected)?;
+        taps(Tap::Input(TapPoint::AttentionOutput, &w.attention, None))?;
+        self.linear(backend, LinearSlot::Output, &adapted, &w.attention, &mut w.projected, taps)?;
         if let Some([attention_norm, _]) = &self.branch_norms {
             backend.norm_assign(&mut w.projected, attention_norm, self.epsilon)?;
         }
@@ -233,11 +251,11 @@ impl<B: Backend> Block<B> {
         taps: Taps<'_, B>,
     ) -> Result<()> {
         let adapted = adapted_rows(batch, None);
-        taps(TapPoint::MlpInput, &w.normed, None)?;
+        taps(Tap::Input(TapPoint::MlpInput, &w.normed, None))?;
         if let Some(mlp) = &mut w.mlp {
-            self.activate(backend, &adapted, &w.normed, mlp)?;
-            taps(TapPoint::MlpActivation, &mlp.activation, None)?;
-            self.linear(backend, LinearSlot::Down, &adapted, &mlp.activation, &mut w.projected)?;
+            self.activate(backend, &adapted, &w.normed, mlp, taps)?;
+            taps(Tap::Input(TapPoint::MlpActivation, &mlp.activation, None))?;
+            self.linear(backend, LinearSlot::Down, &adapted, &mlp.activation, &mut w.projected, taps)?;
         }
         if let Some(experts) = &self.experts {
             self.mix(backend, experts, batch, w, taps)?;
@@ -249,12 +267,12 @@ impl<B: Backend> Block<B> {
     }
 
     /// Queries, keys and values of the normed input.
-    fn project(&self, backend: &B, adapted: &[AdaptedRows], w: &mut Workspace<B>) -> Result<()> {
+    fn project(&self, backend: &B, adapted: &[AdaptedRows], w: &mut Workspace<B>, taps: Taps<'_, B>) -> Result<()> {
         let Some(qkv) = &mut w.qkv else {
             let slots = [LinearSlot::Query, LinearSlot::Key, LinearSlot::Value];
-            return self.linears(backend, slots, adapted, &w.normed, [&mut w.q, &mut w.k, &mut w.v]);
+            return self.linears(backend, slots, adapted, &w.normed, [&mut w.q, &mut w.k, &mut w.v], taps);
         };
-        self.linear(backend, LinearSlot::QueryKeyValue, adapted, &w.normed, qkv)?;
+        self.linear(backend, LinearSlot::QueryKeyValue, adapted, &w.normed, qkv, taps)?;
         let AttentionShape { heads, kv_heads, head_dim, .. } = self.shape;
         let [q, k, v] = match self.fused_heads {
             FusedHeads::Apart => {
@@ -279,20 +297,27 @@ impl<B: Backend> Block<B> {
     }
 
     /// The activation of the MLP on `x`.
-    fn activate(&self, backend: &B, adapted: &[AdaptedRows], x: &B::Tensor, mlp: &mut MlpBuffers<B>) -> Result<()> {
+    fn activate(
+        &self,
+        backend: &B,
+        adapted: &[AdaptedRows],
+        x: &B::Tensor,
+        mlp: &mut MlpBuffers<B>,
+        taps: Taps<'_, B>,
+    ) -> Result<()> {
         if let Some(gate_up) = &mut mlp.gate_up {
-            self.linear(backend, LinearSlot::GateUp, adapted, x, gate_up)?;
+            self.linear(backend, LinearSlot::GateUp, adapted, x, gate_up, taps)?;
             let gate = ColumnRuns { start: 0, stride: self.mlp_width, width: self.mlp_width, count: 1 };
             backend.take_columns(gate_up, gate, &mut mlp.gate)?;
             backend.take_columns(gate_up, ColumnRuns { start: self.mlp_width, ..gate }, &mut mlp.up)?;
             return backend.activate_multiply(self.activation, &mlp.gate, &mlp.up, &mut mlp.activation);
         }
         if !self.slots.contains(&LinearSlot::Gate) {
-            self.linear(backend, LinearSlot::Up, adapted, x, &mut mlp.up)?;
+            self.linear(backend, LinearSlot::Up, adapted, x, &mut mlp.up, taps)?;
             return backend.activate(self.activation, &mlp.up, &mut mlp.activation);
         }
         let slots = [LinearSlot::Gate, LinearSlot::Up];
-        self.linears(backend, slots, adapted, x, [&mut mlp.gate, &mut mlp.up])?;
+        self.linears(backend, slots, adapted, x, [&mut mlp.gate, &mut mlp.up], taps)?;
         backend.activate_multiply(self.activation, &mlp.gate, &mlp.up, &mut mlp.activation)
     }
 
@@ -324,13 +349,13 @@ impl<B: Backend> Block<B> {
             buffers.set_expert_rows(backend, route.rows.len())?;
             let (input, mlp) = (&mut buffers.input, &mut buffers.mlp);
             backend.take_rows(&w.normed, &route.rows, input)?;
-            taps(TapPoint::ExpertInput(expert), input, Some(&route.rows))?;
+            taps(Tap::Input(TapPoint::ExpertInput(expert), input, Some(&route.rows)))?;
             let slots = [LinearSlot::ExpertGate(expert), LinearSlot::ExpertUp(expert)];
-            self.linears(backend, slots, &adapted, input, [&mut mlp.gate, &mut mlp.up])?;
+            self.linears(backend, slots, &adapted, input, [&mut mlp.gate, &mut mlp.up], taps)?;
             backend.activate_multiply(self.activation, &mlp.gate, &mlp.up, &mut mlp.activation)?;
-            taps(TapPoint::ExpertActivation(expert), &mlp.activation, Some(&route.rows))?;
+            taps(Tap::Input(TapPoint::ExpertActivation(expert), &mlp.activation, Some(&route.rows)))?;
             let down = LinearSlot::ExpertDown(expert);
-            self.linear(backend, down, &adapted, &mlp.activation, &mut buffers.output)?;
+            self.linear(backend, down, &adapted, &mlp.activation, &mut buffers.output, taps)?;
             backend.add_rows(&buffers.output, &route.rows, &route.shares, &mut w.projected)?;
         }
         Ok(())
@@ -343,8 +368,9 @@ impl<B: Backend> Block<B> {
         adapted: &[AdaptedRows],
         x: &B::Tensor,
         y: &mut B::Tensor,
+        taps: Taps<'_, B>,
     ) -> Result<()> {
-        self.linears(backend, [slot], adapted, x, [y])
+        self.linears(backend, [slot], adapted, x, [y], taps)
     }
 
     /// The products of one input with several Linears, and what their adapters add.
@@ -355,6 +381,7 @@ impl<B: Backend> Block<B> {
         adapted: &[AdaptedRows],
         x: &B::Tensor,
         mut outputs: [&mut B::Tensor; N],
+        taps: Taps<'_, B>,
     ) -> Result<()> {
         let mut places = [0; N];
         for (place, slot) in places.iter_mut().zip(slots) {
@@ -373,6 +400,7 @@ impl<B: Backend> Block<B> {
                 })
                 .collect();
             backend.add_low_ranks(&updates, x, y)?;
+            taps(Tap::Output(place, y))?;
         }
         Ok(())
     }

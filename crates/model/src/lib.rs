@@ -34,7 +34,7 @@ mod workspace;
 
 pub use backend::{AttentionShape, Backend, ColumnRuns};
 pub use batch::{Batch, Segment};
-pub use block::{Block, Taps};
+pub use block::{Block, Tap, Taps};
 pub use candle_backend::CandleBackend;
 pub use compensation_choice::CompensationChoice;
 pub use cpu_backend::CpuBackend;

@@ -201,7 +201,7 @@ impl<B: Backend> Model<B> {
                 &mut session.hidden,
                 cache,
                 &mut session.workspace,
-                &mut |_, _, _| Ok(()),
+                &mut |_| Ok(()),
             )?;
         }
         Ok(())

@@ -1,9 +1,10 @@
+use std::collections::BTreeMap;
 use std::time::Instant;
 
 use kintsugi_calibration::{Calibration, Drift};
 use kintsugi_compensate::{
-    Certificate, DenseError, HoldOut, HoldOutError, MixedInputs, RankProfile, ResidualError, compensate,
-    compensate_mixed, group_scales, residual_error,
+    Certificate, DenseError, HoldOut, HoldOutError, MixedInputs, OutputSquares, RankProfile, ResidualError, compensate,
+    compensate_mixed, group_scales, output_energies, residual_error,
 };
 use kintsugi_compress::{BlockMethod, LinearMethod, linear_method};
 use kintsugi_model::{Backend, Block, BlockWeights, DecoderSpec, TapPoint};
@@ -86,6 +87,8 @@ struct CompressedLinear {
 struct KnownInputs<'a> {
     statistics: Option<&'a Calibration>,
     held_out: Option<&'a HoldOut>,
+    /// What is known of the outputs, by place.
+    outputs: &'a BTreeMap<usize, OutputSquares>,
     /// How far they are from those of the dense model.
     drift: Option<&'a Drift>,
     held_out_drift: Option<&'a HoldOut>,
@@ -224,11 +227,12 @@ impl<'a, B: Backend> BlockCompressor<'a, B> {
             for points in split(stage, self.statistics_room, |point| statistics_bytes(spec, point, held_out, mixed)) {
                 let started = Instant::now();
                 let blocks = runnable.as_ref().map(|block| (block, original.as_ref()));
-                let (CapturedInputs { mut statistics, mut held_out }, mut drift) =
-                    self.capture(blocks, &points, cancel)?;
-                self.input.saved.iter().try_for_each(|saved| saved.add(index, &points, &mut statistics))?;
+                let (mut captured, mut drift) = self.capture(blocks, &points, cancel)?;
+                self.input.saved.iter().try_for_each(|saved| saved.add(index, &points, &mut captured))?;
+                let CapturedInputs { mut statistics, mut held_out, outputs } = captured;
                 if let Some(saved) = &self.saved {
-                    statistics.iter().try_for_each(|(&point, statistics)| saved.write(index, point, statistics))?;
+                    let write = |(&point, found): (&TapPoint, &Calibration)| saved.write(index, point, found, &outputs);
+                    statistics.iter().try_for_each(write)?;
                     saved.sync()?;
                 }
                 self.phases.calibrate += started.elapsed().as_secs_f64();
@@ -243,6 +247,7 @@ impl<'a, B: Backend> BlockCompressor<'a, B> {
                     let inputs = KnownInputs {
                         statistics: statistics.get(&point),
                         held_out: held_out.get(&point),
+                        outputs: &outputs,
                         drift: drift.statistics.get(&point),
                         held_out_drift: drift.held_out.get(&point),
                     };
@@ -342,11 +347,20 @@ impl<'a, B: Backend> BlockCompressor<'a, B> {
         let started = Instant::now();
         let dense: Vec<&dyn RowSource> = places.iter().map(|&place| &original.linears[place].matrix as _).collect();
         let pool = ThreadPool::global();
+        let mut known: Vec<Option<OutputSquares>> =
+            places.iter().map(|place| inputs.outputs.get(place).cloned()).collect();
         let scales = match inputs.statistics {
-            Some(statistics) if self.counts_relative() => group_scales(&dense, statistics, pool),
+            Some(statistics) if self.counts_relative() && dense.len() > 1 => {
+                let given: Vec<Option<&OutputSquares>> = known.iter().map(Option::as_ref).collect();
+                let energies = output_energies(&dense, statistics, &given, pool);
+                for (known, &energy) in known.iter_mut().zip(&energies) {
+                    known.get_or_insert_default().calibration = energy;
+                }
+                group_scales(&energies)
+            }
             _ => vec![1.0; dense.len()],
         };
-        let solved = self.solve(&dense, &compressed, &scales, inputs, pool);
+        let solved = self.solve(&dense, &compressed, &scales, &known, inputs, pool);
         let mut solved = solved.map_err(|error| match error.code {
             ErrorCode::ValueNotFinite => not_finite(&names, &dense, &compressed).unwrap_or(error),
             _ => with_subject(error, &names.join(", ")),
@@ -420,12 +434,14 @@ impl<'a, B: Backend> BlockCompressor<'a, B> {
         Ok(LinearWeight { bias: original.bias.clone(), ..LinearWeight::plain(matrix) })
     }
 
-    /// The compensation of the Linears of a unit, whose outputs are multiplied with `scales`.
+    /// The compensation of the Linears of a unit, whose outputs are multiplied with `scales`; `known` tells of them before
+    /// that.
     fn solve(
         &self,
         dense: &[&dyn RowSource],
         compressed: &[LinearWeight],
         scales: &[f32],
+        known: &[Option<OutputSquares>],
         inputs: KnownInputs<'_>,
         pool: &ThreadPool,
     ) -> Result<Solved> {
@@ -434,6 +450,9 @@ impl<'a, B: Backend> BlockCompressor<'a, B> {
         let compressed = &StackedRows::new(
             compressed.iter().zip(scales).map(|(linear, &scale)| (linear as &dyn RowSource, scale)).collect(),
         );
+        let known: Option<Vec<(&OutputSquares, f32)>> =
+            known.iter().zip(scales).map(|(known, &scale)| Some((known.as_ref()?, scale))).collect();
+        let outputs = known.map(|known| OutputSquares::stacked(&known));
         let Some(recipe) = &self.recipe.eora else {
             let quantized = residual_error(dense, compressed, statistics, pool);
             let error = ResidualError { quantized, compensated: quantized, bound: quantized };
@@ -444,13 +463,13 @@ impl<'a, B: Backend> BlockCompressor<'a, B> {
             (EoraInputs::Mixed { mismatch }, Some(drift)) => {
                 let hold_out = inputs.held_out.zip(inputs.held_out_drift);
                 let inputs = MixedInputs { deployed: statistics, drift, share: mismatch, hold_out };
-                compensate_mixed(dense, compressed, &inputs, &options, pool)?
+                compensate_mixed(dense, compressed, &inputs, outputs.as_ref(), &options, pool)?
             }
             (EoraInputs::Mixed { .. }, None) => {
                 let message = "the inputs of the original model were not taken";
                 return Err(Error::new(ErrorCode::Internal, message).subject("eora.inputs"));
             }
-            _ => compensate(dense, compressed, statistics, inputs.held_out, &options, pool)?,
+            _ => compensate(dense, compressed, statistics, inputs.held_out, outputs.as_ref(), &options, pool)?,
         };
         Ok(Solved {
             dense_error: solved.profile.dense_error(solved.profile.largest_rank()),

@@ -4,17 +4,20 @@ use std::path::{Path, PathBuf};
 
 use kintsugi_calibration::{Calibration, SumPart};
 use kintsugi_checkpoint::{Checkpoint, NumberType, TensorFile, TensorFileWriter};
+use kintsugi_compensate::OutputSquares;
 use kintsugi_linalg::UpperTriangle;
 use kintsugi_model::{DecoderSpec, LinearSpec, TapPoint};
 use kintsugi_runtime::{Error, ErrorCode, Result, ScratchFile};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::{CalibrationSource, Recipe};
+use crate::{CalibrationSource, CapturedInputs, Recipe};
 
 /// The string in the header of a file of statistics that says what they are.
 pub(crate) const STATISTICS_KEY: &str = "kintsugi.calibration";
 const VERSION: u32 = 2;
+/// What stands for the energy of outputs that is not known.
+const UNKNOWN: f64 = -1.0;
 /// Values of a second moment that are written at once.
 const WRITE_VALUES: usize = 1 << 19;
 
@@ -113,7 +116,7 @@ impl SavedStatistics {
                 _ => "Use eora.inputs 'dense', or take the statistics of a job without it",
             }));
         }
-        for (name, _, count) in tensors(spec) {
+        for (name, _, count) in sums(spec) {
             if file.shape(&name) != Some(&[count]) {
                 return Err(mismatch(format!("the tensor {name} is not there or has not {count} elements")));
             }
@@ -146,17 +149,22 @@ impl SavedStatistics {
         &self.path
     }
 
-    /// Adds those at some points of a block to `sums`, with their weight; nothing at points that no token reached.
-    pub(crate) fn add(
-        &self,
-        block: usize,
-        points: &[TapPoint],
-        sums: &mut BTreeMap<TapPoint, Calibration>,
-    ) -> Result<()> {
+    /// Adds those at some points of a block to what was captured, with their weight; nothing at points that no token
+    /// reached.
+    pub(crate) fn add(&self, block: usize, points: &[TapPoint], captured: &mut CapturedInputs) -> Result<()> {
+        let sums = &mut captured.statistics;
         for &point in points {
             let tokens = self.tokens(block, point)?;
             if tokens == 0 {
                 continue;
+            }
+            let is_first = !sums.contains_key(&point);
+            for (place, _) in readers(&self.spec, point) {
+                let known = captured.outputs.remove(&place).or_else(|| is_first.then(OutputSquares::default));
+                if let (Some(mut known), Some(energy)) = (known, self.output_energy(block, place)?) {
+                    known.calibration += self.weight * energy;
+                    captured.outputs.insert(place, known);
+                }
             }
             let (name, width) = (point_name(&self.spec, block, point), width_at(&self.spec, point));
             let mut first = 0;
@@ -174,6 +182,17 @@ impl SavedStatistics {
             })?;
         }
         Ok(())
+    }
+
+    /// The energy of the outputs of a Linear; `None` where it is not in the file.
+    fn output_energy(&self, block: usize, place: usize) -> Result<Option<f64>> {
+        let name = energy_name(&self.spec, block, place);
+        if self.file.shape(&name) != Some(&[1]) {
+            return Ok(None);
+        }
+        let mut energy = [UNKNOWN];
+        read_finite(&self.file, &name, 0, &mut energy)?;
+        Ok(Some(energy[0]).filter(|&energy| energy >= 0.0))
     }
 
     /// The tokens that they were taken from.
@@ -265,8 +284,19 @@ impl StatisticsWriter {
         TensorFileWriter::length(&tensors(spec), (STATISTICS_KEY, &describe(recipe, checkpoint, spec, (1.0, false))?))
     }
 
-    /// Writes the statistics at one point of a block.
-    pub(crate) fn write(&self, block: usize, point: TapPoint, calibration: &Calibration) -> Result<()> {
+    /// Writes the statistics at one point of a block, and what is known of the outputs of the Linears that read there.
+    pub(crate) fn write(
+        &self,
+        block: usize,
+        point: TapPoint,
+        calibration: &Calibration,
+        outputs: &BTreeMap<usize, OutputSquares>,
+    ) -> Result<()> {
+        for (place, _) in readers(&self.spec, point) {
+            let energy = outputs.get(&place).map_or(UNKNOWN, |squares| squares.calibration);
+            let energy = [if energy.is_finite() { energy } else { UNKNOWN }];
+            self.file.write(&energy_name(&self.spec, block, place), 0, bytemuck::cast_slice(&energy))?;
+        }
         let name = point_name(&self.spec, block, point);
         let write = |tensor: &str, first: usize, values: &[f64]| {
             self.file.write(&format!("{name}.{tensor}"), first, bytemuck::cast_slice(values))
@@ -337,8 +367,15 @@ fn describe(
     serde_json::to_string(&description).map_err(internal)
 }
 
-/// Every tensor of the file: name, type, elements.
+/// Every tensor of the file: name, type, elements. What outputs are is not in files of earlier releases.
 fn tensors(spec: &DecoderSpec) -> Vec<(String, NumberType, usize)> {
+    let places = (0..spec.layers).flat_map(|block| (0..spec.linears.len()).map(move |place| (block, place)));
+    let energies = places.map(|(block, place)| (energy_name(spec, block, place), NumberType::F64, 1));
+    energies.chain(sums(spec)).collect()
+}
+
+/// Those of the inputs.
+fn sums(spec: &DecoderSpec) -> Vec<(String, NumberType, usize)> {
     let mut tensors = Vec::new();
     for block in 0..spec.layers {
         for point in spec.tap_stages().concat() {
@@ -354,8 +391,16 @@ fn tensors(spec: &DecoderSpec) -> Vec<(String, NumberType, usize)> {
 }
 
 fn width_at(spec: &DecoderSpec, point: TapPoint) -> usize {
-    let reads = |linear: &&LinearSpec| linear.slot.tap() == point;
-    spec.linears.iter().find(reads).map_or(0, |linear| linear.columns)
+    readers(spec, point).next().map_or(0, |(_, linear)| linear.columns)
+}
+
+/// The Linears that read at a point, with their places.
+fn readers(spec: &DecoderSpec, point: TapPoint) -> impl Iterator<Item = (usize, &LinearSpec)> {
+    spec.linears.iter().enumerate().filter(move |(_, linear)| linear.slot.tap() == point)
+}
+
+fn energy_name(spec: &DecoderSpec, block: usize, place: usize) -> String {
+    format!("{}.output_energy", spec.linear_name(block, &spec.linears[place]))
 }
 
 fn point_name(spec: &DecoderSpec, block: usize, point: TapPoint) -> String {

@@ -4,15 +4,16 @@ use std::path::Path;
 
 use kintsugi_calibration::{Calibration, CalibrationBuilder};
 use kintsugi_checkpoint::Checkpoint;
-use kintsugi_compensate::HoldOut;
+use kintsugi_compensate::{HoldOut, OutputSquares};
 use kintsugi_kernels::PAGE_POSITIONS;
-use kintsugi_model::{Backend, Batch, Block, DecoderSpec, Embedding, RotaryTables, TapPoint, Taps, Workspace};
+use kintsugi_model::{Backend, Batch, Block, DecoderSpec, Embedding, RotaryTables, Tap, TapPoint, Taps, Workspace};
 use kintsugi_runtime::{CancelToken, Error, ErrorCode, Result, ThreadPool};
 
 use crate::CalibrationTokens;
 use crate::activation_buffer::ActivationBuffer;
 use crate::calibration_tokens::TokenSpan;
 use crate::dense_companion::DenseCompanion;
+use crate::output_sums::OutputSums;
 
 /// Rows of one forward pass; several sequences share a pass as long as they fit.
 const ROWS_PER_PASS: usize = 1024;
@@ -24,6 +25,9 @@ pub struct CapturedInputs {
     pub statistics: BTreeMap<TapPoint, Calibration>,
     /// Of the tokens that take no part in the statistics.
     pub held_out: BTreeMap<TapPoint, HoldOut>,
+    /// What the Linears of the block put out for both, by places in [`DecoderSpec::linears`]; without those that have a
+    /// bias or are not multiplied in f32.
+    pub outputs: BTreeMap<usize, OutputSquares>,
 }
 
 /// What of a block runs.
@@ -43,6 +47,8 @@ pub(crate) enum Seen<'a, B: Backend> {
     Pass(Range<usize>),
     /// The inputs of those of them that come to a point; all of them, or the rows of the pass that an expert gets.
     Input(TapPoint, &'a B::Tensor, Option<&'a [usize]>),
+    /// What the Linear at a place makes of the last of them that it reads.
+    Output(usize, &'a B::Tensor),
 }
 
 /// The residual stream of all calibration tokens, carried from block to block.
@@ -177,7 +183,7 @@ impl<B: Backend> CalibrationStream<B> {
     }
 
     /// The inputs that the Linears at `points` read when `block` runs on the stream, which stays as it is: statistics,
-    /// and the rows of tokens that take no part in them.
+    /// the rows of tokens that take no part in them, and squares of what the Linears there put out.
     ///
     /// # Errors
     /// `ERR_VALUE_NOT_FINITE` when activations overflow; `ERR_CANCELLED`.
@@ -203,6 +209,7 @@ impl<B: Backend> CalibrationStream<B> {
         let pool = ThreadPool::global();
         let mut builders: BTreeMap<TapPoint, CalibrationBuilder> = BTreeMap::new();
         let mut held_out: BTreeMap<TapPoint, HeldRows> = BTreeMap::new();
+        let mut outputs = OutputSums::new(&self.spec, points, |place| block.is_plain_product(backend, place));
         let spec = self.spec.clone();
         let width_at = |point| width_at(&spec, point).filter(|_| points.contains(&point));
         for (range, weight) in places(&self.seen, 0) {
@@ -211,6 +218,12 @@ impl<B: Backend> CalibrationStream<B> {
                 let (point, tensor, routed) = match seen {
                     Seen::Pass(tokens) => return dense.as_deref_mut().map_or(Ok(()), |dense| dense.run(tokens)),
                     Seen::Input(point, tensor, routed) => (point, tensor, routed),
+                    Seen::Output(place, tensor) => {
+                        if outputs.adds(place) {
+                            outputs.add(place, &backend.download(tensor)?, weight, pool);
+                        }
+                        return Ok(());
+                    }
                 };
                 if let Some(width) = width_at(point) {
                     let values = backend.download(tensor)?;
@@ -232,6 +245,12 @@ impl<B: Backend> CalibrationStream<B> {
                 let (point, tensor, routed) = match seen {
                     Seen::Pass(tokens) => return dense.as_deref_mut().map_or(Ok(()), |dense| dense.run(tokens)),
                     Seen::Input(point, tensor, routed) => (point, tensor, routed),
+                    Seen::Output(place, tensor) => {
+                        if outputs.adds(place) {
+                            outputs.hold_out(place, &backend.download(tensor)?, weight, pool);
+                        }
+                        return Ok(());
+                    }
                 };
                 if let Some(width) = width_at(point) {
                     let values = backend.download(tensor)?;
@@ -250,6 +269,7 @@ impl<B: Backend> CalibrationStream<B> {
                 .into_iter()
                 .filter_map(|(point, rows)| Some((point, rows.finish(width_at(point)?))))
                 .collect(),
+            outputs: outputs.finish(),
         })
     }
 
@@ -289,7 +309,7 @@ impl<B: Backend> CalibrationStream<B> {
         let mut found = Vec::with_capacity(rows.len());
         for values in rows.chunks(self.rows_per_pass() * self.spec.hidden_size) {
             cancel.check()?;
-            let pass = self.pass(backend, block, part, values, &mut cache, &mut |_, _, _| Ok(()))?;
+            let pass = self.pass(backend, block, part, values, &mut cache, &mut |_| Ok(()))?;
             found.extend_from_slice(&backend.download(pass)?);
         }
         Ok(found)
@@ -313,8 +333,12 @@ impl<B: Backend> CalibrationStream<B> {
             let range = first..tokens.end.min(first + rows_per_pass);
             let values = self.hidden.read(range.clone())?;
             seen(Seen::Pass(range))?;
-            let mut taps =
-                |point, tensor: &B::Tensor, routed: Option<&[usize]>| seen(Seen::Input(point, tensor, routed));
+            let mut taps = |tap: Tap<'_, B>| {
+                seen(match tap {
+                    Tap::Input(point, tensor, routed) => Seen::Input(point, tensor, routed),
+                    Tap::Output(place, tensor) => Seen::Output(place, tensor),
+                })
+            };
             self.pass(backend, block, BlockPart::Whole, &values, &mut cache, &mut taps)?;
             if let (true, Some((_, pass))) = (keep, &self.workspace) {
                 self.hidden.write(first, &backend.download(pass)?)?;

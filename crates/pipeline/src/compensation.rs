@@ -261,7 +261,7 @@ pub fn compensate<B: Backend>(
     let plan = plan(recipe, &compression, &pair, calibration.tokens())?;
     let identity = identity(recipe, &[&pair.original, &pair.compressed], &calibration, &backend.identity())?;
     plan.disk.check(&compression)?;
-    let (staged, ledger, units) = begin(recipe, &identity)?;
+    let (staged, ledger, units) = begin(recipe, &pair.spec, &identity)?;
     let mut job = Job { recipe, compression: &compression, pair: &pair, staged, ledger, units, started };
     match job.run(backend, calibration, &plan, cancel, progress) {
         Ok(report) => {
@@ -281,10 +281,15 @@ pub fn compensate<B: Backend>(
 }
 
 /// Goes on with what an interrupted job left, or starts anew.
-fn begin(recipe: &CompensateRecipe, identity: &Value) -> Result<(StagedFolder, Ledger, Vec<LedgerUnit>)> {
+fn begin(
+    recipe: &CompensateRecipe,
+    spec: &DecoderSpec,
+    identity: &Value,
+) -> Result<(StagedFolder, Ledger, Vec<LedgerUnit>)> {
     match Ledger::reopen::<LedgerUnit>(&recipe.out, identity) {
         Err(error) if !(recipe.fresh && error.code == ErrorCode::ResumeMismatch) => return Err(error),
         Ok(Some((ledger, units))) if !recipe.fresh => {
+            LedgerUnit::check_order(&units, 0, spec)?;
             if let Some(staged) = StagedFolder::reopen(&recipe.out)? {
                 return Ok((staged, ledger, units));
             }

@@ -118,7 +118,8 @@ pub fn compress<B: Backend>(recipe: &Recipe, backend: &B, cancel: &CancelToken, 
     let plan = Plan::new(recipe, &checkpoint, &spec, calibration.tokens())?;
     let identity = identity(recipe, &[&checkpoint], &calibration, &backend.identity())?;
     plan.disk.check(recipe)?;
-    let (writer, ledger, units) = begin(recipe, &checkpoint, OutputFormat::of_name(&plan.format)?.layout(), &identity)?;
+    let (writer, ledger, units) =
+        begin(recipe, (&checkpoint, &spec), OutputFormat::of_name(&plan.format)?.layout(), &identity)?;
     let mut job = Compression { recipe, checkpoint: &checkpoint, spec: &spec, writer, ledger, units, started };
     match job.run(backend, calibration, &plan, cancel, progress) {
         Ok(report) => {
@@ -156,13 +157,14 @@ pub(crate) fn refuse_compressed(checkpoint: &Checkpoint) -> Result<()> {
 /// Goes on with what an interrupted job left, or starts anew.
 fn begin(
     recipe: &Recipe,
-    checkpoint: &Checkpoint,
+    (checkpoint, spec): (&Checkpoint, &DecoderSpec),
     format: &'static dyn LinearFormat,
     identity: &Value,
 ) -> Result<(CheckpointWriter, Ledger, Vec<LedgerUnit>)> {
     match Ledger::reopen::<LedgerUnit>(&recipe.out, identity) {
         Err(error) if !(recipe.fresh && error.code == ErrorCode::ResumeMismatch) => return Err(error),
         Ok(Some((ledger, units))) if !recipe.fresh => {
+            LedgerUnit::check_order(&units, 1, spec)?;
             let parts: Vec<UnitRecord> = units.iter().filter_map(|unit| unit.part.clone()).collect();
             if let Some(writer) = CheckpointWriter::resume(&recipe.out, checkpoint, &parts)? {
                 return Ok((writer.format(format), ledger, units));

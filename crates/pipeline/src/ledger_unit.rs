@@ -1,5 +1,7 @@
 use kintsugi_checkpoint::{RecordedUnit, UnitRecord};
 use kintsugi_compensate::RankProfile;
+use kintsugi_model::{DecoderSpec, LinearSpec};
+use kintsugi_runtime::{Error, ErrorCode, Result};
 use serde::{Deserialize, Serialize};
 
 use crate::rank_ablation::AblationCosts;
@@ -30,6 +32,33 @@ pub(crate) struct LedgerUnit {
     pub(crate) seconds: f64,
     /// The same by phase.
     pub(crate) phases: PhaseSeconds,
+}
+
+impl LedgerUnit {
+    /// Refuses units that do not stand as a job records them: `before` of them outside of the blocks, then a block each
+    /// with its Linears, and behind the last block ablations or nothing.
+    ///
+    /// # Errors
+    /// `ERR_RESUME_MISMATCH`.
+    pub(crate) fn check_order(units: &[LedgerUnit], before: usize, spec: &DecoderSpec) -> Result<()> {
+        let is_in_place = |(at, unit): (usize, &LedgerUnit)| {
+            let block = at.checked_sub(before).filter(|&block| block < spec.layers);
+            let of_block = block.map_or(&[][..], |_| &spec.linears);
+            let named = |(linear, report): (&LinearSpec, &LinearReport)| {
+                block.is_some_and(|block| spec.linear_name(block, linear) == report.name)
+            };
+            let is_last = at == before + spec.layers;
+            of_block.len() == unit.linears.len()
+                && of_block.iter().zip(&unit.linears).all(named)
+                && unit.ablation.is_some() == is_last
+                && at <= before + spec.layers
+        };
+        let Some(wrong) = units.iter().enumerate().position(|place| !is_in_place(place)) else { return Ok(()) };
+        let message = format!("unit {} of the ledger is none that a job records there", wrong + 1);
+        Err(Error::new(ErrorCode::ResumeMismatch, message)
+            .subject("ledger")
+            .hint("Somebody has changed the ledger; discard it with fresh (--fresh)"))
+    }
 }
 
 impl RecordedUnit for LedgerUnit {

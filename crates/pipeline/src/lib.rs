@@ -28,6 +28,7 @@ mod linear_override;
 mod memory_plan;
 mod merging;
 mod output_format;
+mod output_sums;
 mod plan;
 mod rank_ablation;
 mod rank_division;

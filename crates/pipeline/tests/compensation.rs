@@ -10,8 +10,8 @@ use kintsugi_checkpoint::read_adapter;
 use kintsugi_compensate::RankBudget;
 use kintsugi_model::CompensationChoice;
 use kintsugi_pipeline::{
-    AllocationRecipe, CompensateRecipe, CompensationReport, ConvertRecipe, EoraRecipe, RankWeights, Recipe, compensate,
-    compress, convert, plan_compensation,
+    AllocationRecipe, CalibrationKind, CompensateRecipe, CompensationReport, ConvertRecipe, EoraRecipe, RankWeights,
+    Recipe, compensate, compress, convert, plan_compensation,
 };
 use kintsugi_runtime::{CancelToken, ErrorCode, Progress, Result};
 
@@ -208,6 +208,33 @@ fn a_budget_is_divided_and_kept() {
             assert!(error.bound <= error.compensated && error.compensated <= error.quantized);
         }
     }
+}
+
+#[test]
+fn sizes_of_channels_are_never_behind_the_plain_svd_on_what_feedback_of_errors_leaves() {
+    let mut ahead = 0;
+    for (model, rank) in [("llama-7m", 32), ("tinystories-656k", 8)] {
+        let root = tempfile::tempdir().unwrap();
+        let statistics = root.path().join("statistics.safetensors");
+        let mut base = compression(root.path(), "gptq", 3, 0);
+        (base.source, base.save_statistics) = (assets(model), Some(statistics.clone()));
+        compress(&base, &backend(), &CancelToken::new(), &Progress::new()).unwrap();
+        let [diagonal, plain, best] = ["diagonal", "lorc", "fast"].map(|solver| -> Vec<f64> {
+            let mut recipe = job(root.path(), base.out.clone(), rank);
+            (recipe.original, recipe.out) = (base.source.clone(), root.path().join(solver));
+            let source = &mut recipe.calibration.sources[0];
+            (source.file, source.kind, source.hold_out) = (statistics.clone(), CalibrationKind::Statistics, 0);
+            recipe.eora.solver = solver.to_owned();
+            run(&recipe).unwrap().linears.iter().map(|linear| linear.error.unwrap().compensated).collect()
+        });
+        for (i, (found, plain)) in diagonal.iter().zip(&plain).enumerate() {
+            assert!(*found <= plain * (1.0 + 1e-3), "{model} {i}: {found} {plain}");
+            assert!(*found >= best[i] * (1.0 - 1e-6), "{model} {i}: {found} {}", best[i]);
+        }
+        let less = |(found, plain): &(&f64, &f64)| **found < **plain * (1.0 - 1e-3);
+        ahead += diagonal.iter().zip(&plain).filter(less).count();
+    }
+    assert!(ahead > 0, "it is the plain SVD");
 }
 
 #[test]

@@ -103,10 +103,10 @@ fn every_linear_comes_closer_to_the_dense_outputs_than_without_the_drift() {
             let hold_out = Some((&inputs.held_out[&point], &drift.held_out[&point]));
             let mixed = |share| {
                 let inputs = MixedInputs { deployed: calibration, drift: drift_here, share, hold_out };
-                compensate_mixed(weight, compressed, &inputs, &options, pool).unwrap()
+                compensate_mixed(weight, compressed, &inputs, None, &options, pool).unwrap()
             };
             let [none, all] = [0.0, 1.0].map(mixed);
-            let plain = solve(weight, compressed, calibration, hold_out.map(|(x, _)| x), &options, pool).unwrap();
+            let plain = solve(weight, compressed, calibration, hold_out.map(|(x, _)| x), None, &options, pool).unwrap();
             assert!(none.error == plain.error && none.profile.hold_out == plain.profile.hold_out);
             let [before, after] = [&none, &all].map(|solved| solved.profile.dense_error(8).unwrap());
             let name = format!("{index} {}: {before:?} {after:?}", linear.name);

@@ -13,6 +13,7 @@ use kintsugi_pipeline::{
     CompensateRecipe, LinearOverride, RankBudget, RankWeights, Recipe, Report, compensate, compress, plan,
 };
 use kintsugi_runtime::{CancelToken, ErrorCode, Progress, ProgressSnapshot, Result};
+use serde_json::Value;
 
 fn by_ablation(mean_rank: f64, multiple: usize) -> Option<AllocationRecipe> {
     let budget = RankBudget::MeanRank(mean_rank);
@@ -270,6 +271,55 @@ fn costs_of_another_model_in_the_ledger_are_refused() {
     with("[1,1,1,-1,1,1,1]");
     let report = run(&recipe);
     assert!(ablation(&report).tokens == 256, "{:?}", ablation(&report));
+}
+
+#[test]
+fn units_that_stand_where_no_job_records_them_are_refused() {
+    let root = tempfile::tempdir().unwrap();
+    let recipe = small(root.path(), "rtn");
+    interrupt(&recipe, 2).unwrap_err();
+    let ledger = recipe.out.with_file_name("out.partial").join("ledger.jsonl");
+    let whole = fs::read_to_string(&ledger).unwrap();
+    let lines: Vec<&str> = whole.lines().collect();
+    assert_eq!(lines.len(), 10, "identity, what is outside of the blocks, blocks");
+    let costs: Value = serde_json::from_str(
+        r#"{ "tokens": 9, "heldOut": true, "types": [9, 9, 9, 9, 9, 9, 9], "bands": [1, 1, 1, 1] }"#,
+    )
+    .unwrap();
+    let with_costs = |line: &str| {
+        let mut unit: Value = serde_json::from_str(line).unwrap();
+        unit["ablation"] = costs.clone();
+        unit.to_string()
+    };
+    let alone = {
+        let mut unit: Value = serde_json::from_str(lines[1]).unwrap();
+        unit["part"] = Value::Null;
+        with_costs(&unit.to_string())
+    };
+    let changed = |change: &dyn Fn(&mut Vec<String>)| {
+        let mut lines: Vec<String> = lines.iter().map(|&line| line.to_owned()).collect();
+        change(&mut lines);
+        lines.into_iter().map(|line| line + "\n").collect::<String>()
+    };
+    for (what, text, place) in [
+        ("costs in the middle", changed(&|lines| lines.insert(4, alone.clone())), 4),
+        ("costs with a block", changed(&|lines| lines[3] = with_costs(lines[3].as_str())), 3),
+        ("costs with the last block", changed(&|lines| lines[9] = with_costs(lines[9].as_str())), 9),
+        ("costs before the blocks", changed(&|lines| lines[1] = with_costs(lines[1].as_str())), 1),
+        ("costs twice", changed(&|lines| lines.extend([alone.clone(), alone.clone()])), 11),
+        ("blocks in another order", changed(&|lines| lines.swap(5, 6)), 5),
+        ("a block twice", changed(&|lines| lines[6] = lines[5].clone()), 6),
+        ("a block too many", changed(&|lines| lines.push(lines[9].clone())), 10),
+        ("no block is the first", changed(&|lines| drop(lines.remove(1))), 1),
+    ] {
+        fs::write(&ledger, &text).unwrap();
+        let error = compress(&recipe, &backend(), &CancelToken::new(), &Progress::new()).unwrap_err();
+        assert_eq!((error.code, error.subject.as_str()), (ErrorCode::ResumeMismatch, "ledger"), "{what}: {error}");
+        assert!(error.message.contains(&format!("unit {place} ")) && error.hint.contains("--fresh"), "{what}: {error}");
+        assert!(fs::read_to_string(&ledger).unwrap() == text, "{what}: it is for the user to discard");
+    }
+    fs::write(&ledger, &whole).unwrap();
+    run(&recipe);
 }
 
 #[test]

@@ -59,7 +59,7 @@ pub(crate) fn eora(
     options: &CompensationOptions,
     pool: &ThreadPool,
 ) -> Result<Compensation> {
-    compensate(weight, quantized, calibration, None, options, pool)
+    compensate(weight, quantized, calibration, None, None, options, pool)
 }
 
 /// A case and everything that its oracles need.
