@@ -99,6 +99,25 @@ test('views with an offset are read where they are', (t) => {
   t.deepEqual(view.forward(buffer.subarray(7, 71)), copy.forward(buffer.slice(7, 71)))
 })
 
+test('forward writes into the array that it is given, and into nothing else', async (t) => {
+  using layer = QuantizedLinear.quantize(gaussian(40 * 64, 7), { outFeatures: 40, inFeatures: 64 })
+  const x = gaussian(3 * 64, 8)
+  const expected = layer.forward(x)
+  const memory = new Float32Array(3 * 40 + 20).fill(7)
+  const out = memory.subarray(10, 130)
+  t.is(layer.forward(x, out), out)
+  t.deepEqual(out, expected)
+  t.true([...memory.subarray(0, 10), ...memory.subarray(130)].every((value) => value === 7))
+
+  await failsWith(t, () => layer.forward(x, new Float32Array(119)), 'ERR_SHAPE_MISMATCH', 'out')
+  await failsWith(t, () => layer.forward(x, new Float64Array(120) as never), 'ERR_OPTION_INVALID', 'out')
+  const shared = new Float32Array(3 * 64 + 3 * 40 - 1)
+  await failsWith(t, () => layer.forward(shared.subarray(0, 192), shared.subarray(191)), 'ERR_OPTION_INVALID', 'out')
+  const beside = new Float32Array(3 * 64 + 3 * 40)
+  beside.set(x)
+  t.deepEqual(layer.forward(beside.subarray(0, 192), beside.subarray(192)), expected)
+})
+
 test('forwardAsync takes a copy: the caller may change x at once', async (t) => {
   const options = { outFeatures: 256, inFeatures: 256, groupSize: 64 }
   using layer = QuantizedLinear.quantize(gaussian(256 * 256, 5), options)

@@ -4,7 +4,8 @@
 //
 // First the call alone: its outputs, and forward with matrices so small that the product takes a few microseconds, which
 // bounds what the call can add. Then int4 in groups of 128, 4096×4096, `fast`, with enough matrices in turn to be beyond the caches:
-// measureSpeed, which calls the same products from Rust, and forward take turns; medians of the turns are compared.
+// measureSpeed, which calls the same products from Rust into one output, and forward, with outputs of its own and into one,
+// take turns; medians of the turns are compared.
 import { parseArgs } from 'node:util'
 
 import { measureSpeed, QuantizedLinear } from 'kintsugi'
@@ -43,9 +44,9 @@ function quantize(outFeatures: number, inFeatures: number, weights = noise(outFe
 }
 
 /** Seconds of a call, once for each of `layers`. */
-function forward(layers: QuantizedLinear[], x: Float32Array): number {
+function forward(layers: QuantizedLinear[], x: Float32Array, out?: Float32Array): number {
   const start = performance.now()
-  for (const layer of layers) layer.forward(x)
+  for (const layer of layers) layer.forward(x, out)
   return (performance.now() - start) / 1e3 / layers.length
 }
 
@@ -75,6 +76,7 @@ for (const [outFeatures, inFeatures] of [
 
 const inRust = new Map(ROWS.map((rows) => [rows, [] as number[]]))
 const inTypeScript = new Map(ROWS.map((rows) => [rows, [] as number[]]))
+const intoOne = new Map(ROWS.map((rows) => [rows, [] as number[]]))
 const first = await measureSpeed({ seconds, rows: ROWS })
 const threads = Math.max(...first.threads)
 const weights = noise(SIZE * SIZE)
@@ -88,18 +90,20 @@ for (let turn = 0; turn < turns; turn++) {
   }
   for (const rows of ROWS) {
     const x = noise(rows * SIZE)
-    const rounds = Array.from({ length: 9 }, (_, round) =>
-      forward(rows < LONG_ROWS ? layers : [layers[round % count]!], x),
-    )
-    inTypeScript.get(rows)!.push(median(rounds))
+    const out = new Float32Array(rows * SIZE)
+    const times = (out?: Float32Array): number[] =>
+      Array.from({ length: 9 }, (_, round) => forward(rows < LONG_ROWS ? layers : [layers[round % count]!], x, out))
+    inTypeScript.get(rows)!.push(median(times()))
+    intoOne.get(rows)!.push(median(times(out)))
   }
 }
-console.log(`\n| int4 g128 fast, ${SIZE}×${SIZE}, ${threads} threads | Rust | TypeScript | added | of the speed |`)
-console.log('|---|---|---|---|---|')
+console.log(`\n| int4 g128 fast, ${SIZE}×${SIZE}, ${threads} threads | Rust | TypeScript | added | of the speed | into \`out\` | of the speed |`)
+console.log('|---|---|---|---|---|---|---|')
 for (const rows of ROWS) {
-  const [rust, typeScript] = [median(inRust.get(rows)!), median(inTypeScript.get(rows)!)]
-  const added = ((typeScript - rust) * 1e6).toFixed(1)
+  const [rust, own, one] = [inRust, inTypeScript, intoOne].map((times) => median(times.get(rows)!)) as [number, number, number]
+  const milliseconds = (seconds: number): string => `${(seconds * 1e3).toFixed(3)} ms`
+  const share = (seconds: number): string => `${((100 * rust) / seconds).toFixed(1)} %`
   console.log(
-    `| ${rows} ${rows === 1 ? 'row' : 'rows'} | ${(rust * 1e3).toFixed(3)} ms | ${(typeScript * 1e3).toFixed(3)} ms | ${added} µs | ${((100 * rust) / typeScript).toFixed(1)} % |`,
+    `| ${rows} ${rows === 1 ? 'row' : 'rows'} | ${milliseconds(rust)} | ${milliseconds(own)} | ${((own - rust) * 1e6).toFixed(1)} µs | ${share(own)} | ${milliseconds(one)} | ${share(one)} |`,
   )
 }

@@ -79,14 +79,18 @@ export class QuantizedLinear {
    * The product, computed before the call returns: for small matrices, where waiting costs more than the work.
    *
    * @param x `[count, inFeatures]`
+   * @param out `[count, outFeatures]`, to be written and returned: new arrays of many rows take the system as long as a
+   *   tenth of the product. It may not share memory with `x`.
    * @returns `[count, outFeatures]`
-   * @throws KintsugiError `ERR_SHAPE_MISMATCH`, `ERR_DISPOSED`
+   * @throws KintsugiError `ERR_SHAPE_MISMATCH`, `ERR_OPTION_INVALID`, `ERR_DISPOSED`
    */
-  forward(x: Float32Array): Float32Array {
+  forward(x: Float32Array, out?: Float32Array): Float32Array {
     this.#assertAlive()
     assertFloats(x, 'x')
     const { outFeatures, inFeatures } = this.#shape
-    const y = new Float32Array(Math.floor(x.length / inFeatures) * outFeatures)
+    const length = Math.floor(x.length / inFeatures) * outFeatures
+    const y = out ?? new Float32Array(length)
+    if (out !== undefined) assertOutput(out, length, x)
     try {
       this.#binding.forward(x, y)
       return y
@@ -136,4 +140,26 @@ function assertFloats(value: unknown, name: string): asserts value is Float32Arr
     subject: name,
     hint: 'Convert it with Float32Array.from().',
   })
+}
+
+/** Refuses what a product cannot be written into. */
+function assertOutput(out: Float32Array, length: number, x: Float32Array): void {
+  assertFloats(out, 'out')
+  if (out.length !== length) {
+    throw new KintsugiError({
+      code: 'ERR_SHAPE_MISMATCH',
+      message: `out has ${out.length} values where the product has ${length}`,
+      subject: 'out',
+      hint: 'Give it outFeatures values for each row of x.',
+    })
+  }
+  const overlap = out.byteOffset < x.byteOffset + x.byteLength && x.byteOffset < out.byteOffset + out.byteLength
+  if (out.buffer === x.buffer && overlap) {
+    throw new KintsugiError({
+      code: 'ERR_OPTION_INVALID',
+      message: 'out shares memory with x',
+      subject: 'out',
+      hint: 'Give it memory of its own: x is read while out is written.',
+    })
+  }
 }
