@@ -125,7 +125,7 @@ impl Kernels {
     }
 
     /// Packs a Linear for [`product`](Self::product): its matrix with B of its compensation in the same panels, A
-    /// of the compensation, and its bias. Factors that are made of codes stay codes.
+    /// of the compensation, and its bias. Factors that are made of codes stay codes, but for A in [`Precision::Fast`].
     ///
     /// # Errors
     /// `ERR_SHAPE_MISMATCH` when the matrix has no rows or no columns, or bias or compensation do not fit it.

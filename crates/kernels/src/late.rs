@@ -4,7 +4,7 @@ use std::sync::OnceLock;
 const SPINS: usize = 2000;
 
 /// A value that one task of a call makes and later tasks of the same call wait for. Tasks are begun in their order: whoever
-/// waits knows that the maker runs.
+/// waits knows that the maker runs, or is held up by the system, which holds up those that wait, too.
 pub(crate) struct Late<T>(OnceLock<Option<T>>);
 
 impl<T> Late<T> {

@@ -14,7 +14,7 @@ use crate::packed_input::PackedInput;
 use crate::packed_matrix::{Arithmetic, Compensation, PackedMatrix, Section};
 use crate::shared_rows::SharedRows;
 use crate::strip::StripJob;
-use crate::tiled_input::TiledInput;
+use crate::tiled_input::{TileBlock, TiledInput};
 use crate::vector::LANES;
 
 /// Multiplications that are worth a task of their own: some microseconds.
@@ -105,11 +105,14 @@ impl<'a> Operands<'a> {
         kernels: &Kernels,
         weight: &'a PackedMatrix,
         x: &[f32],
-        others: impl Iterator<Item = &'b Operands<'b>>,
+        others: impl Iterator<Item = &'b Operands<'b>> + Clone,
         pool: &ThreadPool,
     ) -> Self {
         let mut operands = Operands::awaiting(kernels, weight, x.len() / weight.columns, None);
-        let known = others.into_iter().find_map(|other| operands.input_of(kernels, other, pool));
+        // Rather one whose codes have the same centre, which need not be copied.
+        let as_it_is = others.clone().find(|other| operands.reads_like(other) && operands.moved(kernels, other) == 0);
+        let known = as_it_is.or_else(|| others.clone().find(|other| operands.reads_like(other)));
+        let known = known.map(|other| operands.input_of(kernels, other, pool));
         operands.input = Late::ready(known.unwrap_or_else(|| operands.pack(kernels, x, pool)));
         operands
     }
@@ -127,22 +130,27 @@ impl<'a> Operands<'a> {
         Operands { weight, count, places, arithmetic, tiled, input: Late::pending(), projected: Late::pending() }
     }
 
-    /// The packed x of another matrix that reads the same x, where this one reads it alike.
-    fn input_of(&self, kernels: &Kernels, other: &Operands<'_>, pool: &ThreadPool) -> Option<Arc<Input>> {
-        let (own, others) = (&self.weight.main, &other.weight.main);
-        if (self.arithmetic, self.tiled) != (other.arithmetic, other.tiled) || !own.reads_like(others) {
-            return None;
-        }
-        let input = other.input.wait();
+    /// Whether x is packed for both in the same way, but for the centre of their codes.
+    fn reads_like(&self, other: &Operands<'_>) -> bool {
+        (self.arithmetic, self.tiled) == (other.arithmetic, other.tiled)
+            && self.weight.main.reads_like(&other.weight.main)
+    }
+
+    /// How much larger the centre of the codes is than that of another matrix, where x knows of it.
+    fn moved(&self, kernels: &Kernels, other: &Operands<'_>) -> i32 {
+        let centre = |weight: &PackedMatrix| (kernels.table().integers.centre)(weight.main.encoding);
+        let known = self.tiled && self.arithmetic == Arithmetic::Int8;
+        if known { centre(self.weight) - centre(other.weight) } else { 0 }
+    }
+
+    /// The packed x of another matrix that [reads](Self::reads_like) the same x alike.
+    fn input_of(&self, kernels: &Kernels, other: &Operands<'_>, pool: &ThreadPool) -> Arc<Input> {
+        let (input, moved) = (other.input.wait(), self.moved(kernels, other));
         match &**input {
-            Input::Tiles(tiles) if self.arithmetic == Arithmetic::Int8 => {
-                let table = kernels.table();
-                let centre = |section: &Section| (table.integers.centre)(section.encoding);
-                let moved = centre(own) - centre(others);
-                let tiles = (moved != 0).then(|| tiles.recentred(table, own, moved, pool));
-                Some(tiles.map_or_else(|| Arc::clone(input), |tiles| Arc::new(Input::Tiles(tiles))))
+            Input::Tiles(tiles) if moved != 0 => {
+                Arc::new(Input::Tiles(tiles.recentred(kernels.table(), &self.weight.main, moved, pool)))
             }
-            _ => Some(Arc::clone(input)),
+            _ => Arc::clone(input),
         }
     }
 
@@ -201,12 +209,13 @@ impl<'a> Operands<'a> {
         self.weight.panel_count().div_ceil(self.panels_at_once(kernels))
     }
 
-    /// How many tasks the product is worth, where that many units can be shared out.
-    pub(crate) fn tasks(&self, units: usize, task_bytes: usize) -> usize {
+    /// How many tasks the product is worth, where that many units can be shared out. A folded matrix has `folds` rows of x for
+    /// each.
+    pub(crate) fn tasks(&self, units: usize, task_bytes: usize, folds: usize) -> usize {
         let multiplications = self.weight.panel_count() * LANES * self.weight.columns * self.count;
         let bytes = self.weight.panel_count() * self.weight.panel_bytes;
         // With few rows the panels take the time, else the multiplications.
-        let tasks = if self.count <= 2 { bytes / task_bytes } else { multiplications / TASK_MULTIPLICATIONS };
+        let tasks = if self.count <= 2 * folds { bytes / task_bytes } else { multiplications / TASK_MULTIPLICATIONS };
         tasks.clamp(1, units)
     }
 
@@ -228,20 +237,15 @@ impl<'a> Operands<'a> {
         }
     }
 
-    /// The runs of blocks that have sums of their own where panels are too few to share out. In int8 all blocks are one.
+    /// The runs of blocks that have sums of their own where panels are too few to share out.
     pub(crate) fn runs(&self) -> Vec<Range<usize>> {
-        let layout = &self.weight.main.layout;
-        if self.arithmetic == Arithmetic::Int8 {
-            std::iter::once(0..layout.blocks.len()).collect()
-        } else {
-            layout.runs()
-        }
+        self.weight.main.layout.runs()
     }
 
     /// The products of one panel over one of the [runs](Self::runs), `[count]`.
     pub(crate) fn add_run(&self, kernels: &Kernels, panel: usize, run: Range<usize>, sums: &mut [[f32; LANES]]) {
         if self.arithmetic == Arithmetic::Int8 {
-            self.add_integers(kernels, panel, sums);
+            self.add_integers(kernels, panel, run, sums);
         } else {
             self.add_rows(kernels, &self.weight.main, self.arithmetic, self.input.wait(), panel, run, sums);
         }
@@ -259,7 +263,7 @@ impl<'a> Operands<'a> {
             bytemuck::cast_slice_mut(more.as_mut_slice())
         };
         if self.arithmetic == Arithmetic::Int8 {
-            self.add_integers(kernels, panel, sums);
+            self.add_integers(kernels, panel, 0..self.weight.main.layout.steps.len(), sums);
         } else {
             self.add_all_rows(kernels, &self.weight.main, self.arithmetic, self.input.wait(), panel, sums);
         }
@@ -269,22 +273,30 @@ impl<'a> Operands<'a> {
         self.write(panel, 1, 0, self.count, sums, y, output);
     }
 
-    /// Adds the products of one panel of the main matrix in int8, `[count]`.
-    fn add_integers(&self, kernels: &Kernels, panel: usize, sums: &mut [[f32; LANES]]) {
+    /// Adds the products of one panel of the main matrix in int8 over some of its blocks, `[count]`.
+    fn add_integers(&self, kernels: &Kernels, panel: usize, blocks: Range<usize>, sums: &mut [[f32; LANES]]) {
         let main = &self.weight.main;
         let (Some(integers), Some(grid)) = (&main.integers, main.grid) else { return };
         assert!(panel < self.weight.panel_count() && sums.len() == self.count);
         let (products, rows) = (&kernels.table().integers, self.count);
-        let panel = self.weight.panels.as_slice()[panel * self.weight.panel_bytes + main.offset..].as_ptr();
+        let steps = &main.layout.steps[blocks.clone()];
+        // What lies before the blocks.
+        let before = main.layout.steps[..blocks.start].iter().map(|&steps| steps as usize).sum::<usize>();
+        let bytes = before * main.encoding.step_bytes() + blocks.start * grid.bytes();
+        let words = before * main.layout.step_columns / Arithmetic::Int8.columns_per_word();
+        let panel = self.weight.panels.as_slice()[panel * self.weight.panel_bytes + main.offset + bytes..].as_ptr();
         let input = match &**self.input.wait() {
             Input::Rows(input) => input,
             Input::Tiles(input) => {
                 let job = IntegerStripJob {
                     panel,
-                    steps: &main.layout.steps,
+                    steps,
                     grid,
                     table: &integers.table,
-                    x: input.words(),
+                    // Blocks of a tile follow one another.
+                    x: input
+                        .words()
+                        .wrapping_add((words + blocks.start * TileBlock::INTEGER_WORDS) * products.tile_rows),
                     tile_stride: input.stride(),
                     rows,
                     tile: sums.as_mut_ptr().cast(),
@@ -300,11 +312,11 @@ impl<'a> Operands<'a> {
             let rows = (pass + 1) * rows / passes - start;
             let job = IntegerJob {
                 panel,
-                steps: &main.layout.steps,
+                steps,
                 grid,
                 table: &integers.table,
-                x: input.row(start),
-                blocks: input.quantized_blocks(start),
+                x: input.row(start).wrapping_add(words),
+                blocks: input.quantized_blocks(start).wrapping_add(blocks.start),
                 x_stride: input.stride(),
                 tile: sums[start..].as_mut_ptr().cast(),
             };

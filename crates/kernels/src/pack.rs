@@ -3,8 +3,8 @@ use std::sync::Arc;
 use half::{bf16, f16};
 use kintsugi_runtime::{Error, ErrorCode, Result, ThreadPool};
 use kintsugi_weights::{
-    CodeTable, DenseMatrix, DenseValues, ElementType, FactorCodes, GroupAxis, GroupSize, LinearWeight, LowRank,
-    QuantizedMatrix, QuantizedParts, WeightMatrix,
+    CodeTable, DenseMatrix, DenseValues, ElementType, FactorCodes, GroupAxis, LinearWeight, LowRank, QuantizedMatrix,
+    WeightMatrix,
 };
 
 use crate::Precision;
@@ -83,73 +83,56 @@ fn pack_projection(a: &WeightMatrix, main: &Section, pool: &ThreadPool) -> Resul
     if main.integers.is_none() {
         return pack_factor(a, pool);
     }
-    let codes = round_to_codes(a.rows(), a.columns(), &a.to_f32(), &main.layout)?;
-    pack_panels(&WeightMatrix::Quantized(codes), None, None, Precision::Fast, pool)
-}
-
-/// Rounds to nearest, symmetrically, to codes of 8 bits with a scale for each row of each block. What is not finite makes
-/// its row of the block NaN.
-fn round_to_codes(rows: usize, columns: usize, values: &[f32], layout: &ColumnLayout) -> Result<QuantizedMatrix> {
-    let (group_size, group_index) = groups_of_blocks(layout, columns);
-    let groups = group_size.groups(columns);
-    let group_of = |column: usize| match &group_index {
-        Some(index) => index[column] as usize,
-        None => column / group_size.columns(columns),
+    let (rows, columns, encoding) = (a.rows(), a.columns(), PanelEncoding::Bits8);
+    let mut layout = main.layout.clone().in_steps_of(encoding.step_columns());
+    (0..).zip(&mut layout.blocks).for_each(|(group, block)| block.group = group);
+    let section = Section {
+        encoding,
+        grid: Some(GridParameters { scale_type: ElementType::F32, origin: GridOrigin::Centre }),
+        table: CodeTable::FP4,
+        integers: IntegerCodes::of(None),
+        offset: 0,
+        layout,
     };
-    let mut scales = vec![0.0f32; rows * groups];
-    for (values, scales) in values.chunks_exact(columns).zip(scales.chunks_exact_mut(groups)) {
-        for (column, value) in values.iter().enumerate() {
-            let largest = &mut scales[group_of(column)];
-            let finite = value.is_finite() && !largest.is_nan();
-            *largest = if finite { largest.max(value.abs()) } else { f32::NAN };
-        }
-    }
-    // NaN stays NaN; the least normal number keeps quotients finite.
-    scales
-        .iter_mut()
-        .filter(|scale| !scale.is_nan())
-        .for_each(|scale| *scale = (*scale / 127.0).max(f32::MIN_POSITIVE));
-    let codes = values
-        .iter()
-        .enumerate()
-        .map(|(at, value)| {
-            let quotient = value / scales[at / columns * groups + group_of(at % columns)];
-            // A quotient that is NaN becomes the code of zero.
-            (quotient.round_ties_even() as i32 + 128) as u8
-        })
-        .collect();
-    QuantizedMatrix::new(QuantizedParts {
+    let (codes, scales) = round_to_codes(&a.to_f32(), columns, &section.layout);
+    let codes = CodedRows {
         rows,
         columns,
+        groups: section.layout.blocks.len(),
         bits: 8,
-        group_size,
-        codes,
-        scales,
-        scale_type: ElementType::F32,
-        group_index,
-        ..QuantizedParts::default()
-    })
+        table: false,
+        codes: &codes,
+        scales: &scales,
+        zero_points: None,
+        offsets: None,
+    };
+    let panel_bytes = section.bytes();
+    let mut panels = AlignedBytes::zeroed(panels_bytes(rows, columns, panel_bytes)?);
+    pool.for_each_chunk(panels.as_mut_slice(), panel_bytes, |panel, bytes| write_codes(&codes, &section, panel, bytes));
+    let (precision, compensation, bias) = (Precision::Fast, None, None);
+    Ok(PackedMatrix { rows, columns, precision, main: section, compensation, bias, panel_bytes, panels })
 }
 
-/// Groups that are the blocks of a layout; runs of columns where blocks are too uneven for that.
-fn groups_of_blocks(layout: &ColumnLayout, columns: usize) -> (GroupSize, Option<Vec<u32>>) {
-    let widths = [layout.blocks[0].columns, columns.div_ceil(layout.blocks.len())].map(GroupSize::Columns);
-    let as_many = widths.into_iter().find(|width| width.groups(columns) == layout.blocks.len());
-    match (&layout.order, as_many) {
-        (None, Some(width)) if layout.blocks.iter().all(|block| block.start % width.columns(columns) == 0) => {
-            (width, None)
-        }
-        (Some(order), Some(width)) => {
-            let mut group_index = vec![0; columns];
-            for (group, block) in (0u32..).zip(&layout.blocks) {
-                for &column in &order[block.start..block.start + block.columns] {
-                    group_index[column as usize] = group;
-                }
+/// Rounds rows to nearest, symmetrically, to codes of 8 bits around 128, with a scale for each block of a row. What is not
+/// finite makes its row of the block NaN.
+fn round_to_codes(values: &[f32], columns: usize, layout: &ColumnLayout) -> (Vec<u8>, Vec<f32>) {
+    let mut codes = vec![0; values.len()];
+    let mut scales = Vec::with_capacity(values.len() / columns * layout.blocks.len());
+    for (row, codes) in values.chunks_exact(columns).zip(codes.chunks_exact_mut(columns)) {
+        for block in &layout.blocks {
+            let members = || (block.start..block.start + block.columns).map(|place| layout.column(place));
+            let finite = members().all(|column| row[column].is_finite());
+            let largest = members().fold(0.0f32, |largest, column| largest.max(row[column].abs()));
+            // The least normal number keeps quotients finite.
+            let scale = if finite { (largest / 127.0).max(f32::MIN_POSITIVE) } else { f32::NAN };
+            scales.push(scale);
+            for column in members() {
+                // A quotient that is NaN becomes the code of zero.
+                codes[column] = ((row[column] / scale).round_ties_even() as i32 + 128) as u8;
             }
-            (width, Some(group_index))
         }
-        _ => (GroupSize::Columns(ColumnLayout::INTEGER_BLOCK_COLUMNS), None),
     }
+    (codes, scales)
 }
 
 /// A `[rank, in]` and B `[out, rank]` as they are stored: in codes, or in the type that they are rounded to.
@@ -197,11 +180,7 @@ fn pack_panels(
     let a = a.map(|a| pack_projection(&a, &main, pool)).transpose()?;
     let b_section = b.as_ref().map(|b| section(b, Precision::F32, main.bytes()));
     let panel_bytes = main.bytes() + b_section.as_ref().map_or(0, Section::bytes);
-    let bytes = panel_bytes
-        .checked_mul(rows.div_ceil(LANES))
-        .filter(|&bytes| isize::try_from(bytes).is_ok())
-        .ok_or_else(|| mismatch(format!("a {rows}×{columns} matrix does not fit into memory")))?;
-    let mut panels = AlignedBytes::zeroed(bytes);
+    let mut panels = AlignedBytes::zeroed(panels_bytes(rows, columns, panel_bytes)?);
     pool.for_each_chunk(panels.as_mut_slice(), panel_bytes, |panel, bytes| {
         write(matrix, &main, panel, bytes);
         if let (Some(b), Some(section)) = (&b, &b_section) {
@@ -210,6 +189,14 @@ fn pack_panels(
     });
     let compensation = a.zip(b_section).map(|(a, b)| Compensation { a: Arc::new(a), borrowed: false, b });
     Ok(PackedMatrix { rows, columns, precision, main, compensation, bias, panel_bytes, panels })
+}
+
+/// Bytes of all panels of a matrix.
+fn panels_bytes(rows: usize, columns: usize, panel_bytes: usize) -> Result<usize> {
+    panel_bytes
+        .checked_mul(rows.div_ceil(LANES))
+        .filter(|&bytes| isize::try_from(bytes).is_ok())
+        .ok_or_else(|| mismatch(format!("a {rows}×{columns} matrix does not fit into memory")))
 }
 
 /// How a matrix lies in its panels, from that byte of each on.
@@ -268,7 +255,7 @@ fn smallest_encoding(bits: u8, layout: &ColumnLayout) -> PanelEncoding {
 fn write(matrix: &WeightMatrix, section: &Section, panel: usize, bytes: &mut [u8]) {
     match matrix {
         WeightMatrix::Dense(matrix) => write_dense(matrix, section, panel, bytes),
-        WeightMatrix::Quantized(matrix) => write_quantized(matrix, section, panel, bytes),
+        WeightMatrix::Quantized(matrix) => write_codes(&CodedRows::of(matrix), section, panel, bytes),
     }
 }
 
@@ -301,23 +288,56 @@ fn write_dense(matrix: &DenseMatrix, section: &Section, panel: usize, bytes: &mu
     }
 }
 
+/// Rows of codes with a scale for each group of a row.
+struct CodedRows<'a> {
+    rows: usize,
+    columns: usize,
+    /// Of a row.
+    groups: usize,
+    bits: u8,
+    /// Whether codes stand for the values of a table.
+    table: bool,
+    /// `[rows, columns]`
+    codes: &'a [u8],
+    /// `[rows, groups]`, as zero points and offsets.
+    scales: &'a [f32],
+    zero_points: Option<&'a [u8]>,
+    offsets: Option<&'a [f32]>,
+}
+
+impl<'a> CodedRows<'a> {
+    fn of(matrix: &'a QuantizedMatrix) -> Self {
+        CodedRows {
+            rows: matrix.rows(),
+            columns: matrix.columns(),
+            groups: matrix.groups(),
+            bits: matrix.bits(),
+            table: matrix.code_table().is_some(),
+            codes: matrix.codes(),
+            scales: matrix.scales(),
+            zero_points: matrix.zero_points(),
+            offsets: matrix.offsets(),
+        }
+    }
+}
+
 /// Writes the rows of a panel: codes, scales and zero points of each block. Padding is the code of value zero, with
 /// scale zero in the rows past the end.
-fn write_quantized(matrix: &QuantizedMatrix, section: &Section, panel: usize, bytes: &mut [u8]) {
+fn write_codes(matrix: &CodedRows<'_>, section: &Section, panel: usize, bytes: &mut [u8]) {
     let (Some(grid), Some(bits)) = (section.grid, section.encoding.code_bits()) else { return };
     let first = panel * LANES;
-    let rows = LANES.min(matrix.rows() - first);
-    let (columns, groups) = (matrix.columns(), matrix.groups());
+    let rows = LANES.min(matrix.rows - first);
+    let (columns, groups) = (matrix.columns, matrix.groups);
     let step_columns = section.encoding.step_columns();
     let centre = 1u32 << (bits - 1);
     // Codes of fewer bits move to the middle of the range, so that their centre is the same.
-    let shift = centre - (1 << (matrix.bits() - 1));
+    let shift = centre - (1 << (matrix.bits - 1));
     let fields = match section.integers {
         Some(_) => CodeFields::of_bytes(bits),
         None => CodeFields::of_halves(bits),
     };
     // With its top bit flipped, a code minus its centre is a two's complement.
-    let flip = if section.integers.is_none() && matrix.code_table().is_none() { centre } else { 0 };
+    let flip = if section.integers.is_none() && !matrix.table { centre } else { 0 };
     let pieces = step_pieces(fields);
 
     let mut at = section.offset;
@@ -328,7 +348,7 @@ fn write_quantized(matrix: &QuantizedMatrix, section: &Section, panel: usize, by
             for row in 0..LANES {
                 let mut values = [centre ^ flip; CodeFields::MOST_COLUMNS];
                 if row < rows {
-                    let codes = &matrix.codes()[(first + row) * columns..][..columns];
+                    let codes = &matrix.codes[(first + row) * columns..][..columns];
                     for (value, place) in values.iter_mut().zip(start..start + count) {
                         *value = (u32::from(codes[section.layout.column(place)]) + shift) ^ flip;
                     }
@@ -344,7 +364,7 @@ fn write_quantized(matrix: &QuantizedMatrix, section: &Section, panel: usize, by
             at += fields.step_bytes();
         }
         for row in 0..rows {
-            let scale = matrix.scales()[(first + row) * groups + block.group];
+            let scale = matrix.scales[(first + row) * groups + block.group];
             let size = grid.scale_type.bits() / 8;
             let out = &mut bytes[at + row * size..][..size];
             match grid.scale_type {
@@ -356,16 +376,16 @@ fn write_quantized(matrix: &QuantizedMatrix, section: &Section, panel: usize, by
         at += LANES * grid.scale_type.bits() / 8;
         for row in 0..rows {
             let index = (first + row) * groups + block.group;
-            match (grid.origin, matrix.offsets()) {
+            match (grid.origin, matrix.zero_points, matrix.offsets) {
                 // Relative to the centre, as a signed byte.
-                (GridOrigin::ZeroPoints, _) => {
-                    let zero = u32::from(matrix.zero_point(index)) + shift;
+                (GridOrigin::ZeroPoints, Some(zero_points), _) => {
+                    let zero = u32::from(zero_points[index]) + shift;
                     bytes[at + row] = zero.wrapping_sub(centre) as u8;
                 }
                 // Codes are taken minus their centre.
-                (GridOrigin::Offsets, Some(offsets)) => {
-                    let half_range = f32::from(1u16 << (matrix.bits() - 1));
-                    let offset = half_range.mul_add(matrix.scales()[index], offsets[index]);
+                (GridOrigin::Offsets, _, Some(offsets)) => {
+                    let half_range = f32::from(1u16 << (matrix.bits - 1));
+                    let offset = half_range.mul_add(matrix.scales[index], offsets[index]);
                     bytes[at + 4 * row..][..4].copy_from_slice(&offset.to_le_bytes());
                 }
                 _ => {}

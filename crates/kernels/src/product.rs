@@ -104,7 +104,7 @@ fn run<'y>(
         tasks.extend((0..projection.tasks()).map(|task| Task::Project(projection, task)));
     }
     for (index, operands) in operands.iter().enumerate() {
-        let count = operands.tasks(operands.units(kernels), TASK_BYTES);
+        let count = operands.tasks(operands.units(kernels), TASK_BYTES, 1);
         tasks.extend((0..count).map(|task| Task::Multiply { index, task, count }));
     }
     pool.for_each(tasks.len(), |index| match tasks[index] {

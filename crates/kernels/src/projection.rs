@@ -52,7 +52,7 @@ impl<'a> Projection<'a> {
     fn of(operands: Operands<'a>, folded: Option<&'a FoldedMatrix>, scaling: f32) -> Self {
         let runs = operands.runs();
         let units = operands.weight().panel_count() * runs.len();
-        let tasks = operands.tasks(units, TASK_BYTES);
+        let tasks = operands.tasks(units, TASK_BYTES, folded.map_or(1, |a| a.folds));
         let sums = (0..tasks).map(|_| OnceLock::new()).collect();
         Projection { operands, folded, scaling, runs, sums, left: AtomicUsize::new(tasks), consumers: Vec::new() }
     }
@@ -94,9 +94,11 @@ impl<'a> Projection<'a> {
         let (weight, count) = (self.operands.weight(), self.operands.count());
         let mut y = vec![0.0; count * weight.rows];
         let shared = SharedRows::new(&mut y, weight.rows);
-        let mut units = self.sums.iter().flat_map(OnceLock::get).flat_map(|sums| sums.chunks_exact(count));
+        let done = self.sums.iter().map(|sums| sums.get().expect("every task is done"));
+        let mut units = done.flat_map(|sums| sums.chunks_exact(count));
+        let mut totals = vec![[0.0; LANES]; count];
         for panel in 0..weight.panel_count() {
-            let mut totals = vec![[0.0; LANES]; count];
+            totals.as_flattened_mut().fill(0.0);
             for run in units.by_ref().take(self.runs.len()) {
                 for (total, sum) in totals.as_flattened_mut().iter_mut().zip(run.as_flattened()) {
                     *total += sum;

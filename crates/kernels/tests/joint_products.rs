@@ -9,7 +9,7 @@ use kintsugi_kernels::{Kernels, PackedMatrix, Precision};
 use kintsugi_runtime::ThreadPool;
 use kintsugi_testkit::kernel_cases::{Factors, KernelCase, kernel_cases};
 use kintsugi_testkit::matrices;
-use kintsugi_weights::{ElementType, FactorCodes, LinearWeight, LowRank};
+use kintsugi_weights::{ElementType, FactorCodes, GroupSize, LinearWeight, LowRank, WeightMatrix};
 
 const PRECISIONS: [Precision; 3] = [Precision::F32, Precision::Exact, Precision::Fast];
 
@@ -113,6 +113,32 @@ fn a_shared_projection_is_kept_once_and_changes_no_bit() {
                     let level = kernels.level().name();
                     assert!(found == expected, "{kind:?}, {level}, {precision:?}, {count} rows");
                 }
+            }
+        }
+    }
+}
+
+/// In precision `fast` A lies in the blocks of its matrix.
+#[test]
+fn a_projection_of_matrices_in_other_groups_is_kept_for_each_in_fast_and_changes_no_bit() {
+    let pool = ThreadPool::with_threads(2);
+    let factors = Factors::Dense(ElementType::Bf16).matrices(1, 64, 256, 8);
+    let x = matrices::activations(3, 40, 256);
+    for kernels in every_kernels() {
+        for (precision, shared) in [(Precision::F32, true), (Precision::Fast, false)] {
+            let packed = [32, 128].map(|group| {
+                let group = GroupSize::Columns(group);
+                let matrix = matrices::quantized(2, 64, 256, 4, group, true, ElementType::F16, false);
+                let plain = LinearWeight::plain(WeightMatrix::Quantized(matrix));
+                kernels.pack(&LinearWeight { low_rank: Some(factors.clone()), ..plain }, precision, &pool).unwrap()
+            });
+            let [first, mut second] = packed;
+            let bytes = second.memory_bytes();
+            second.share_projection(&first);
+            assert_eq!(second.memory_bytes() < bytes, shared, "{precision:?}");
+            for count in COUNTS.into_iter().filter(|&count| count <= 40) {
+                let [together, alone] = together_and_alone(&kernels, &[&first, &second], &x[..count * 256], &pool);
+                assert!(together == alone, "{}, {precision:?}, {count} rows", kernels.level().name());
             }
         }
     }

@@ -17,7 +17,7 @@ const SPINS: usize = 2000;
 ///
 /// The caller takes part: tasks are claimed one by one from a counter, and the caller waits only for tasks that
 /// another thread has begun. So several callers may use the pool at once, a task may use it again, and a thread that
-/// the system holds up delays no more than its own task.
+/// the system holds up delays no more than its own task, and those that wait for what it makes.
 pub struct ThreadPool {
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,

@@ -453,6 +453,11 @@ pub fn kernel_cases() -> Vec<KernelCase> {
             cases.push(KernelCase::new(33, 100, integer(bits, group_size, false, F16)));
         }
     }
+    // Groups that are cut into blocks of different lengths.
+    for (rank, factor_type) in [(5, BF16), (40, F32)] {
+        let uneven = [integer(4, GroupSize::Columns(192), true, F16), reordered(3, 160, false, F16)];
+        cases.extend(uneven.map(|format| KernelCase::new(33, 400, format).low_rank(rank, factor_type)));
+    }
     // Grids of block formats.
     for bits in [2, 3, 4, 5, 6, 8] {
         for (group_size, scale_type) in [(16, F32), (32, F16)] {
