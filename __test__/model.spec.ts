@@ -4,7 +4,7 @@ import { join } from 'node:path'
 import test from 'ava'
 import { compress, KintsugiError, loadModel } from 'kintsugi'
 
-import { failsWith, LLAMA, SHAKESPEARE, SHAKESPEARE_TEXT, STORIES, temporaryFolder, textSlice, TINY, WIKITEXT } from './fixtures.js'
+import { CALIBRATION_TEXT, failsWith, LLAMA, SHAKESPEARE, SHAKESPEARE_TEXT, STORIES, temporaryFolder, textSlice, TINY, WIKITEXT } from './fixtures.js'
 
 const PROMPT = 'Once upon a time'
 
@@ -59,6 +59,25 @@ test('int8 activations hardly change the predictions of a model of 4 bits', asyn
   }
   const ratio = (figures.fast ?? NaN) / (figures.f32 ?? NaN)
   t.true(Math.abs(ratio - 1) < 5e-3, String(ratio))
+})
+
+test('a compensation is worth as much in int8', async (t) => {
+  const out = join(temporaryFolder(t), 'w3')
+  const calibration = { text: CALIBRATION_TEXT, sequences: 16, length: 128 }
+  await compress(TINY, { out, method: 'rtn', bits: 3, groupSize: 64, calibration, eora: { rank: 16 } })
+  const text = textSlice(STORIES, 20_000)
+  const figures: Record<string, number> = {}
+  for (const [name, options] of [
+    ['f32', { precision: 'f32' }],
+    ['fast', { precision: 'fast' }],
+    ['without', { precision: 'fast', compensation: false }],
+  ] as const) {
+    using model = await loadModel(out, options)
+    figures[name] = (await model.perplexity(text, { length: 128 })).perplexity
+  }
+  const { f32 = NaN, fast = NaN, without = NaN } = figures
+  t.true(Math.abs(fast / f32 - 1) < 5e-3, `${fast} beside ${f32}`)
+  t.true(without / fast > 1.05, `${without} without`)
 })
 
 test('divergence is nothing from itself, and grows with the damage', async (t) => {

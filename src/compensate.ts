@@ -59,7 +59,7 @@ export interface CompensationPlan {
   recipe: CompensateRecipe
   architecture: string
   linears: PlannedCompensation[]
-  /** Most bytes that the factors take in memory. */
+  /** Most bytes that the factors take as they are stored. */
   bytes: number
   memory: MemoryPlan
   disk: DiskPlan
@@ -80,7 +80,7 @@ export interface PlannedCompensation {
 export interface CompensationReport {
   recipe: CompensateRecipe
   summary: {
-    /** Bytes of the factors in memory. */
+    /** Bytes of the factors as they are stored, an A that Linears share once. */
     bytes: number
     /** Bits of the factors over the number of weights that they compensate. */
     bitsPerWeight: number

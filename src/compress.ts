@@ -125,7 +125,7 @@ export type GroupAxis = 'input' | 'output'
 /**
  * `f32`: plain float arithmetic. `exact`: bf16 activations where the CPU multiplies bf16, else f32. `fast`: int8
  * activations with a scale for each run of up to 128 inputs of a group where the weights are codes that stand for integers, as
- * `exact` elsewhere (plain floats, NF4, groups along the outputs).
+ * `exact` elsewhere (plain floats, NF4, groups along the outputs); A of a compensation reads the same int8, as codes of 8 bits.
  */
 export type Precision = 'f32' | 'exact' | 'fast'
 

@@ -11,8 +11,9 @@ export interface EoraOptions {
   rank?: number
   /**
    * How the directions are chosen. `fast`, the default: the best ones for the inputs, by an iteration whose residuals
-   * say so; `exact`: the same completely; `diagonal`: as if channels were uncorrelated, for very few calibration tokens; `lorc`:
-   * as if all inputs were alike, a baseline.
+   * say so; `exact`: the same completely; `diagonal`: as if channels were uncorrelated, with the exponent of their energies (of three,
+   * one of which is `lorc`) that leaves least, for very few calibration tokens; `lorc`: as if all inputs were alike, a
+   * baseline.
    */
   solver?: EoraSolver
   /** Bits of a value of the factors, default 16 (bf16). With 8 or 4 they are codes with scales. */
@@ -141,7 +142,7 @@ export interface RankAllocation {
   /** The one rank that takes no more than the budget. */
   uniformRank: number
   meanRank: number
-  /** Bytes of all factors in memory. */
+  /** Bytes of all factors as they are stored, an A that Linears share once. */
   bytes: number
   /** Whether errors are measured on inputs that took no part; else on the calibration inputs. */
   heldOut: boolean
