@@ -8,7 +8,8 @@ use kintsugi_runtime::ThreadPool;
 use kintsugi_testkit::matrices;
 use kintsugi_weights::{ElementType, GroupSize, LinearWeight, WeightMatrix};
 
-const SIZE: usize = 4096;
+/// Outputs of the matrices.
+const OUTPUTS: usize = 4096;
 const ROUNDS: usize = 9;
 const RTLD_NOW_GLOBAL: c_int = 0x102;
 
@@ -50,6 +51,7 @@ struct Ggml {
 struct GgmlProducts<'a> {
     ggml: &'a Ggml,
     matrices: Vec<Pointer>,
+    inputs: usize,
 }
 
 fn open(path: &Path) -> Pointer {
@@ -106,7 +108,7 @@ impl Ggml {
         unsafe { init(InitParams { mem_size: 16 << 20, mem_buffer: std::ptr::null_mut(), no_alloc: true }) }
     }
 
-    /// `count` times the same matrix; `interleaved` where ggml interleaves the rows of the format on x86.
+    /// `count` times the same matrix, `[OUTPUTS, inputs]`; `interleaved` where ggml interleaves the rows of the format on x86.
     fn products(&self, kind: c_int, interleaved: bool, weight: &[f32], count: usize) -> GgmlProducts<'_> {
         let tensor = function!(self.base, "ggml_new_tensor_2d": (Pointer, c_int, i64, i64) -> Pointer);
         let row_size = function!(self.base, "ggml_row_size": (c_int, i64) -> usize);
@@ -115,24 +117,25 @@ impl Ggml {
         let allocate = function!(self.base, "ggml_backend_alloc_ctx_tensors": (Pointer, Pointer) -> Pointer);
         let allocate_as =
             function!(self.base, "ggml_backend_alloc_ctx_tensors_from_buft": (Pointer, Pointer) -> Pointer);
-        let (size, context) = (SIZE as i64, self.context());
+        let (outputs, inputs) = (OUTPUTS as i64, (weight.len() / OUTPUTS) as i64);
+        let context = self.context();
         // SAFETY: as in `open`; the chunk has room for the quantized matrix.
         unsafe {
-            let matrices: Vec<Pointer> = (0..count).map(|_| tensor(context, kind, size, size)).collect();
+            let matrices: Vec<Pointer> = (0..count).map(|_| tensor(context, kind, inputs, outputs)).collect();
             match self.repack.filter(|_| interleaved) {
                 Some(repack) => allocate_as(context, repack),
                 None => allocate(context, self.backend),
             };
-            let mut chunk = vec![0u8; row_size(kind, size) * SIZE];
-            quantize(kind, weight.as_ptr(), chunk.as_mut_ptr().cast(), 0, size, size, std::ptr::null());
+            let mut chunk = vec![0u8; row_size(kind, inputs) * OUTPUTS];
+            quantize(kind, weight.as_ptr(), chunk.as_mut_ptr().cast(), 0, outputs, inputs, std::ptr::null());
             matrices.iter().for_each(|&matrix| set(matrix, chunk.as_ptr().cast(), 0, chunk.len()));
-            GgmlProducts { ggml: self, matrices }
+            GgmlProducts { ggml: self, matrices, inputs: weight.len() / OUTPUTS }
         }
     }
 }
 
 impl GgmlProducts<'_> {
-    /// The products of `x`, `[rows, SIZE]`, with the first `count` matrices, as a function that computes them and one that
+    /// The products of `x`, `[rows, inputs]`, with the first `count` matrices, as a function that computes them and one that
     /// gives the first.
     fn graph(&self, x: &[f32], count: usize) -> (impl Fn() + use<'_>, impl Fn() -> Vec<f32> + use<'_>) {
         let base = self.ggml.base;
@@ -144,10 +147,10 @@ impl GgmlProducts<'_> {
         let set = function!(base, "ggml_backend_tensor_set": (Pointer, *const c_void, usize, usize));
         let get = function!(base, "ggml_backend_tensor_get": (Pointer, Pointer, usize, usize));
         let compute = function!(base, "ggml_backend_graph_compute": (Pointer, Pointer) -> c_int);
-        let (context, rows) = (self.ggml.context(), x.len() / SIZE);
+        let (context, rows) = (self.ggml.context(), x.len() / self.inputs);
         // SAFETY: as in `open`.
         let (graph, first) = unsafe {
-            let input = tensor(context, 0, SIZE as i64, rows as i64);
+            let input = tensor(context, 0, self.inputs as i64, rows as i64);
             let graph = new_graph(context);
             let products: Vec<Pointer> =
                 self.matrices[..count].iter().map(|&matrix| multiply(context, matrix, input)).collect();
@@ -160,7 +163,7 @@ impl GgmlProducts<'_> {
         // SAFETY: the graph has memory and inputs.
         let run = move || assert_eq!(unsafe { compute(backend, graph) }, 0, "ggml failed");
         let result = move || {
-            let mut y = vec![0.0f32; rows * SIZE];
+            let mut y = vec![0.0f32; rows * OUTPUTS];
             // SAFETY: the product has as many values.
             unsafe { get(first, y.as_mut_ptr().cast(), 0, size_of_val(y.as_slice())) };
             y
@@ -173,14 +176,17 @@ impl GgmlProducts<'_> {
 pub(crate) fn run() {
     let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| !argument.starts_with("--")).collect();
     let [folder, library, rows @ ..] = &arguments[..] else { return };
-    let rows: Vec<usize> = match rows {
+    let (inputs, rows): (Vec<&String>, Vec<&String>) =
+        rows.iter().partition(|argument| argument.starts_with("inputs="));
+    let inputs = inputs.first().map_or(4096, |inputs| inputs["inputs=".len()..].parse().expect("a number of inputs"));
+    let rows: Vec<usize> = match &rows[..] {
         [] => vec![1, 2, 4, 8, 128, 512],
         rows => rows.iter().map(|rows| rows.parse().expect("a number of rows")).collect(),
     };
     const MATRICES: usize = 24;
     let pool = ThreadPool::global();
     let kernels = Kernels::selected().expect("a level of this machine");
-    let weight = matrices::weights(1, SIZE, SIZE);
+    let weight = matrices::weights(1, OUTPUTS, inputs);
     let ours: Vec<(String, Vec<PackedMatrix>)> = [
         (Precision::Fast, 4, 128),
         (Precision::Fast, 4, 64),
@@ -192,7 +198,7 @@ pub(crate) fn run() {
     .into_iter()
     .map(|(precision, bits, group)| {
         let columns = GroupSize::Columns(group);
-        let matrix = matrices::quantized(1, SIZE, SIZE, bits, columns, true, ElementType::F16, false);
+        let matrix = matrices::quantized(1, OUTPUTS, inputs, bits, columns, true, ElementType::F16, false);
         let weight = LinearWeight::plain(WeightMatrix::Quantized(matrix));
         let packed = kernels.pack(&weight, precision, pool).expect("the matrix is well-formed");
         (format!("{precision:?} int{bits} g{group}").to_lowercase(), vec![packed; MATRICES])
@@ -204,8 +210,8 @@ pub(crate) fn run() {
     println!("{} threads, level {}, {library}", pool.threads(), kernels.level().name());
     for rows in rows {
         let count = if rows > 64 { 2 } else { MATRICES };
-        let x = matrices::activations(1, rows, SIZE);
-        let mut y = vec![0.0; rows * SIZE];
+        let x = matrices::activations(1, rows, inputs);
+        let mut y = vec![0.0; rows * OUTPUTS];
         let graphs: Vec<_> = theirs.iter().map(|(name, products)| (*name, products.graph(&x, count))).collect();
         for (name, (run, result)) in &graphs {
             run();
@@ -227,7 +233,7 @@ pub(crate) fn run() {
                 seconds.push(start.elapsed().as_secs_f64() / count as f64);
             }
         }
-        println!("\n{SIZE}×{SIZE}, {rows} rows: median, shortest, longest");
+        println!("\n{OUTPUTS}×{inputs}, {rows} rows: median, shortest, longest");
         let names =
             ours.iter().map(|(name, _)| name.clone()).chain(graphs.iter().map(|(name, _)| format!("ggml {name}")));
         let mut own = 0.0;
@@ -237,7 +243,7 @@ pub(crate) fn run() {
             if own == 0.0 {
                 own = median;
             }
-            let rate = 2.0 * (rows * SIZE * SIZE) as f64 / median / 1e6;
+            let rate = 2.0 * (rows * OUTPUTS * inputs) as f64 / median / 1e6;
             println!("  {name:<16} {median:8.3} ms {low:8.3} {high:8.3} {rate:7.0} GOP/s {:6.2}×", median / own);
         }
     }
@@ -245,9 +251,10 @@ pub(crate) fn run() {
 
 /// How far the first outputs of the first row are from the product, as a share of their size.
 fn distance(y: &[f32], weight: &[f32], x: &[f32]) -> f64 {
+    let rows = y.len() / OUTPUTS;
     let (mut difference, mut size) = (0.0, 0.0);
-    for (y, row) in y[..256].iter().zip(weight.chunks_exact(SIZE)) {
-        let exact: f64 = row.iter().zip(&x[..SIZE]).map(|(w, x)| f64::from(*w) * f64::from(*x)).sum();
+    for (y, row) in y[..256].iter().zip(weight.chunks_exact(x.len() / rows)) {
+        let exact: f64 = row.iter().zip(&x[..x.len() / rows]).map(|(w, x)| f64::from(*w) * f64::from(*x)).sum();
         difference += (f64::from(*y) - exact).powi(2);
         size += exact.powi(2);
     }

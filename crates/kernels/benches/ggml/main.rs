@@ -1,6 +1,6 @@
 //! Products beside those of ggml, in one process and in turn.
 //!
-//! `cargo bench -p kintsugi-kernels --bench ggml -- FOLDER LIBRARY [ROWS]...`, where FOLDER holds `libggml-base.so` and
+//! `cargo bench -p kintsugi-kernels --bench ggml -- FOLDER LIBRARY [ROWS]... [inputs=N]`, where FOLDER holds `libggml-base.so` and
 //! `libggml.v*.so` as the npm package `@node-llama-cpp/linux-x64` ships them (`bench/kernels` installs it), LIBRARY is
 //! one of the `libggml-cpu-*.so` in it, and `KINTSUGI_THREADS` is the number of threads of both. Without arguments it
 //! does nothing.
