@@ -87,7 +87,7 @@ impl Ledger {
                 let message = format!("the ledger names '{name}', which is not the name of a file beside it");
                 return Err(Error::new(ErrorCode::ResumeMismatch, message)
                     .subject(ledger.path.display())
-                    .hint("Somebody has changed the ledger; discard it with fresh (--fresh)"));
+                    .hint("Discard what the interrupted job left with fresh (--fresh)"));
             }
             units.push(unit);
             ledger.bytes += line.len() as u64;

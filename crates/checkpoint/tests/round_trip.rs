@@ -6,7 +6,7 @@ use std::path::Path;
 
 use crate::fixture::{assert_refused, finish, floats, raw_file, safetensors, write_checkpoint};
 use kintsugi_checkpoint::{
-    Checkpoint, CheckpointWriter, Kintsugi, PackQuantized, QuantizationConfig, read_adapter, write_adapter,
+    Checkpoint, CheckpointWriter, PackQuantized, QuantizationConfig, read_adapter, write_adapter,
 };
 use kintsugi_runtime::ErrorCode;
 use kintsugi_weights::{
@@ -26,7 +26,12 @@ fn numbers(seed: u64) -> impl FnMut() -> u32 {
     }
 }
 
-fn quantized(rows: usize, columns: usize, config: &QuantizationConfig, scale_type: ElementType) -> QuantizedMatrix {
+pub(crate) fn quantized(
+    rows: usize,
+    columns: usize,
+    config: &QuantizationConfig,
+    scale_type: ElementType,
+) -> QuantizedMatrix {
     let mut next = numbers((rows * 1000 + columns) as u64);
     let groups = config.group_size.groups(columns);
     let limit = 1u32 << config.bits;
@@ -45,7 +50,7 @@ fn quantized(rows: usize, columns: usize, config: &QuantizationConfig, scale_typ
     .unwrap()
 }
 
-fn config(bits: u8, group_size: GroupSize, symmetric: bool, group_index: bool) -> QuantizationConfig {
+pub(crate) fn config(bits: u8, group_size: GroupSize, symmetric: bool, group_index: bool) -> QuantizationConfig {
     QuantizationConfig {
         format: &PackQuantized,
         bits,
@@ -58,7 +63,7 @@ fn config(bits: u8, group_size: GroupSize, symmetric: bool, group_index: bool) -
     }
 }
 
-fn w4() -> QuantizationConfig {
+pub(crate) fn w4() -> QuantizationConfig {
     config(4, GroupSize::Columns(32), false, false)
 }
 
@@ -84,7 +89,7 @@ fn source(folder: &Path) -> Checkpoint {
     Checkpoint::open(&path).unwrap()
 }
 
-fn file_names(folder: &Path) -> Vec<String> {
+pub(crate) fn file_names(folder: &Path) -> Vec<String> {
     let mut names: Vec<String> =
         fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
     names.sort();
@@ -212,7 +217,7 @@ fn a_model_without_quantized_linears_says_nothing_about_quantization() {
 // --- failures leave nothing ---
 
 /// A source in its folder, and the name of a target beside it that must not exist afterwards.
-fn failing() -> (TempDir, Checkpoint, std::path::PathBuf) {
+pub(crate) fn failing() -> (TempDir, Checkpoint, std::path::PathBuf) {
     let folder = tempfile::tempdir().unwrap();
     let source = source(folder.path());
     let target = folder.path().join("target");
@@ -220,7 +225,7 @@ fn failing() -> (TempDir, Checkpoint, std::path::PathBuf) {
 }
 
 #[track_caller]
-fn assert_nothing_left(folder: &TempDir) {
+pub(crate) fn assert_nothing_left(folder: &TempDir) {
     assert_eq!(file_names(folder.path()), ["source"]);
 }
 
@@ -250,67 +255,6 @@ fn a_matrix_that_the_configuration_does_not_describe_is_refused() {
         assert_refused(finish(writer, &w4()), ErrorCode::QuantizationUnsupported);
         assert_nothing_left(&folder);
     }
-}
-
-/// A writer with two units that have ended, a tensor and a matrix.
-fn two_units(target: &Path, source: &Checkpoint) -> CheckpointWriter {
-    let mut writer = CheckpointWriter::create(target, source).unwrap();
-    writer.copy("lm_head.weight").unwrap();
-    writer.end_unit().unwrap();
-    writer.write_linear("up", &quantized(4, 70, &w4(), ElementType::F16)).unwrap();
-    writer.end_unit().unwrap();
-    writer
-}
-
-#[test]
-fn ended_units_are_read_as_the_checkpoint_that_they_become() {
-    let (_folder, source, target) = failing();
-    let writer = two_units(&target, &source);
-    let facts = |checkpoint: &Checkpoint| {
-        let tensors: Vec<(String, Vec<usize>)> =
-            checkpoint.tensors().map(|tensor| (tensor.name.clone(), tensor.shape.clone())).collect();
-        let matrix = checkpoint.linear("up").unwrap().matrix;
-        (tensors, matrix, checkpoint.dense("lm_head.weight").unwrap().to_f32(), checkpoint.config().clone())
-    };
-    let staged = facts(&writer.staged(&w4()).unwrap());
-    assert_eq!(staged.1, WeightMatrix::Quantized(quantized(4, 70, &w4(), ElementType::F16)));
-    finish(writer, &w4()).unwrap();
-    assert!(staged == facts(&Checkpoint::open(&target).unwrap()));
-}
-
-#[test]
-fn units_that_are_not_whole_or_not_described_are_not_read() {
-    let refused = |code: ErrorCode, said: &QuantizationConfig, spoil: &dyn Fn(&mut CheckpointWriter)| {
-        let (folder, source, target) = failing();
-        let mut writer = two_units(&target, &source);
-        spoil(&mut writer);
-        let error = assert_refused(writer.staged(said), code);
-        drop(writer);
-        assert_nothing_left(&folder);
-        error
-    };
-    let other_width = config(3, GroupSize::Columns(32), false, false);
-    let error = refused(ErrorCode::QuantizationUnsupported, &other_width, &|_| {});
-    assert_eq!(error.subject, "up");
-    let other_format = QuantizationConfig { format: &Kintsugi, ..w4() };
-    let error = refused(ErrorCode::QuantizationUnsupported, &other_format, &|_| {});
-    assert_eq!(error.subject, "quantization_config");
-    for part in 0..2 {
-        let path = |writer: &CheckpointWriter| {
-            let mut parts = file_names(writer.folder());
-            assert_eq!(parts.len(), 2, "{parts:?}");
-            writer.folder().join(parts.remove(part))
-        };
-        let error = refused(ErrorCode::CheckpointCorrupt, &w4(), &|writer| {
-            let file = fs::File::options().write(true).open(path(writer)).unwrap();
-            file.set_len(file.metadata().unwrap().len() - 1).unwrap();
-        });
-        assert!(error.message.contains(if part == 0 { "'lm_head.weight'" } else { "'up." }), "{error}");
-        refused(ErrorCode::CheckpointNotFound, &w4(), &|writer| fs::remove_file(path(writer)).unwrap());
-    }
-    // What is being written is not on the disk yet, and what was merged lies somewhere else.
-    refused(ErrorCode::CheckpointCorrupt, &w4(), &|writer| assert_eq!(writer.copy("odd").unwrap(), 3));
-    refused(ErrorCode::CheckpointNotFound, &w4(), &|writer| assert!(writer.seal(&w4()).unwrap() > 0));
 }
 
 #[test]

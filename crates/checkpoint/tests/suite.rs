@@ -14,6 +14,7 @@ mod gguf_round_trip;
 mod golden;
 mod peer_vectors;
 mod round_trip;
+mod staged_units;
 
 #[test]
 fn every_file_is_part_of_the_suite() {

@@ -28,7 +28,7 @@ impl CompensationMethod for Diagonal {
         let roots = energies.iter().map(|energy| energy.max(0.0).sqrt()).collect();
         let inputs = InputMetric::SecondMoment(residual.calibration().second_moment());
         let found = |metric: InputMetric<'_>| -> Result<(f64, OutputDirections)> {
-            let energy = metric.energy_by_channels(residual.delta(), residual.columns());
+            let energy = metric.energy_by_channels(residual.delta(), residual.columns(), pool);
             let directions = leading(residual, &metric, energy, rank, pool)?;
             Ok((directions.measured(residual, &inputs, pool), directions))
         };

@@ -3,6 +3,8 @@ use kintsugi_linalg::{
 };
 use kintsugi_runtime::ThreadPool;
 
+use crate::channel_sums::ChannelSums;
+
 /// What a method believes the inputs look like: the M of `‖Δ‖² = tr(Δ M Δᵀ)`.
 pub(crate) enum InputMetric<'a> {
     /// All of their second moments.
@@ -37,16 +39,13 @@ impl InputMetric<'_> {
     }
 
     /// `tr(Δ M Δᵀ)` of a row-major matrix, in a metric that knows nothing of correlations.
-    pub(crate) fn energy_by_channels(&self, delta: &[f64], columns: usize) -> f64 {
-        let of_row = |row: &[f64]| -> f64 {
-            match self {
-                InputMetric::Energies(energies) => {
-                    row.iter().zip(energies).map(|(value, energy)| value * value * energy).sum()
-                }
-                _ => row.iter().map(|value| value * value).sum(),
-            }
+    pub(crate) fn energy_by_channels(&self, delta: &[f64], columns: usize, pool: &ThreadPool) -> f64 {
+        let energies = match self {
+            InputMetric::Energies(energies) => energies,
+            _ => &vec![1.0; columns],
         };
-        delta.chunks_exact(columns.max(1)).map(of_row).sum()
+        let fill = |i: usize, row: &mut [f64]| row.copy_from_slice(&delta[i * columns..(i + 1) * columns]);
+        ChannelSums::new(delta.len() / columns.max(1), energies, fill, pool).apart
     }
 
     fn weigh_channels(&self, mut x: Vec<f64>, columns: usize) -> Vec<f64> {

@@ -3,6 +3,7 @@
 mod ablation_fit;
 mod affine;
 mod certificate;
+mod channel_sums;
 mod compensation;
 mod compensation_method;
 mod dense_profile;

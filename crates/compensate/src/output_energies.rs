@@ -2,6 +2,8 @@ use kintsugi_calibration::Calibration;
 use kintsugi_linalg::{UpperTriangle, quadratic_forms, quadratic_trace_of};
 use kintsugi_runtime::ThreadPool;
 
+use crate::channel_sums::ChannelSums;
+
 /// Computes `‖M X‖² = tr(M S Mᵀ)` of matrices that share inputs: in f32 where that is accurate enough, in half the time.
 pub(crate) struct OutputEnergies<'a> {
     calibration: &'a Calibration,
@@ -16,14 +18,8 @@ pub(crate) struct Energy {
 }
 
 impl<'a> OutputEnergies<'a> {
-    /// Rows of a task.
-    const BAND: usize = 64;
     /// Channels below which f64 costs nothing that shows.
     const LEAST_CHANNELS: usize = 512;
-    /// How many roundings of f32 the sum of an energy can amount to, relative to the energies of the channels.
-    const ROUNDINGS: f64 = 32.0;
-    /// Relative error of an energy in f32 where so many roundings add up: more than is seen, which is about 1e-7.
-    const TOLERANCE: f64 = 1e-5;
 
     pub(crate) fn new(calibration: &'a Calibration) -> Self {
         let worthwhile = calibration.width() >= Self::LEAST_CHANNELS;
@@ -42,19 +38,16 @@ impl<'a> OutputEnergies<'a> {
     }
 
     /// The energy of a matrix whose row `i` is written by `fill(i, row)`.
-    ///
-    /// An energy in f32 is taken where it is not small beside what its channels would have if they were uncorrelated:
-    /// the roundings of its terms are relative to those.
     pub(crate) fn of(&self, rows: usize, fill: impl Fn(usize, &mut [f64]) + Sync + Send, pool: &ThreadPool) -> Energy {
         if let Some(narrow) = &self.narrow {
-            let channels = Self::of_channels(self.calibration, rows, &fill, pool);
+            let channels = ChannelSums::new(rows, &self.calibration.energies(), &fill, pool);
             let narrowed = |i: usize, out: &mut [f32]| {
                 let mut row = vec![0.0; out.len()];
                 fill(i, &mut row);
                 out.iter_mut().zip(row).for_each(|(out, value)| *out = value as f32);
             };
             let value: f64 = quadratic_forms(rows, narrowed, narrow, pool).iter().sum();
-            if Self::is_accurate(value, channels) {
+            if channels.is_accurate(value) {
                 return Energy { value, narrow: true };
             }
         }
@@ -69,33 +62,6 @@ impl<'a> OutputEnergies<'a> {
         pool: &ThreadPool,
     ) -> f64 {
         quadratic_trace_of(rows, fill, self.calibration.second_moment(), pool)
-    }
-
-    /// What the matrix would have if its channels were uncorrelated.
-    pub(crate) fn of_channels(
-        calibration: &Calibration,
-        rows: usize,
-        fill: impl Fn(usize, &mut [f64]) + Sync + Send,
-        pool: &ThreadPool,
-    ) -> f64 {
-        let energies = calibration.energies();
-        let bands = pool.map(rows.div_ceil(Self::BAND), |band| {
-            let mut row = vec![0.0; energies.len()];
-            let range = band * Self::BAND..rows.min((band + 1) * Self::BAND);
-            range
-                .map(|i| {
-                    fill(i, &mut row);
-                    row.iter().zip(&energies).map(|(value, energy)| value * value * energy).sum::<f64>()
-                })
-                .sum::<f64>()
-        });
-        bands.iter().sum()
-    }
-
-    /// Whether an energy that was computed in f32 is, beside what its channels would have if they were uncorrelated.
-    pub(crate) fn is_accurate(value: f64, channels: f64) -> bool {
-        // Moments beyond the range of f32 are infinite in it.
-        value.is_finite() && Self::ROUNDINGS * f64::from(f32::EPSILON) * channels <= Self::TOLERANCE * value
     }
 }
 

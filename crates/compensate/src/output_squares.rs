@@ -2,6 +2,7 @@ use kintsugi_calibration::Calibration;
 use kintsugi_runtime::ThreadPool;
 use kintsugi_weights::RowSource;
 
+use crate::channel_sums::ChannelSums;
 use crate::output_energies::OutputEnergies;
 use crate::residual_error::wide_row;
 
@@ -31,11 +32,13 @@ impl OutputSquares {
         all
     }
 
-    /// `‖W X‖²` where roundings of f32 do not show in it: outputs that cancel are not accurate.
+    /// `‖W X‖²` where roundings of f32 do not show in it, as they do in outputs that cancel, and where the inputs of the
+    /// statistics can have it: what is read from a file may be any number.
     pub(crate) fn accurate(&self, weight: &dyn RowSource, calibration: &Calibration, pool: &ThreadPool) -> Option<f64> {
         let fill = |i: usize, row: &mut [f64]| wide_row(weight, i, row);
-        let channels = OutputEnergies::of_channels(calibration, weight.rows(), fill, pool);
-        OutputEnergies::is_accurate(self.calibration, channels).then_some(self.calibration)
+        let channels = ChannelSums::new(weight.rows(), &calibration.energies(), fill, pool);
+        let value = self.calibration;
+        (channels.is_accurate(value) && channels.is_possible(value)).then_some(value)
     }
 
     /// Those of both halves of `tokens` held out inputs, where they are known.
@@ -71,7 +74,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn squares_of_groups_add_up_and_those_that_cancel_are_not_taken() {
+    fn squares_of_groups_add_up_and_those_that_cancel_or_cannot_be_are_not_taken() {
         let pool = ThreadPool::with_threads(2);
         let one = OutputSquares { calibration: 3.0, held_out: vec![1.0, 2.0, 4.0] };
         let other = OutputSquares { calibration: 5.0, held_out: vec![8.0, 16.0, 32.0] };
@@ -95,12 +98,20 @@ mod tests {
         };
         let of = |matrix: &DenseMatrix| squares(matrix).accurate(matrix, &calibration, &pool);
         assert_eq!((of(&seen), of(&unseen)), (Some(squares(&seen).calibration), None));
-        let given = OutputSquares { calibration: 1e9, held_out: Vec::new() };
+        let given = OutputSquares { calibration: 7e7, held_out: Vec::new() };
         let energies =
             output_energies(&[&seen, &unseen, &seen], &calibration, &[Some(&given), Some(&given), None], &pool);
-        assert_eq!(energies[0], 1e9);
+        assert_eq!(energies[0], 7e7);
         assert!((energies[2] / squares(&seen).calibration - 1.0).abs() < 1e-6, "{energies:?}");
-        assert_eq!(energies[1], 1e9, "it would not be small beside its channels");
+        assert_eq!(energies[1], 7e7, "it would not be small beside its channels");
+        // All of these inputs are nearly alike, so the first weight has nearly the most that one of its size can have.
+        for (share, taken) in [(0.5, true), (1.009, true), (1.02, false), (1e290, false), (f64::INFINITY, false)] {
+            let given = OutputSquares { calibration: share * squares(&seen).calibration, held_out: Vec::new() };
+            let found = given.accurate(&seen, &calibration, &pool);
+            assert_eq!(found, taken.then_some(given.calibration), "{share}");
+            let [energy] = output_energies(&[&seen], &calibration, &[Some(&given)], &pool)[..] else { unreachable!() };
+            assert_eq!(energy, if taken { given.calibration } else { energies[2] }, "{share}");
+        }
         let broken = OutputSquares { calibration: f64::NAN, held_out: vec![f64::NAN] };
         assert_eq!((broken.accurate(&seen, &calibration, &pool), broken.halves(1)), (None, None));
     }

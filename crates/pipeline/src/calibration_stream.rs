@@ -212,55 +212,42 @@ impl<B: Backend> CalibrationStream<B> {
         let mut outputs = OutputSums::new(&self.spec, points, |place| block.is_plain_product(backend, place));
         let spec = self.spec.clone();
         let width_at = |point| width_at(&spec, point).filter(|_| points.contains(&point));
-        for (range, weight) in places(&self.seen, 0) {
-            builders.values_mut().for_each(|builder| builder.weigh(weight, pool));
+        let seen = places(&self.seen, 0).into_iter().map(|place| (place, false));
+        let rest = places(&self.held_out, TokenSpan::sum(&self.seen)).into_iter().map(|place| (place, true));
+        for ((range, weight), is_held_out) in seen.chain(rest) {
+            if !is_held_out {
+                builders.values_mut().for_each(|builder| builder.weigh(weight, pool));
+            }
             self.run(backend, block, range, false, cancel, &mut |seen| {
                 let (point, tensor, routed) = match seen {
                     Seen::Pass(tokens) => return dense.as_deref_mut().map_or(Ok(()), |dense| dense.run(tokens)),
                     Seen::Input(point, tensor, routed) => (point, tensor, routed),
                     Seen::Output(place, tensor) => {
                         if outputs.adds(place) {
-                            outputs.add(place, &backend.download(tensor)?, weight, pool);
+                            let values = backend.download(tensor)?;
+                            let add = if is_held_out { OutputSums::hold_out } else { OutputSums::add };
+                            add(&mut outputs, place, &values, weight, pool);
                         }
                         return Ok(());
                     }
                 };
-                if let Some(width) = width_at(point) {
-                    let values = backend.download(tensor)?;
-                    let builder = builders.entry(point).or_insert_with(|| {
-                        let mut builder = CalibrationBuilder::new(width);
-                        builder.weigh(weight, pool);
-                        builder
-                    });
-                    builder.push(&values, pool)?;
-                    if let Some(dense) = &mut dense {
-                        dense.compare(point, &values, routed, weight)?;
-                    }
-                }
-                Ok(())
-            })?;
-        }
-        for (range, weight) in places(&self.held_out, TokenSpan::sum(&self.seen)) {
-            self.run(backend, block, range, false, cancel, &mut |seen| {
-                let (point, tensor, routed) = match seen {
-                    Seen::Pass(tokens) => return dense.as_deref_mut().map_or(Ok(()), |dense| dense.run(tokens)),
-                    Seen::Input(point, tensor, routed) => (point, tensor, routed),
-                    Seen::Output(place, tensor) => {
-                        if outputs.adds(place) {
-                            outputs.hold_out(place, &backend.download(tensor)?, weight, pool);
-                        }
-                        return Ok(());
-                    }
-                };
-                if let Some(width) = width_at(point) {
-                    let values = backend.download(tensor)?;
+                let Some(width) = width_at(point) else { return Ok(()) };
+                let values = backend.download(tensor)?;
+                if is_held_out {
                     refuse_overflow(&values, width)?;
                     if let Some(dense) = &mut dense {
                         dense.hold_out(point, &values, routed, weight)?;
                     }
                     held_out.entry(point).or_default().push(&values, width, weight);
+                    return Ok(());
                 }
-                Ok(())
+                let builder = builders.entry(point).or_insert_with(|| {
+                    let mut builder = CalibrationBuilder::new(width);
+                    builder.weigh(weight, pool);
+                    builder
+                });
+                builder.push(&values, pool)?;
+                dense.as_mut().map_or(Ok(()), |dense| dense.compare(point, &values, routed, weight))
             })?;
         }
         Ok(CapturedInputs {

@@ -54,10 +54,31 @@ impl LedgerUnit {
                 && at <= before + spec.layers
         };
         let Some(wrong) = units.iter().enumerate().position(|place| !is_in_place(place)) else { return Ok(()) };
-        let message = format!("unit {} of the ledger is none that a job records there", wrong + 1);
+        let expected = match wrong.checked_sub(before) {
+            None => "what is outside of the blocks".to_owned(),
+            Some(block) if block < spec.layers => format!("the Linears of {}", spec.block_name(block)),
+            Some(block) if block == spec.layers => "costs of ablations".to_owned(),
+            Some(_) => "nothing".to_owned(),
+        };
+        let message = format!(
+            "unit {} of the ledger has {}, where this release records {expected}",
+            wrong + 1,
+            units[wrong].content()
+        );
         Err(Error::new(ErrorCode::ResumeMismatch, message)
             .subject("ledger")
-            .hint("Somebody has changed the ledger; discard it with fresh (--fresh)"))
+            .hint("Discard what the interrupted job left with fresh (--fresh)"))
+    }
+
+    /// What it is of, in words.
+    fn content(&self) -> String {
+        let linears = match &self.linears[..] {
+            [] => "no Linears".to_owned(),
+            [only] => format!("the Linear {}", only.name),
+            [first, .., last] => format!("the {} Linears {} to {}", self.linears.len(), first.name, last.name),
+        };
+        let costs = if self.ablation.is_some() { " and costs of ablations" } else { "" };
+        linears + costs
     }
 }
 

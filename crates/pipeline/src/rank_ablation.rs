@@ -161,7 +161,7 @@ impl AblationCosts {
             );
             return Err(Error::new(ErrorCode::ResumeMismatch, message)
                 .subject("ledger")
-                .hint("Somebody has changed the ledger; discard it with fresh (--fresh)"));
+                .hint("Discard what the interrupted job left with fresh (--fresh)"));
         }
         let places = groups.type_of.len().max(1);
         let mut members = vec![1; places];

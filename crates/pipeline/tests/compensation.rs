@@ -116,6 +116,39 @@ fn an_interrupted_job_ends_in_the_same_bytes() {
 }
 
 #[test]
+fn units_that_stand_where_no_job_records_them_are_refused() {
+    let root = tempfile::tempdir().unwrap();
+    let recipe = job(root.path(), compressed(root.path(), "rtn", 3, 0), 4);
+    interrupted(3, |cancel, progress| compensate(&recipe, &backend(), cancel, progress)).unwrap_err();
+    let ledger = root.path().join("eora.partial/ledger.jsonl");
+    let whole = fs::read_to_string(&ledger).unwrap();
+    let lines: Vec<&str> = whole.lines().collect();
+    assert!(lines.len() >= 4, "identity and blocks");
+    let outside = {
+        let mut unit: serde_json::Value = serde_json::from_str(lines[1]).unwrap();
+        unit["linears"] = serde_json::json!([]);
+        unit.to_string()
+    };
+    let (first, second) = ("the Linears of model.layers.0", "the Linears of model.layers.1");
+    for (what, lines, place, expected) in [
+        ("what is outside of the blocks", vec![lines[0], &outside, lines[1]], 1, first),
+        ("no block is the first", vec![lines[0], lines[2], lines[3]], 1, first),
+        ("a block twice", vec![lines[0], lines[1], lines[1]], 2, second),
+        ("blocks in another order", vec![lines[0], lines[1], lines[3], lines[2]], 2, second),
+    ] {
+        let text: String = lines.iter().map(|line| format!("{line}\n")).collect();
+        fs::write(&ledger, &text).unwrap();
+        let error = run(&recipe).unwrap_err();
+        assert_eq!((error.code, error.subject.as_str()), (ErrorCode::ResumeMismatch, "ledger"), "{what}: {error}");
+        assert!(error.message.contains(&format!("unit {place} ")), "{what}: {error}");
+        assert!(error.message.ends_with(expected) && error.hint.contains("--fresh"), "{what}: {error}");
+        assert!(fs::read_to_string(&ledger).unwrap() == text, "{what}: it is for the user to discard");
+    }
+    fs::write(&ledger, &whole).unwrap();
+    run(&recipe).unwrap();
+}
+
+#[test]
 fn scales_that_awq_has_folded_into_a_checkpoint_are_no_error() {
     let root = tempfile::tempdir().unwrap();
     let awq = compression(root.path(), "awq", 3, 4);

@@ -15,7 +15,7 @@ use kintsugi_pipeline::{
     CalibrationKind, CalibrationStream, CalibrationTokens, CompensateRecipe, CompensationReport, EoraInputs,
     EoraRecipe, compensate, compress,
 };
-use kintsugi_runtime::{CancelToken, CpuLevel, Progress, ThreadPool};
+use kintsugi_runtime::{CancelToken, CpuFeatures, CpuLevel, Progress, ThreadPool};
 use kintsugi_weights::{DenseMatrix, RowSource, StackedRows, WeightMatrix};
 
 fn near(found: f64, expected: f64) -> bool {
@@ -32,6 +32,7 @@ fn energies_of_outputs_are_those_of_second_moments_in_every_family() {
     let (pool, cancel) = (ThreadPool::global(), CancelToken::new());
     let rounding = CpuBackend::with(Kernels::new(CpuLevel::best()).unwrap().with_bf16(), Precision::Exact, pool);
     let (mut plain, mut biased, mut experts, mut groups) = (0, 0, 0, 0);
+    let (mut left_out, mut in_bf16) = (0, 0);
     for folder in fs::read_dir(root).unwrap().map(|entry| entry.unwrap().path()) {
         let checkpoint = Checkpoint::open(&folder).unwrap();
         let spec = DecoderSpec::of(&checkpoint).unwrap();
@@ -103,12 +104,19 @@ fn energies_of_outputs_are_those_of_second_moments_in_every_family() {
             }
             // Products that round their inputs are not those of the weights.
             let rounded = Block::prepare(&rounding, &spec, index, &weights).unwrap();
-            let outputs = stream.capture(&rounding, &rounded, &points, &cancel).unwrap().outputs;
+            let others = stream.capture(&rounding, &rounded, &points, &cancel).unwrap();
             let arithmetic: Vec<Arithmetic> = rounded.arithmetic(&rounding).collect();
-            assert!(outputs.keys().all(|&place| arithmetic[place] == Arithmetic::F32), "{}", folder.display());
+            let is_plain = |place: usize| weights.linears[place].bias.is_none() && arithmetic[place] == Arithmetic::F32;
+            let is_reached = |place: usize| others.statistics.contains_key(&spec.linears[place].slot.tap());
+            let expected = (0..spec.linears.len()).filter(|&place| is_plain(place) && is_reached(place));
+            assert!(others.outputs.keys().copied().eq(expected), "{}", folder.display());
+            left_out += found.outputs.keys().filter(|place| !others.outputs.contains_key(place)).count();
+            in_bf16 += arithmetic[..spec.linears.len()].iter().filter(|&&one| one == Arithmetic::Bf16).count();
             stream.advance(&backend(), &block, &cancel).unwrap();
         }
     }
+    let rounds = CpuLevel::best() == CpuLevel::Avx512Vnni && CpuFeatures::detect().avx512_bf16;
+    assert!((left_out > 100, in_bf16 > 100) == (rounds, rounds), "{left_out} {in_bf16}");
     assert!(plain > 100 && biased > 20 && experts > 20 && groups > 20, "{plain} {biased} {experts} {groups}");
 }
 
@@ -164,7 +172,8 @@ fn a_job_comes_to_the_same_with_energies_of_outputs_and_without() {
         fs::remove_dir_all(&job.out).unwrap();
         (report, factors)
     };
-    let [unknown, fourfold] = ["unknown", "fourfold"].map(|name| root.path().join(name).with_extension("safetensors"));
+    let [unknown, fourfold, damaged] =
+        ["unknown", "fourfold", "damaged"].map(|name| root.path().join(name).with_extension("safetensors"));
     fs::copy(&statistics, &unknown).unwrap();
     let linears = with_energies(&unknown, |energy| {
         assert!(energy > 0.0);
@@ -172,6 +181,8 @@ fn a_job_comes_to_the_same_with_energies_of_outputs_and_without() {
     });
     fs::copy(&statistics, &fourfold).unwrap();
     with_energies(&fourfold, |energy| 4.0 * energy);
+    fs::copy(&statistics, &damaged).unwrap();
+    with_energies(&damaged, |_| 1e300);
     for eora in [
         EoraRecipe::uniform(4),
         EoraRecipe { grouped: true, ..EoraRecipe::uniform(4) },
@@ -180,9 +191,14 @@ fn a_job_comes_to_the_same_with_energies_of_outputs_and_without() {
         let affine = eora.affine;
         let (known, factors) = run("known", Some(&statistics), eora.clone());
         let (computed, others) = run("computed", Some(&unknown), eora.clone());
-        let (larger, _) = run("larger", Some(&fourfold), eora);
+        let (larger, _) = run("larger", Some(&fourfold), eora.clone());
+        let (refused, of_refused) = run("refused", Some(&damaged), eora);
         assert_eq!(known.linears.len(), linears);
         assert!(factors == others);
+        // More than the inputs can give is not taken: it is computed as if it were not there.
+        assert!(of_refused == factors);
+        let errors = |report: &CompensationReport| -> Vec<_> { report.linears.iter().map(|l| l.error).collect() };
+        assert!(errors(&refused) == errors(&computed), "affine: {affine}");
         for ((known, computed), larger) in known.linears.iter().zip(&computed.linears).zip(&larger.linears) {
             let [known, computed, larger] = [known, computed, larger].map(|linear| linear.error.unwrap());
             let pairs = [
@@ -196,11 +212,18 @@ fn a_job_comes_to_the_same_with_energies_of_outputs_and_without() {
             }
         }
     }
-    // Without a file the pass over the tokens finds them, for mixed inputs, too; statistics were taken from the same.
-    let dense = run("tokens", None, EoraRecipe::uniform(4)).0.linears;
+    // Without a file the pass over the tokens finds the energies that the file has, for mixed inputs, too. The file was
+    // taken without factors, which the inputs of the second block know.
     let mixed = EoraRecipe { inputs: EoraInputs::Mixed { mismatch: 0.0 }, ..EoraRecipe::uniform(4) };
-    let mixed = run("mixed", None, mixed).0.linears;
-    for (one, other) in dense.iter().zip(&mixed) {
-        assert_eq!((one.error, one.hold_out), (other.error, other.hold_out), "{}", one.name);
+    let [deployed, mixed] =
+        [("deployed", EoraRecipe::uniform(4)), ("mixed", mixed)].map(|(name, eora)| run(name, None, eora).0.linears);
+    let [saved, computed] =
+        [&statistics, &unknown].map(|file| run("file", Some(file), EoraRecipe::uniform(4)).0.linears);
+    for (deployed, mixed) in deployed.iter().zip(&mixed) {
+        assert_eq!((deployed.error, deployed.hold_out), (mixed.error, mixed.hold_out), "{}", deployed.name);
+    }
+    for ((deployed, saved), computed) in deployed.iter().zip(&saved).zip(&computed).take(linears / 2) {
+        assert_eq!(deployed.error, saved.error, "{}", deployed.name);
+        assert_ne!(deployed.error, computed.error, "roundings tell both apart: {}", deployed.name);
     }
 }
