@@ -1,7 +1,7 @@
 import { spawn } from 'node:child_process'
 import { once } from 'node:events'
 import { createHash } from 'node:crypto'
-import { readdirSync, readFileSync, rmSync } from 'node:fs'
+import { existsSync, readdirSync, readFileSync, rmSync } from 'node:fs'
 import { join } from 'node:path'
 
 import test from 'ava'
@@ -30,16 +30,20 @@ function contents(folder: string): Record<string, string> {
   return Object.fromEntries(hashed.sort())
 }
 
-/** Runs the job in a process of its own and kills it after a while; whether it was done before. */
+/** Runs the job in a process of its own and kills it after a while; whether it was done before. A job that fails throws. */
 async function runAndKill(out: string, milliseconds: number): Promise<boolean> {
   const program = `
     import { compress } from ${JSON.stringify(`${ROOT}dist/index.js`)}
     await compress(${JSON.stringify(LLAMA)}, ${JSON.stringify({ ...OPTIONS, out })})`
-  const child = spawn(process.execPath, ['--input-type=module', '--eval', program], { stdio: 'ignore' })
+  const child = spawn(process.execPath, ['--input-type=module', '--eval', program], { stdio: ['ignore', 'ignore', 'pipe'] })
+  let complaint = ''
+  child.stderr.setEncoding('utf8').on('data', (text: string) => (complaint += text))
   const timer = setTimeout(() => child.kill('SIGKILL'), milliseconds)
   const [code] = (await once(child, 'close')) as [number | null]
   clearTimeout(timer)
-  return code === 0
+  if (code) throw new Error(`the job failed: ${complaint}`)
+  // The folder gets its name last: a process that was killed after that had nothing left to do but to end.
+  return code === 0 || existsSync(out)
 }
 
 test('a job that is killed again and again ends in the bytes of an undisturbed one', async (t) => {
