@@ -158,6 +158,10 @@ fn a_row_is_the_same_bit_for_bit_whatever_shares_its_product_and_whoever_compute
                     let place = format!("{}, {}, {precision:?}, {count} rows", case.name(), level.name());
                     assert!(bits(&part) == whole[(most - count) * case.rows..], "{place}");
                 }
+                // More than are packed at once: the same rows again and again.
+                let many = product(&kernels, &packed, &x.repeat(4)[..130 * case.columns], &pools[1]);
+                let place = format!("{}, {}, {precision:?}, 130 rows", case.name(), level.name());
+                assert!(bits(&many) == whole.repeat(4)[..130 * case.rows], "{place}");
                 for pool in &pools[1..] {
                     let place = format!("{}, {}, {precision:?}", case.name(), level.name());
                     assert!(
